@@ -1,0 +1,130 @@
+"""What can go wrong with a task, as one small tree that knows neither Kubernetes nor HTTP.
+
+::
+
+    TaskError
+    ├── PermanentError            the same input fails again: ends the task
+    │   ├── InvalidTask           the spec itself
+    │   ├── DocumentNotFound
+    │   ├── DocumentRefused       outside the document volume, too large, a kind that is not read
+    │   ├── DocumentUnreadable    damaged, encrypted or lying about its type
+    │   ├── DocumentEmpty         no text in it
+    │   ├── ModelMismatch         the knowledge base was filled by another embedding model
+    │   └── StoreCapacity         a store's limit on collections, shards or fields
+    ├── RetryableError            another attempt may succeed: counted against spec.retry.limit
+    │   ├── AttemptTimeout
+    │   ├── ParserCrashed         killed for memory or time, or a crash of the child process
+    │   └── StoresDisagree        read-back of the two stores did not find the expected chunks
+    ├── StoreUnavailable          not the task's fault: given back, not counted
+    ├── HandedBack                SIGTERM: given back, not counted
+    └── Fenced                    canceled, or another pod holds the attempt: this one must not write
+
+Each class has a ``reason`` that is part of the API: it stands in conditions, in ``status.error`` and in metrics. A message
+starts with what could not be done and ends with the remedy, when there is one.
+"""
+
+from typing import ClassVar
+
+
+class TaskError(Exception):
+    """Base of the tree. ``stage`` is filled in by the pipeline where it is known."""
+
+    reason: ClassVar[str] = "InternalError"
+    retryable: ClassVar[bool] = True
+
+    def __init__(self, message: str, *, stage: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.stage = stage
+
+
+class PermanentError(TaskError):
+    """The same input fails again."""
+
+    reason = "PermanentError"
+    retryable = False
+
+
+class InvalidTask(PermanentError):
+    """The spec cannot be carried out as it is."""
+
+    reason = "InvalidTask"
+
+
+class DocumentNotFound(PermanentError):
+    """No file at ``payload.filePath``."""
+
+    reason = "DocumentNotFound"
+
+
+class DocumentRefused(PermanentError):
+    """The file is there and will not be read: outside the document volume, too large, of a kind that is not supported."""
+
+    reason = "DocumentRefused"
+
+
+class DocumentUnreadable(PermanentError):
+    """The file is damaged, encrypted or not what it says it is."""
+
+    reason = "DocumentUnreadable"
+
+
+class DocumentEmpty(PermanentError):
+    """The file was read and has no text in it."""
+
+    reason = "DocumentEmpty"
+
+
+class ModelMismatch(PermanentError):
+    """The knowledge base was filled by another embedding model; vectors of two models cannot be compared."""
+
+    reason = "ModelMismatch"
+
+
+class StoreCapacity(PermanentError):
+    """A store's own limit is reached (collections, shards, fields)."""
+
+    reason = "StoreCapacity"
+
+
+class RetryableError(TaskError):
+    """Another attempt may succeed."""
+
+    reason = "RetryableError"
+
+
+class AttemptTimeout(RetryableError):
+    """The attempt took longer than ``spec.timeout``."""
+
+    reason = "Timeout"
+
+
+class ParserCrashed(RetryableError):
+    """The parsing child process died: memory, time, or a crash of a library."""
+
+    reason = "ParserCrashed"
+
+
+class StoresDisagree(RetryableError):
+    """After writing, a store did not hold exactly the expected chunk ids."""
+
+    reason = "StoresDisagree"
+
+
+class StoreUnavailable(TaskError):
+    """PostgreSQL, Milvus or Elasticsearch cannot be reached; waiting, not counting, is the cure."""
+
+    reason = "StoreUnavailable"
+
+
+class HandedBack(TaskError):
+    """The process was asked to stop and gives the attempt back."""
+
+    reason = "HandedBack"
+
+
+class Fenced(TaskError):
+    """The fence of this attempt was raised; the process must write nothing more."""
+
+    reason = "Fenced"
+    retryable = False

@@ -1,0 +1,94 @@
+"""What a pod says: how its attempt ended, and how far it has come."""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Final
+
+from pydantic import Field, ValidationError
+
+from task_contract.errors import Fenced, HandedBack, StoreUnavailable, TaskError
+from task_contract.models import Failure, Model, Result, Stage, Timestamp
+
+TERMINATION_LIMIT: Final = 3072
+"""Bytes of a termination message: the kubelet cuts at 4096, and what it cuts is no JSON any more."""
+
+
+class Outcome(StrEnum):
+    """How an attempt ended."""
+
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+    GIVEN_BACK = "GivenBack"
+    """Not counted: a store was down, or the pod was asked to stop."""
+    FENCED = "Fenced"
+
+
+class AttemptOutcome(Model):
+    """The termination message, and the row in ``task_results`` that serves when the message or the pod is gone."""
+
+    outcome: Outcome
+    attempt: Annotated[int, Field(ge=1)]
+    reason: Annotated[str, Field(min_length=1, max_length=64)] = "Completed"
+    """Completed, Superseded or Unchanged for a success; else the reason of the error."""
+    result: Result | None = None
+    error: Failure | None = None
+
+    @classmethod
+    def of_error(cls, error: TaskError, *, attempt: int) -> "AttemptOutcome":
+        """Return what an error means for the attempt. Long messages are cut to the bounds of the schema."""
+        outcome = Outcome.FAILED
+        if isinstance(error, (StoreUnavailable, HandedBack)):
+            outcome = Outcome.GIVEN_BACK
+        elif isinstance(error, Fenced):
+            outcome = Outcome.FENCED
+        message = error.message if len(error.message) <= 1024 else error.message[:1023] + "…"
+        failure = Failure(reason=error.reason, message=message, retryable=error.retryable, stage=error.stage)
+        return cls(outcome=outcome, attempt=attempt, reason=error.reason, error=failure)
+
+    def termination_message(self) -> str:
+        """Return JSON of at most :data:`TERMINATION_LIMIT` bytes; what does not fit is shortened, never cut blindly."""
+        text = self.model_dump_json(by_alias=True, exclude_none=True)
+        if len(text.encode()) <= TERMINATION_LIMIT:
+            return text
+        shorter = self
+        if self.error is not None:
+            shorter = shorter.model_copy(
+                update={"error": self.error.model_copy(update={"message": self.error.message[:400]})}
+            )
+        if self.result is not None:
+            shorter = shorter.model_copy(
+                update={"result": self.result.model_copy(update={"seconds": None, "components": None})}
+            )
+        return shorter.model_dump_json(by_alias=True, exclude_none=True)
+
+    @classmethod
+    def parse(cls, text: str | None) -> "AttemptOutcome | None":
+        """Read a termination message; ``None`` for no message, or for one that is not ours (a crash before it was written)."""
+        if not text:
+            return None
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError:
+            return None
+
+
+class ProgressEvent(Model):
+    """Published on :data:`task_contract.names.PROGRESS_CHANNEL`; may be lost, so nothing depends on it."""
+
+    uid: str
+    namespace: str
+    name: str
+    attempt: Annotated[int, Field(ge=1)]
+    stage: Stage
+    progress: Annotated[int, Field(ge=0, le=100)]
+    at: Timestamp
+
+
+def progress_event(
+    *, uid: str, namespace: str, name: str, attempt: int, stage: Stage, progress: int, at: datetime
+) -> str:
+    """Return the JSON of a progress event."""
+    event = ProgressEvent(
+        uid=uid, namespace=namespace, name=name, attempt=attempt, stage=stage, progress=progress, at=at
+    )
+    return event.model_dump_json(by_alias=True)

@@ -1,0 +1,413 @@
+"""ProcessingTask as frozen pydantic models: the source of the CRD, the one place where a task is parsed.
+
+Two ways in. :func:`ProcessingTask.model_validate` ignores unknown fields, so that after a rollback older code reads what
+newer code stored. :func:`parse_manifest` refuses them: it is for files, the CLI and services, where an unknown field is a
+typing error.
+
+Fields are camelCase outside and snake_case inside. Bounds here become bounds of the CRD's schema; rules over several fields
+are CEL in :mod:`task_contract.crd`.
+"""
+
+import re
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, WithJsonSchema
+from pydantic.alias_generators import to_camel
+
+from task_contract.errors import InvalidTask
+
+
+class TaskType(StrEnum):
+    """What a task does. All six are known; :data:`AVAILABLE_TYPES` are carried out by this version."""
+
+    DOCUMENT_PROCESSING = "document_processing"
+    BATCH_PROCESSING = "batch_processing"
+    KNOWLEDGE_INDEXING = "knowledge_indexing"
+    EMBEDDING_GENERATION = "embedding_generation"
+    VECTOR_STORAGE = "vector_storage"
+    HEALTH_CHECK = "health_check"
+
+
+AVAILABLE_TYPES: Final = (TaskType.DOCUMENT_PROCESSING, TaskType.HEALTH_CHECK)
+
+
+class Priority(StrEnum):
+    """Mapped to a PriorityClass by the operator's settings."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
+class Phase(StrEnum):
+    """The summary that people read; code reads conditions."""
+
+    QUEUED = "Queued"
+    PROCESSING = "Processing"
+    RETRYING = "Retrying"
+    COMPLETED = "Completed"
+    FAILED = "Failed"
+    CANCELED = "Canceled"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the task will never change phase again."""
+        return self in {Phase.COMPLETED, Phase.FAILED, Phase.CANCELED}
+
+
+class Stage(StrEnum):
+    """Where the pipeline is; the order of the members is the order of the work."""
+
+    FETCH = "fetch"
+    PARSE = "parse"
+    SPLIT = "split"
+    EMBED = "embed"
+    STORE = "store"
+    VERIFY = "verify"
+    PUBLISH = "publish"
+    CHECK = "check"
+
+
+# Durations are written as in Go and Kubernetes: "90s", "1h30m", "250ms". CEL's duration() reads the same form.
+DURATION_PATTERN: Final = r"^([0-9]{1,6}(h|m|s|ms)){1,4}$"
+_UNITS: Final = {
+    "h": timedelta(hours=1),
+    "m": timedelta(minutes=1),
+    "s": timedelta(seconds=1),
+    "ms": timedelta(milliseconds=1),
+}
+
+
+def parse_duration(value: object) -> object:
+    """Turn ``"1h30m"`` into a ``timedelta``; leave a ``timedelta`` as it is; raise ``ValueError`` for anything else."""
+    if isinstance(value, timedelta):
+        return value
+    if not isinstance(value, str) or not re.fullmatch(DURATION_PATTERN, value):
+        raise ValueError('must be a duration such as "30s", "10m" or "1h30m"')
+    parts = re.findall(r"([0-9]+)(h|ms|m|s)", value)
+    return sum((int(number) * _UNITS[unit] for number, unit in parts), timedelta())
+
+
+def format_duration(value: timedelta) -> str:
+    """Write a ``timedelta`` as :func:`parse_duration` reads it, with the largest units that fit.
+
+    >>> format_duration(timedelta(minutes=90))
+    '1h30m'
+    """
+    rest = round(value / timedelta(milliseconds=1))
+    text = ""
+    for unit, size in (("h", 3_600_000), ("m", 60_000), ("s", 1_000), ("ms", 1)):
+        count, rest = divmod(rest, size)
+        text += f"{count}{unit}" if count else ""
+    return text or "0s"
+
+
+Duration = Annotated[
+    timedelta,
+    BeforeValidator(parse_duration),
+    PlainSerializer(format_duration, return_type=str),
+    WithJsonSchema({"type": "string", "pattern": DURATION_PATTERN, "maxLength": 28}),
+]
+Timestamp = Annotated[
+    datetime, PlainSerializer(lambda at: at.strftime("%Y-%m-%dT%H:%M:%SZ"), return_type=str, when_used="json")
+]
+Text = Annotated[str, Field(max_length=1024)]
+
+
+class Model(BaseModel):
+    """Base of all parts: frozen, camelCase outside, unknown fields ignored (see the module's docstring)."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        frozen=True, alias_generator=to_camel, populate_by_name=True, extra="ignore", use_attribute_docstrings=True
+    )
+
+    def manifest(self) -> dict[str, Any]:
+        """Return the model as it stands in a manifest: camelCase, absent fields left out."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- spec
+
+
+class ProcessingMode(StrEnum):
+    """How a document is cut into chunks."""
+
+    INTELLIGENT_SPLIT = "intelligent_split"
+    FIXED = "fixed"
+
+
+class Component(StrEnum):
+    """What a health check looks at."""
+
+    POSTGRES = "postgres"
+    REDIS = "redis"
+    MILVUS = "milvus"
+    ELASTICSEARCH = "elasticsearch"
+    MODEL = "model"
+    DOCUMENTS = "documents"
+
+
+class Payload(Model):
+    """What a task works on. One flat object for all types; CEL says which fields fit which type.
+
+    There are no defaults in the schema: a default of one type would be an unknown field of another. The properties
+    ``effective_*`` give the defaults.
+    """
+
+    file_path: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    """Path of the document below the document volume, absolute (``/data/handbook.pdf``) or relative (``handbook.pdf``)."""
+    document_id: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    """Identity of the document within its knowledge base; a later task with the same id replaces it. Default: filePath."""
+    chunk_size: Annotated[int, Field(ge=50, le=8000)] | None = None
+    """Largest size of a chunk in characters (Unicode code points). Default: 1000."""
+    chunk_overlap: Annotated[int, Field(ge=0, le=4000)] | None = None
+    """Characters repeated from the end of one chunk at the start of the next. Default: 200, or a fifth of a chunkSize below 1000."""
+    processing_mode: ProcessingMode | None = None
+    """intelligent_split (default) ends chunks at sentences and headings; fixed cuts at chunkSize."""
+    embedding_model: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """Name of the embedding model. Default: the model of the runner's settings."""
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(min_length=1, max_length=63)], Annotated[str, Field(max_length=1024)]],
+            Field(max_length=32),
+        ]
+        | None
+    ) = None
+    """Labels stored with every chunk of the document, for filters: at most 32."""
+    components: Annotated[list[Component], Field(min_length=1, max_length=6)] | None = None
+    """What a health_check looks at. Default: everything that is configured."""
+
+    @property
+    def effective_document_id(self) -> str:
+        """``documentId``, or ``filePath``. Raises :class:`~task_contract.errors.InvalidTask` if there is neither."""
+        if (identity := self.document_id or self.file_path) is None:
+            raise InvalidTask("cannot identify the document: set payload.filePath")
+        return identity
+
+    @property
+    def effective_chunk_size(self) -> int:
+        """``chunkSize`` or 1000 characters, the figure of the platform's own services."""
+        return self.chunk_size or 1000
+
+    @property
+    def effective_chunk_overlap(self) -> int:
+        """``chunkOverlap`` or a fifth of the chunk size, 200 characters at most."""
+        return min(200, self.effective_chunk_size // 5) if self.chunk_overlap is None else self.chunk_overlap
+
+
+class RetryPolicy(Model):
+    """When and how often a failed attempt is tried again."""
+
+    limit: Annotated[int, Field(ge=0, le=20)] = 3
+    """Attempts after the first one. 0: never try again."""
+    initial_delay: Duration = timedelta(seconds=10)
+    """Wait after the first failure."""
+    factor: Annotated[float, Field(ge=1, le=10)] = 2
+    """Each wait is this many times the one before."""
+    max_delay: Duration = timedelta(minutes=10)
+    """Longest wait."""
+    jitter: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Spread of each wait: 0.2 is ±20 %."""
+
+
+class SecretKeyRef(Model):
+    """A key of a Secret in the task's namespace."""
+
+    name: Annotated[str, Field(min_length=1, max_length=253)]
+    key: Annotated[str, Field(min_length=1, max_length=253)]
+
+
+class Callback(Model):
+    """Where to tell that a task has finished."""
+
+    url: Annotated[str, Field(min_length=1, max_length=2048, pattern=r"^https?://")]
+    secret_ref: SecretKeyRef | None = None
+
+
+class Executor(StrEnum):
+    """What runs a task."""
+
+    AUTO = "auto"
+    JOB = "job"
+    POOL = "pool"
+
+
+class Spec(Model):
+    """What the caller wants. Everything but cancel, suspend, priority and ttlSecondsAfterFinished is immutable."""
+
+    type: TaskType
+    kb_id: (
+        Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")] | None
+    ) = None
+    """The knowledge base; with the namespace it is the tenant. Required for every type but health_check."""
+    priority: Priority = Priority.NORMAL
+    payload: Payload = Payload()
+    retry: RetryPolicy = RetryPolicy()
+    timeout: Duration | None = None
+    """Longest time of one attempt, from the start of its container. Default by type: 30m, health_check 2m."""
+    deadline: Duration | None = None
+    """Longest time of the whole task, from its creation. Default: none."""
+    executor: Executor = Executor.AUTO
+    callback: Callback | None = None
+    suspend: bool = False
+    """true: do not run; a running attempt is given back, uncounted."""
+    cancel: bool = False
+    """true: end the task as Canceled, or as Completed if it was published before. One way."""
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=31_536_000)] = 86_400
+    """The CR is deleted this long after the end; its row in PostgreSQL stays."""
+
+    @property
+    def effective_timeout(self) -> timedelta:
+        """``timeout``, or the default of the type."""
+        return self.timeout or (timedelta(minutes=2) if self.type is TaskType.HEALTH_CHECK else timedelta(minutes=30))
+
+
+# -------------------------------------------------------------------------------------------------------------- status
+
+
+class Condition(Model):
+    """``metav1.Condition``."""
+
+    type: Annotated[str, Field(min_length=1, max_length=316)]
+    status: Literal["True", "False", "Unknown"]
+    observed_generation: Annotated[int, Field(ge=0)] | None = None
+    last_transition_time: Timestamp
+    reason: Annotated[str, Field(min_length=1, max_length=1024)]
+    message: Annotated[str, Field(max_length=32768)] = ""
+
+
+class QueueStatus(Model):
+    """Why a task is not running yet."""
+
+    position: Annotated[int, Field(ge=1)] | None = None
+    reason: Text
+    message: Text | None = None
+    since: Timestamp | None = None
+
+
+class ComponentHealth(Model):
+    """What a health check found."""
+
+    name: Component
+    healthy: bool
+    milliseconds: Annotated[int, Field(ge=0)]
+    message: Text = ""
+
+
+class Result(Model):
+    """What a finished task has done. Counts are read back from the stores, never incremented."""
+
+    documents: Annotated[int, Field(ge=0)] | None = None
+    pages: Annotated[int, Field(ge=0)] | None = None
+    failed_pages: Annotated[int, Field(ge=0)] | None = None
+    """Pages without readable text; the others were published."""
+    chunks: Annotated[int, Field(ge=0)] | None = None
+    embedded: Annotated[int, Field(ge=0)] | None = None
+    """Vectors computed for this version."""
+    reused: Annotated[int, Field(ge=0)] | None = None
+    """Vectors taken from the stores: an earlier attempt, or the same text in the version before."""
+    milvus_count: Annotated[int, Field(ge=0)] | None = None
+    elasticsearch_count: Annotated[int, Field(ge=0)] | None = None
+    version: Annotated[int, Field(ge=0)] | None = None
+    """Version of the document that is published now."""
+    seconds: Annotated[dict[Annotated[str, Field(max_length=32)], float], Field(max_length=16)] | None = None
+    """How long each stage took."""
+    components: Annotated[list[ComponentHealth], Field(max_length=6)] | None = None
+
+
+class Failure(Model):
+    """Why a task, or its last attempt, failed."""
+
+    reason: Annotated[str, Field(min_length=1, max_length=64)]
+    message: Text = ""
+    retryable: bool
+    stage: Annotated[str, Field(max_length=32)] | None = None
+
+
+class Attempt(Model):
+    """One counted attempt."""
+
+    number: Annotated[int, Field(ge=1)]
+    job: Annotated[str, Field(max_length=63)]
+    started_at: Timestamp | None = None
+    finished_at: Timestamp | None = None
+    reason: Annotated[str, Field(max_length=64)] | None = None
+    """Absent while it runs; Succeeded, or the reason of its failure."""
+
+
+class Status(Model):
+    """What the operator has seen."""
+
+    phase: Phase = Phase.QUEUED
+    stage: Stage | None = None
+    progress: Annotated[int, Field(ge=0, le=100)] | None = None
+    """Percent of the running attempt."""
+    attempt: Annotated[int, Field(ge=0)] = 0
+    """Number of the latest attempt; 0 before the first. An attempt that is given back keeps its number."""
+    retry_at: Timestamp | None = None
+    """When the next attempt may start; kept here so that a restarted operator waits no longer and no shorter."""
+    observed_generation: Annotated[int, Field(ge=0)] | None = None
+    queued_at: Timestamp | None = None
+    started_at: Timestamp | None = None
+    finished_at: Timestamp | None = None
+    job: Annotated[str, Field(max_length=63)] | None = None
+    executor: Executor | None = None
+    queue: QueueStatus | None = None
+    result: Result | None = None
+    error: Failure | None = None
+    attempts: Annotated[list[Attempt], Field(max_length=5)] = []
+    """The last five; all are in PostgreSQL."""
+    conditions: Annotated[list[Condition], Field(max_length=8)] = []
+
+
+# ---------------------------------------------------------------------------------------------------------------- task
+
+
+class Metadata(Model):
+    """The part of ``ObjectMeta`` that is read here."""
+
+    name: Annotated[str, Field(min_length=1, max_length=253)]
+    namespace: Annotated[str, Field(min_length=1, max_length=63)] = "default"
+    uid: str | None = None
+    generation: int = 1
+    resource_version: str | None = None
+    creation_timestamp: datetime | None = None
+    deletion_timestamp: datetime | None = None
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+
+
+class ProcessingTask(Model):
+    """A task, as a manifest holds it and as the API server hands it back."""
+
+    api_version: Literal["tasks.zzdsj.io/v1"] = "tasks.zzdsj.io/v1"
+    kind: Literal["ProcessingTask"] = "ProcessingTask"
+    metadata: Metadata
+    spec: Spec
+    status: Status = Status()
+
+
+def describe(error: ValidationError) -> str:
+    """Return a validation error in one line that names each field: ``spec.payload.chunkSize: should be ...``."""
+    return "; ".join(
+        f"{'.'.join(str(part) for part in problem['loc']) or 'manifest'}: {problem['msg'].removeprefix('Value error, ')}"
+        for problem in error.errors(include_url=False, include_input=False)
+    )
+
+
+def parse_manifest(manifest: Mapping[str, Any]) -> ProcessingTask:
+    """Parse a manifest that a person or a service wrote: unknown fields of spec are refused.
+
+    Raises :class:`~task_contract.errors.InvalidTask` with the path of each bad field.
+    """
+    try:
+        Spec.model_validate(manifest.get("spec"), extra="forbid")
+    except ValidationError as error:
+        raise InvalidTask(f"cannot read the task: spec.{describe(error).replace('; ', '; spec.')}") from error
+    try:
+        return ProcessingTask.model_validate(manifest)
+    except ValidationError as error:
+        raise InvalidTask(f"cannot read the task: {describe(error)}") from error

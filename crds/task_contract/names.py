@@ -1,0 +1,78 @@
+"""Names that operator, runner and callers agree on: API group, labels, object names, store names, chunk ids.
+
+Pure functions over the standard library. Every name is deterministic, so a write that is repeated after a crash meets the
+object that the first try made (``409 AlreadyExists``) instead of making a second one.
+"""
+
+import hashlib
+import re
+from typing import Final
+
+GROUP: Final = "tasks.zzdsj.io"
+VERSION: Final = "v1"
+API_VERSION: Final = f"{GROUP}/{VERSION}"
+KIND: Final = "ProcessingTask"
+PLURAL: Final = "processingtasks"
+SHORT_NAME: Final = "ptask"
+
+MANAGED_BY_LABEL: Final = "app.kubernetes.io/managed-by"
+MANAGED_BY: Final = "processing-tasks"
+"""Value of :data:`MANAGED_BY_LABEL` on every Job of ours; the operator's watch on Jobs selects by it."""
+
+TASK_UID_LABEL: Final = f"{GROUP}/task-uid"
+ATTEMPT_LABEL: Final = f"{GROUP}/attempt"
+TYPE_LABEL: Final = f"{GROUP}/type"
+TASK_NAME_ANNOTATION: Final = f"{GROUP}/task-name"
+"""An annotation, not a label: task names may have 253 characters, label values 63."""
+TASK_ANNOTATION: Final = f"{GROUP}/task"
+"""On the pod: the task manifest as JSON, handed to the container as a downward-API file."""
+
+TASK_FILE: Final = "/etc/processing-task/task.json"
+"""Where the pod finds its task."""
+TERMINATION_LOG: Final = "/dev/termination-log"
+"""Kubernetes' default ``terminationMessagePath``."""
+CONTAINER: Final = "runner"
+DOCUMENT_ROOT: Final = "/data"
+"""Where the document volume of a task namespace is mounted in its pods."""
+
+PROGRESS_CHANNEL: Final = f"{GROUP}:progress"
+"""Redis pub/sub channel of :class:`task_contract.messages.ProgressEvent`; what it carries may be lost."""
+
+_NAME_LIMIT = 63  # a Job's name becomes a label value of its pods: 63 characters at most
+
+
+def digest(*parts: str, length: int = 32) -> str:
+    """Return the first ``length`` (at most 64) hex digits of the SHA-256 over the parts, unambiguous in their borders."""
+    joined = b"".join(len(data).to_bytes(8, "big") + data for data in (part.encode() for part in parts))
+    return hashlib.sha256(joined).hexdigest()[:length]
+
+
+def job_name(*, task_name: str, task_uid: str, attempt: int) -> str:
+    """Return the name of the Job of one attempt: at most 63 characters, equal for equal arguments.
+
+    >>> job_name(task_name="handbook", task_uid="0d9f8a52-1b1c-4c7e-9d53-0d5a0a4bd1a7", attempt=1)
+    'handbook-1a667239-1'
+    """
+    suffix = f"-{digest(task_uid, length=8)}-{attempt}"
+    prefix = re.sub(r"[^a-z0-9-]", "-", task_name.lower())[: _NAME_LIMIT - len(suffix)].strip("-")
+    return f"{prefix or 'task'}{suffix}"
+
+
+def knowledge_base_name(*, namespace: str, kb_id: str) -> str:
+    """Return the name under which both stores know a knowledge base: the alias readers use.
+
+    Milvus allows letters, digits and underscores; Elasticsearch wants lower case. The digest over namespace and id keeps
+    tenants apart that the readable part would mix up.
+    """
+    readable = re.sub(r"[^a-z0-9]+", "_", kb_id.lower())[:32].strip("_")
+    return f"kb_{readable}_{digest(namespace, kb_id, length=12)}"
+
+
+def generation_name(*, namespace: str, kb_id: str, generation: int) -> str:
+    """Return the name of the collection and of the index that hold one generation of a knowledge base."""
+    return f"{knowledge_base_name(namespace=namespace, kb_id=kb_id)}_g{generation}"
+
+
+def chunk_id(*, namespace: str, kb_id: str, document_id: str, version: int, ordinal: int) -> str:
+    """Return the primary key of a chunk in both stores: 32 hex digits."""
+    return digest(namespace, kb_id, document_id, str(version), str(ordinal))
