@@ -11,7 +11,6 @@ from typing import Final, Literal
 from task_contract.errors import Fenced, HandedBack, StoreUnavailable, TaskError
 from task_contract.models import Condition, Phase, RetryPolicy
 
-
 ARROWS: Final[dict[Phase, frozenset[Phase]]] = {
     # Queued → Completed, Failed: an attempt may end before anyone saw it run.
     Phase.QUEUED: frozenset({Phase.PROCESSING, Phase.RETRYING, Phase.COMPLETED, Phase.FAILED, Phase.CANCELED}),

@@ -63,7 +63,7 @@ class AttemptOutcome(Model):
 
     @classmethod
     def parse(cls, text: str | None) -> "AttemptOutcome | None":
-        """Read a termination message; ``None`` for no message, or for one that is not ours (a crash before it was written)."""
+        """Read a termination message; ``None`` for none, or for one that is not ours (a crash before it was written)."""
         if not text:
             return None
         try:
@@ -84,11 +84,7 @@ class ProgressEvent(Model):
     at: Timestamp
 
 
-def progress_event(
-    *, uid: str, namespace: str, name: str, attempt: int, stage: Stage, progress: int, at: datetime
-) -> str:
+def progress_event(*, uid: str, namespace: str, name: str, attempt: int, stage: Stage, progress: int, at: datetime) -> str:
     """Return the JSON of a progress event."""
-    event = ProgressEvent(
-        uid=uid, namespace=namespace, name=name, attempt=attempt, stage=stage, progress=progress, at=at
-    )
+    event = ProgressEvent(uid=uid, namespace=namespace, name=name, attempt=attempt, stage=stage, progress=progress, at=at)
     return event.model_dump_json(by_alias=True)

@@ -40,7 +40,10 @@ async def migrate(connection: Connection) -> int:
     applied = 0
     async with connection.transaction():
         await connection.execute("SELECT pg_advisory_xact_lock($1)", _ADVISORY_LOCK)
-        await connection.execute("CREATE TABLE IF NOT EXISTS schema_migrations (version integer PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now())")
+        await connection.execute(
+            "CREATE TABLE IF NOT EXISTS schema_migrations"
+            " (version integer PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now())"
+        )
         current = await connection.fetchval("SELECT coalesce(max(version), 0) FROM schema_migrations")
         for version, sql in migrations():
             if version > current:

@@ -72,7 +72,7 @@ class Stage(StrEnum):
 
 
 # Durations are written as in Go and Kubernetes: "90s", "1h30m", "250ms". CEL's duration() reads the same form.
-DURATION_PATTERN: Final = r"^([0-9]{1,6}(h|m|s|ms)){1,4}$"
+DURATION_PATTERN: Final = r"^([0-9]{1,5}(h|m|s|ms)){1,4}$"
 _UNITS: Final = {
     "h": timedelta(hours=1),
     "m": timedelta(minutes=1),
@@ -157,14 +157,14 @@ class Payload(Model):
     ``effective_*`` give the defaults.
     """
 
-    file_path: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    file_path: Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")] | None = None
     """Path of the document below the document volume, absolute (``/data/handbook.pdf``) or relative (``handbook.pdf``)."""
-    document_id: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    document_id: Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]+$")] | None = None
     """Identity of the document within its knowledge base; a later task with the same id replaces it. Default: filePath."""
     chunk_size: Annotated[int, Field(ge=50, le=8000)] | None = None
     """Largest size of a chunk in characters (Unicode code points). Default: 1000."""
     chunk_overlap: Annotated[int, Field(ge=0, le=4000)] | None = None
-    """Characters repeated from the end of one chunk at the start of the next. Default: 200, or a fifth of a chunkSize below 1000."""
+    """Characters repeated from one chunk to the next. Default: 200, or a fifth of a chunkSize below 1000."""
     processing_mode: ProcessingMode | None = None
     """intelligent_split (default) ends chunks at sentences and headings; fixed cuts at chunkSize."""
     embedding_model: Annotated[str, Field(min_length=1, max_length=253)] | None = None
@@ -239,19 +239,25 @@ class Spec(Model):
     """What the caller wants. Everything but cancel, suspend, priority and ttlSecondsAfterFinished is immutable."""
 
     type: TaskType
+    """What to do."""
     kb_id: (
         Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")] | None
     ) = None
     """The knowledge base; with the namespace it is the tenant. Required for every type but health_check."""
     priority: Priority = Priority.NORMAL
+    """Which tasks go first; the chart maps each to a PriorityClass. Can be changed while the task is Queued."""
     payload: Payload = Payload()
+    """What to do it with; which fields fit depends on the type."""
     retry: RetryPolicy = RetryPolicy()
+    """When and how often a failed attempt is tried again."""
     timeout: Duration | None = None
     """Longest time of one attempt, from the start of its container. Default by type: 30m, health_check 2m."""
     deadline: Duration | None = None
     """Longest time of the whole task, from its creation. Default: none."""
     executor: Executor = Executor.AUTO
+    """What runs the task: a Job of its own, a warm worker pool, or whichever serves the type best."""
     callback: Callback | None = None
+    """Where to tell that the task has finished."""
     suspend: bool = False
     """true: do not run; a running attempt is given back, uncounted."""
     cancel: bool = False
@@ -342,7 +348,9 @@ class Status(Model):
     """What the operator has seen."""
 
     phase: Phase = Phase.QUEUED
+    """Summary for people; programs read the conditions."""
     stage: Stage | None = None
+    """Where the running attempt is."""
     progress: Annotated[int, Field(ge=0, le=100)] | None = None
     """Percent of the running attempt."""
     attempt: Annotated[int, Field(ge=0)] = 0
@@ -350,17 +358,33 @@ class Status(Model):
     retry_at: Timestamp | None = None
     """When the next attempt may start; kept here so that a restarted operator waits no longer and no shorter."""
     observed_generation: Annotated[int, Field(ge=0)] | None = None
+    """Generation of the spec that this status describes."""
     queued_at: Timestamp | None = None
+    """When the task was last put into the queue."""
     started_at: Timestamp | None = None
+    """When the first attempt started."""
     finished_at: Timestamp | None = None
+    """When the task ended."""
     job: Annotated[str, Field(max_length=63)] | None = None
+    """Name of the latest Job."""
     executor: Executor | None = None
+    """What runs it: job or pool."""
     queue: QueueStatus | None = None
+    """Why it is not running; absent while it runs."""
     result: Result | None = None
+    """What it has done."""
     error: Failure | None = None
-    attempts: Annotated[list[Attempt], Field(max_length=5)] = []
-    """The last five; all are in PostgreSQL."""
-    conditions: Annotated[list[Condition], Field(max_length=8)] = []
+    """Why it, or its last attempt, failed."""
+    attempts: Annotated[
+        list[Attempt],
+        Field(max_length=5, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["number"]}),
+    ] = []
+    """The last five attempts; all are in PostgreSQL."""
+    conditions: Annotated[
+        list[Condition],
+        Field(max_length=8, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
+    ] = []
+    """Ready, Succeeded, Stalled, Reconciling: what kstatus and kubectl wait read."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- task

@@ -1,0 +1,255 @@
+"""The CustomResourceDefinition of ProcessingTask: schema from the models, and the rules over several fields as CEL.
+
+Rules stand here and not in the models, because the API server is the earliest border that every way in passes. Each
+message names the field and the remedy.
+"""
+
+from typing import Any, Final
+
+from task_contract.models import AVAILABLE_TYPES, Spec, Status, TaskType
+from task_contract.names import GROUP, KIND, PLURAL, SHORT_NAME, VERSION
+from task_contract.structural import Schema, structural_schema
+
+_AVAILABLE: Final = ", ".join(AVAILABLE_TYPES)
+
+_PAYLOAD_FIELDS: Final[dict[TaskType, tuple[str, ...]]] = {
+    TaskType.DOCUMENT_PROCESSING: (
+        "filePath",
+        "documentId",
+        "chunkSize",
+        "chunkOverlap",
+        "processingMode",
+        "embeddingModel",
+        "metadata",
+    ),
+    TaskType.HEALTH_CHECK: ("components",),
+}
+"""Which fields of the payload fit which type."""
+
+_MUTABLE: Final = frozenset({"cancel", "suspend", "priority", "ttlSecondsAfterFinished"})
+
+Rule = dict[str, str]
+
+
+def _rule(rule: str, message: str, *, field: str | None = None, reason: str = "FieldValueInvalid") -> Rule:
+    where = {} if field is None else {"fieldPath": field}
+    return {"rule": rule, "message": message, "reason": reason, **where}
+
+
+def _type_rules() -> list[Rule]:
+    rules = [
+        _rule(
+            f"self.type in {[str(kind) for kind in AVAILABLE_TYPES]}",
+            f"spec.type: this version carries out {_AVAILABLE}; the other types come with later versions",
+            field=".type",
+        ),
+        _rule(
+            "self.type == 'health_check' || has(self.kbId)",
+            "spec.kbId: required: name the knowledge base",
+            field=".kbId",
+            reason="FieldValueRequired",
+        ),
+        _rule(
+            "self.type != 'document_processing' || (has(self.payload) && has(self.payload.filePath))",
+            "spec.payload.filePath: required for document_processing: give the path below the document volume",
+            field=".payload",
+            reason="FieldValueRequired",
+        ),
+        _rule(
+            "self.executor != 'pool'",
+            "spec.executor: pool is not available in this version; use auto or job",
+            field=".executor",
+        ),
+        _rule(
+            "!has(self.callback)",
+            "spec.callback: callbacks are not available in this version; watch the task instead",
+            field=".callback",
+            reason="FieldValueForbidden",
+        ),
+    ]
+    fields = sorted({field for fields in _PAYLOAD_FIELDS.values() for field in fields})
+    for field in fields:
+        types = [kind for kind, fitting in _PAYLOAD_FIELDS.items() if field in fitting]
+        fits = f"self.type in {[str(kind) for kind in types]}"
+        rules.append(
+            _rule(
+                f"!has(self.payload) || !has(self.payload.{field}) || {fits}",
+                f"spec.payload.{field}: only for type {', '.join(types)}; leave it out",
+                field=".payload",
+                reason="FieldValueForbidden",
+            )
+        )
+    return rules
+
+
+def _duration_rules() -> list[Rule]:
+    def between(field: str, low: str, high: str, *, optional: bool) -> Rule:
+        guard = f"!has(self.{field}) || " if optional else ""
+        return _rule(
+            f"{guard}(duration(self.{field}) >= duration('{low}') && duration(self.{field}) <= duration('{high}'))",
+            f"spec.{field}: must be between {low} and {high}",
+            field=f".{field}",
+        )
+
+    return [
+        between("timeout", "1s", "168h", optional=True),
+        between("deadline", "1s", "8760h", optional=True),
+        between("retry.initialDelay", "0s", "24h", optional=False),
+        between("retry.maxDelay", "0s", "24h", optional=False),
+        _rule(
+            "duration(self.retry.initialDelay) <= duration(self.retry.maxDelay)",
+            "spec.retry.initialDelay: must not be longer than spec.retry.maxDelay",
+            field=".retry",
+        ),
+    ]
+
+
+def _immutable_rules(spec: Schema) -> list[Rule]:
+    rules = []
+    for field, schema in sorted(spec["properties"].items()):
+        if field in _MUTABLE:
+            continue
+        always = field in spec.get("required", ()) or "default" in schema
+        same = f"self.{field} == oldSelf.{field}"
+        rules.append(
+            _rule(
+                same if always else f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || {same})",
+                f"spec.{field}: immutable; create a new task",
+                field=f".{field}",
+            )
+        )
+    rules.append(_rule("!oldSelf.cancel || self.cancel", "spec.cancel: one way; create a new task", field=".cancel"))
+    return rules
+
+
+_PAYLOAD_RULES: Final = [
+    _rule(
+        "!has(self.filePath) || !self.filePath.contains('://')",
+        "spec.payload.filePath: URLs are not available in this version; put the file on the document volume",
+        field=".filePath",
+    ),
+    _rule(
+        "!has(self.filePath) || !self.filePath.split('/').exists(part, part == '..')",
+        "spec.payload.filePath: '..' is not allowed; give the path below the document volume",
+        field=".filePath",
+    ),
+    _rule(
+        "!has(self.chunkOverlap) || self.chunkOverlap < (has(self.chunkSize) ? self.chunkSize : 1000)",
+        "spec.payload.chunkOverlap: must be smaller than chunkSize (default 1000)",
+        field=".chunkOverlap",
+    ),
+    # With the bound of a key and of a value alone a map could have 35,000 characters, over the 64 KiB of a spec in Chinese.
+    _rule(
+        "!has(self.metadata) || self.metadata.map(key, key.size() + self.metadata[key].size()).sum() <= 12000",
+        "spec.payload.metadata: at most 12000 characters in all; store large texts beside the document",
+        field=".metadata",
+    ),
+    _rule(
+        "!has(self.components) || self.components.all(one, self.components.exists_one(other, other == one))",
+        "spec.payload.components: name each component once",
+        field=".components",
+    ),
+]
+
+
+def _spec_schema() -> Schema:
+    spec = structural_schema(Spec, defaults=True)
+    payload = spec["properties"]["payload"]
+    payload.pop("default", None)  # defaults of the payload depend on the type: see task_contract.models.Payload
+    payload["x-kubernetes-validations"] = _PAYLOAD_RULES
+    spec["x-kubernetes-validations"] = _type_rules() + _duration_rules() + _immutable_rules(spec)
+    return spec
+
+
+def _status_schema() -> Schema:
+    status = structural_schema(Status)
+    # Queued from the first moment on, without a write: kubectl, kstatus and selectors work before the operator looked.
+    # The time is the epoch, as in the Gateway API: a default cannot know the time of creation.
+    status["default"] = {
+        "phase": "Queued",
+        "attempt": 0,
+        "conditions": [
+            {
+                "type": "Ready",
+                "status": "False",
+                "reason": "Queued",
+                "message": "waiting for the operator",
+                "lastTransitionTime": "1970-01-01T00:00:00Z",
+            }
+        ],
+    }
+    return status
+
+
+def _column(name: str, path: str, *, kind: str = "string", wide: bool = False, description: str = "") -> dict[str, Any]:
+    column: dict[str, Any] = {"name": name, "type": kind, "jsonPath": path, "priority": 1 if wide else 0}
+    return column | ({"description": description} if description else {})
+
+
+def custom_resource_definition() -> dict[str, Any]:
+    """Return the CRD as a manifest."""
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {
+            "name": f"{PLURAL}.{GROUP}",
+            "labels": {"app.kubernetes.io/name": "processing-tasks", "app.kubernetes.io/part-of": "processing-tasks"},
+        },
+        "spec": {
+            "group": GROUP,
+            "scope": "Namespaced",
+            "names": {
+                "kind": KIND,
+                "listKind": f"{KIND}List",
+                "plural": PLURAL,
+                "singular": "processingtask",
+                "shortNames": [SHORT_NAME],
+                "categories": ["knowledge"],
+            },
+            "versions": [
+                {
+                    "name": VERSION,
+                    "served": True,
+                    "storage": True,
+                    "subresources": {"status": {}},
+                    "selectableFields": [
+                        {"jsonPath": path} for path in (".spec.type", ".spec.kbId", ".spec.priority", ".status.phase")
+                    ],
+                    "additionalPrinterColumns": [
+                        _column("Type", ".spec.type"),
+                        _column("KB", ".spec.kbId", description="Knowledge base"),
+                        _column("Priority", ".spec.priority"),
+                        _column("Phase", ".status.phase"),
+                        _column("Stage", ".status.stage"),
+                        _column("Progress", ".status.progress", kind="integer", description="Percent of the attempt"),
+                        _column("Attempt", ".status.attempt", kind="integer"),
+                        _column("Age", ".metadata.creationTimestamp", kind="date"),
+                        _column("Chunks", ".status.result.chunks", kind="integer", wide=True),
+                        _column("Reason", '.status.conditions[?(@.type=="Ready")].reason', wide=True),
+                        _column("Job", ".status.job", wide=True),
+                    ],
+                    "schema": {
+                        "openAPIV3Schema": {
+                            "description": "An asynchronous document or embedding task of a knowledge base.",
+                            "type": "object",
+                            "required": ["spec"],
+                            "properties": {
+                                "apiVersion": {"type": "string"},
+                                "kind": {"type": "string"},
+                                "metadata": {"type": "object"},
+                                "spec": _spec_schema(),
+                                "status": _status_schema(),
+                            },
+                            "x-kubernetes-validations": [
+                                _rule(
+                                    "self.spec.priority == oldSelf.spec.priority || oldSelf.status.phase == 'Queued'",
+                                    "spec.priority: can be changed only while the task is Queued",
+                                    field=".spec.priority",
+                                )
+                            ],
+                        }
+                    },
+                }
+            ],
+        },
+    }

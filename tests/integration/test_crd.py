@@ -1,0 +1,226 @@
+"""The CRD on a real API server: what it refuses, with which words, and what it accepts."""
+
+import copy
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from devstack import Endpoints
+from task_contract import names
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT: dict[str, Any] = {"type": "document_processing", "kbId": "kb-1", "payload": {"filePath": "/data/a.pdf"}}
+
+Kubectl = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def kubectl(cluster: Endpoints) -> Kubectl:
+    def run(*arguments: str, stdin: object = None) -> subprocess.CompletedProcess[str]:
+        command = [str(cluster.kubectl), "--kubeconfig", str(cluster.kubeconfig), *arguments]
+        text = None if stdin is None else json.dumps(stdin)
+        return subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
+
+    applied = run("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds/processingtasks.yaml"))
+    assert applied.returncode == 0, applied.stderr
+    established = run("wait", "--for=condition=Established", "--timeout=30s", f"crd/{names.PLURAL}.{names.GROUP}")
+    assert established.returncode == 0, established.stderr
+    return run
+
+
+def task(spec: dict[str, Any], *, name: str = "a") -> dict[str, Any]:
+    return {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": name}, "spec": spec}
+
+
+def with_payload(**payload: Any) -> dict[str, Any]:
+    return DOCUMENT | {"payload": DOCUMENT["payload"] | payload}
+
+
+def spec(**fields: Any) -> dict[str, Any]:
+    return DOCUMENT | fields
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("no type", {"kbId": "kb"}, "spec.type: Required value"),
+    ("unknown type", spec(type="ocr"), "spec.type: Unsupported value"),
+    ("type of another kind", spec(type=3), "spec.type"),
+    ("batch is not there yet", {"type": "batch_processing", "kbId": "kb"}, "spec.type: this version carries out"),
+    ("indexing is not there yet", {"type": "knowledge_indexing", "kbId": "kb"}, "spec.type: this version carries out"),
+    ("embedding is not there yet", {"type": "embedding_generation", "kbId": "kb"}, "spec.type: this version carries out"),
+    ("vectors are not there yet", {"type": "vector_storage", "kbId": "kb"}, "spec.type: this version carries out"),
+    ("no knowledge base", {"type": "document_processing", "payload": {"filePath": "a"}}, "spec.kbId: required"),
+    ("empty kbId", spec(kbId=""), "spec.kbId"),
+    ("kbId with a slash", spec(kbId="a/b"), "spec.kbId"),
+    ("kbId that starts with a dot", spec(kbId=".a"), "spec.kbId"),
+    ("long kbId", spec(kbId="k" * 64), "spec.kbId: Too long"),
+    ("Chinese kbId", spec(kbId="知识库"), "spec.kbId"),
+    ("unknown priority", spec(priority="urgent"), "spec.priority: Unsupported value"),
+    ("no payload", {"type": "document_processing", "kbId": "kb"}, "spec.payload.filePath: required"),
+    ("no filePath", spec(payload={}), "spec.payload.filePath: required"),
+    ("empty filePath", with_payload(filePath=""), "spec.payload.filePath"),
+    ("long filePath", with_payload(filePath="a" * 1025), "spec.payload.filePath: Too long"),
+    ("filePath that climbs", with_payload(filePath="/data/../etc/passwd"), "spec.payload.filePath: '..' is not allowed"),
+    ("filePath of dots", with_payload(filePath=".."), "spec.payload.filePath: '..' is not allowed"),
+    ("filePath as URL", with_payload(filePath="http://169.254.169.254/x"), "spec.payload.filePath: URLs are not available"),
+    ("filePath as list", with_payload(filePath=["a"]), "spec.payload.filePath"),
+    ("filePath with a line break", with_payload(filePath="a\nb"), "spec.payload.filePath"),
+    ("long documentId", with_payload(documentId="d" * 513), "spec.payload.documentId: Too long"),
+    ("tiny chunkSize", with_payload(chunkSize=10), "spec.payload.chunkSize"),
+    ("huge chunkSize", with_payload(chunkSize=100_000), "spec.payload.chunkSize"),
+    ("chunkSize as text", with_payload(chunkSize="1000"), "spec.payload.chunkSize"),
+    ("negative chunkOverlap", with_payload(chunkOverlap=-1), "spec.payload.chunkOverlap"),
+    (
+        "overlap as large as the chunk",
+        with_payload(chunkSize=300, chunkOverlap=300),
+        "spec.payload.chunkOverlap: must be smaller",
+    ),
+    ("overlap as large as the default", with_payload(chunkOverlap=1000), "spec.payload.chunkOverlap: must be smaller"),
+    ("unknown processingMode", with_payload(processingMode="magic"), "spec.payload.processingMode: Unsupported value"),
+    ("metadata as list", with_payload(metadata=["a"]), "spec.payload.metadata"),
+    ("metadata of numbers", with_payload(metadata={"a": 1}), "spec.payload.metadata.a"),
+    ("much metadata", with_payload(metadata={f"k{n}": "v" for n in range(33)}), "spec.payload.metadata: Too many"),
+    ("long metadata key", with_payload(metadata={"k" * 64: "v"}), "spec.payload.metadata"),
+    (
+        "long metadata",
+        with_payload(metadata={f"k{n}": "v" * 1000 for n in range(13)}),
+        "spec.payload.metadata: at most 12000",
+    ),
+    ("components for a document", with_payload(components=["model"]), "spec.payload.components: only for type health_check"),
+    (
+        "filePath for a health check",
+        {"type": "health_check", "payload": {"filePath": "a"}},
+        "spec.payload.filePath: only for type",
+    ),
+    ("unknown component", {"type": "health_check", "payload": {"components": ["disk"]}}, "spec.payload.components[0]"),
+    ("no component", {"type": "health_check", "payload": {"components": []}}, "spec.payload.components"),
+    (
+        "a component twice",
+        {"type": "health_check", "payload": {"components": ["model", "model"]}},
+        "name each component once",
+    ),
+    ("misspelt field", spec(prioritty="high"), 'unknown field "spec.prioritty"'),
+    ("misspelt payload field", with_payload(chunksize=300), 'unknown field "spec.payload.chunksize"'),
+    ("negative retry limit", spec(retry={"limit": -1}), "spec.retry.limit"),
+    ("huge retry limit", spec(retry={"limit": 21}), "spec.retry.limit"),
+    ("shrinking retry factor", spec(retry={"factor": 0.5}), "spec.retry.factor"),
+    ("jitter over one", spec(retry={"jitter": 1.5}), "spec.retry.jitter"),
+    ("delay without unit", spec(retry={"initialDelay": "10"}), "spec.retry.initialDelay"),
+    ("delay over a day", spec(retry={"maxDelay": "25h"}), "spec.retry.maxDelay: must be between 0s and 24h"),
+    ("first delay over the longest", spec(retry={"initialDelay": "20m"}), "spec.retry.initialDelay: must not be longer"),
+    ("timeout of zero", spec(timeout="0s"), "spec.timeout: must be between 1s and 168h"),
+    ("timeout of a month", spec(timeout="720h"), "spec.timeout: must be between 1s and 168h"),
+    ("timeout in words", spec(timeout="ten minutes"), "spec.timeout"),
+    ("deadline of zero", spec(deadline="0s"), "spec.deadline: must be between 1s and 8760h"),
+    ("executor pool", spec(executor="pool"), "spec.executor: pool is not available"),
+    ("unknown executor", spec(executor="cloud"), "spec.executor: Unsupported value"),
+    ("callback", spec(callback={"url": "http://a/b"}), "spec.callback: callbacks are not available"),
+    ("callback without scheme", spec(callback={"url": "a/b"}), "spec.callback.url"),
+    ("cancel as text", spec(cancel="yes"), "spec.cancel"),
+    ("negative ttl", spec(ttlSecondsAfterFinished=-1), "spec.ttlSecondsAfterFinished"),
+    ("null type", spec(type=None), "spec.type"),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_a_bad_manifest_is_refused_with_the_name_of_the_field(
+    kubectl: Kubectl, namespace: str, bad: dict[str, Any], message: str
+) -> None:
+    answer = kubectl("create", "-n", namespace, "--validate=strict", "--dry-run=server", "-f", "-", stdin=task(bad))
+    assert answer.returncode != 0, answer.stdout
+    assert message in answer.stderr
+
+
+def test_a_manifest_without_spec_is_refused(kubectl: Kubectl, namespace: str) -> None:
+    manifest = task(DOCUMENT)
+    del manifest["spec"]
+    answer = kubectl("create", "-n", namespace, "-f", "-", stdin=manifest)
+    assert "spec: Required value" in answer.stderr
+
+
+EXAMPLES = sorted((ROOT / "manifests/examples").glob("*.yaml"))
+
+
+def test_there_are_examples() -> None:
+    assert EXAMPLES
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_is_accepted(kubectl: Kubectl, namespace: str, path: Path) -> None:
+    documents = []
+    for document in yaml.safe_load_all(path.read_text()):
+        document["metadata"].pop("namespace", None)
+        documents.append(document)
+    everything = {"apiVersion": "v1", "kind": "List", "items": documents}
+    answer = kubectl("create", "-n", namespace, "--validate=strict", "--dry-run=server", "-f", "-", stdin=everything)
+    assert answer.returncode == 0, answer.stderr
+
+
+IMMUTABLE: list[tuple[str, dict[str, Any], str]] = [
+    ("kbId", {"kbId": "kb-2"}, "spec.kbId: immutable"),
+    ("kbId removed", {"kbId": None}, "spec.kbId"),
+    ("type", {"type": "health_check"}, "spec.type: immutable"),
+    ("payload", {"payload": {"filePath": "b"}}, "spec.payload: immutable"),
+    ("payload extended", {"payload": {"chunkSize": 500}}, "spec.payload: immutable"),
+    ("retry", {"retry": {"limit": 9}}, "spec.retry: immutable"),
+    ("timeout", {"timeout": "5m"}, "spec.timeout: immutable"),
+    ("deadline", {"deadline": "5m"}, "spec.deadline: immutable"),
+    ("executor", {"executor": "job"}, "spec.executor: immutable"),
+]
+
+
+@pytest.mark.parametrize(("patch", "message"), [case[1:] for case in IMMUTABLE], ids=[case[0] for case in IMMUTABLE])
+def test_what_the_task_is_cannot_be_changed(kubectl: Kubectl, namespace: str, patch: dict[str, Any], message: str) -> None:
+    kubectl("create", "-n", namespace, "-f", "-", stdin=task(DOCUMENT, name="fixed"))
+    answer = kubectl("patch", "ptask", "fixed", "-n", namespace, "--type=merge", "-p", json.dumps({"spec": patch}))
+    assert answer.returncode != 0, answer.stdout
+    assert message in answer.stderr
+
+
+def test_a_new_task_has_its_defaults_and_is_queued_without_a_write(kubectl: Kubectl, namespace: str) -> None:
+    created = kubectl("create", "-n", namespace, "-o", "json", "-f", "-", stdin=task(DOCUMENT))
+    found = json.loads(created.stdout)
+    assert found["spec"]["priority"] == "normal"
+    assert found["spec"]["retry"] == {"limit": 3, "initialDelay": "10s", "factor": 2, "maxDelay": "10m", "jitter": 0.2}
+    assert found["spec"]["payload"] == DOCUMENT["payload"]
+    assert found["status"]["phase"] == "Queued"
+    assert found["status"]["conditions"][0]["reason"] == "Queued"
+    table = kubectl("get", "ptask", "-n", namespace).stdout.splitlines()
+    assert table[0].split() == ["NAME", "TYPE", "KB", "PRIORITY", "PHASE", "STAGE", "PROGRESS", "ATTEMPT", "AGE"]
+    wide = kubectl("get", "ptask", "-n", namespace, "-o", "wide").stdout.splitlines()
+    assert wide[0].split()[-3:] == ["CHUNKS", "REASON", "JOB"]
+
+
+def test_tasks_are_selected_by_type_knowledge_base_priority_and_phase(kubectl: Kubectl, namespace: str) -> None:
+    kubectl("create", "-n", namespace, "-f", "-", stdin=task(DOCUMENT | {"priority": "high"}, name="one"))
+    kubectl("create", "-n", namespace, "-f", "-", stdin=task(DOCUMENT | {"kbId": "kb-2"}, name="two"))
+    kubectl("create", "-n", namespace, "-f", "-", stdin=task({"type": "health_check"}, name="three"))
+    for selector, expected in [
+        ("spec.type=health_check", ["three"]),
+        ("spec.kbId=kb-2", ["two"]),
+        ("spec.priority=high", ["one"]),
+        ("status.phase=Queued", ["one", "three", "two"]),
+    ]:
+        answer = kubectl("get", "ptask", "-n", namespace, "--field-selector", selector, "-o", "name")
+        assert sorted(line.split("/")[1] for line in answer.stdout.split()) == expected, selector
+
+
+def test_cancel_suspend_ttl_and_priority_can_be_changed_while_queued_and_cancel_is_one_way(
+    kubectl: Kubectl, namespace: str
+) -> None:
+    kubectl("create", "-n", namespace, "-f", "-", stdin=task(copy.deepcopy(DOCUMENT)))
+
+    def patch(body: dict[str, Any], *more: str) -> subprocess.CompletedProcess[str]:
+        return kubectl("patch", "ptask", "a", "-n", namespace, "--type=merge", "-p", json.dumps(body), *more)
+
+    changes = {"suspend": True, "priority": "low", "ttlSecondsAfterFinished": 60, "cancel": True}
+    assert patch({"spec": changes}).returncode == 0
+    assert "spec.cancel: one way" in patch({"spec": {"cancel": False}}).stderr
+    assert patch({"status": {"phase": "Processing"}}, "--subresource=status").returncode == 0
+    assert "only while the task is Queued" in patch({"spec": {"priority": "high"}}).stderr
