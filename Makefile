@@ -1,0 +1,83 @@
+# Every command installs what it needs into .venv and the cache (~/.cache/processing-tasks) and says what it is doing.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+UV_VERSION := 0.13.9
+PACKAGES := crds operator job_runner client devstack tests
+
+.PHONY: help demo test test-unit test-integration test-e2e bench lint format generate lock images up down status clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[1m%-17s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY) ## Real documents through a real cluster into real stores, and two questions answered from them
+	@$(BIN)/python -m devstack demo
+
+test: $(READY) ## All tests: unit, integration (real servers), end to end (real cluster)
+	@$(BIN)/python -m devstack up
+	@$(BIN)/python -m pytest tests
+
+test-unit: $(READY) ## Tests that need no server: seconds
+	@$(BIN)/python -m pytest tests/unit -n 2
+
+test-integration: $(READY) ## Tests on a real API server, PostgreSQL, Redis, Milvus and Elasticsearch
+	@$(BIN)/python -m devstack up
+	@$(BIN)/python -m pytest tests/integration
+
+test-e2e: $(READY) ## Tests on the whole installation: cluster, chart, images, stores
+	@$(BIN)/python -m devstack up
+	@$(BIN)/python -m pytest tests/e2e
+
+bench: $(READY) ## Measure; writes build/bench/NAME.json (make bench NAME=operator for one)
+	@$(BIN)/python -m tests.bench $(NAME)
+
+lint: $(READY) ## ruff, mypy strict, import-linter, generated files in sync
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet . || { echo "cannot accept the formatting: run make format"; exit 1; }
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/python crds/generate.py --check
+	@echo "lint: all good"
+
+format: $(READY) ## Format the code and sort imports
+	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format .
+
+generate: $(READY) ## Write the CRD from the models
+	@$(BIN)/python crds/generate.py
+
+lock: $(READY) ## Pin all dependencies anew within the bounds of pyproject.toml
+	@for extra in operator runner dev; do \
+	  echo "locking $$extra"; \
+	  $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	    --no-header --extra $$extra pyproject.toml -o requirements/$$extra.txt; \
+	done
+
+images: $(READY) ## Build both images and print their sizes by package
+	@$(BIN)/python -m devstack images
+
+up: $(READY) ## Start the devstack: one-node Kubernetes, PostgreSQL, Redis, Milvus, Elasticsearch
+	@$(BIN)/python -m devstack up
+
+down: $(READY) ## Stop the devstack; nothing of it is left running
+	@$(BIN)/python -m devstack down
+
+status: $(READY) ## What of the devstack runs
+	@$(BIN)/python -m devstack status
+
+clean: ## Remove what was built here (the cache of builds stays: rm -r ~/.cache/processing-tasks)
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis $(VENV)
+
+$(READY): requirements/dev.txt pyproject.toml
+	@echo "preparing $(VENV): the locked dependencies (under a minute with a fast network)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "cannot prepare $(VENV): Python 3.11 or newer is needed; run make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "cannot prepare $(VENV): the venv module is missing; on Debian run: apt-get install python3-venv"; exit 1; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@$(BIN)/uv pip sync --quiet requirements/dev.txt
+	@$(BIN)/uv pip install --quiet --no-deps --editable .
+	@touch $@
