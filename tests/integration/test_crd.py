@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import yaml
 
-from devstack import Endpoints
 from task_contract import names
 
 pytestmark = pytest.mark.integration
@@ -19,20 +18,6 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT: dict[str, Any] = {"type": "document_processing", "kbId": "kb-1", "payload": {"filePath": "/data/a.pdf"}}
 
 Kubectl = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture(scope="session")
-def kubectl(cluster: Endpoints) -> Kubectl:
-    def run(*arguments: str, stdin: object = None) -> subprocess.CompletedProcess[str]:
-        command = [str(cluster.kubectl), "--kubeconfig", str(cluster.kubeconfig), *arguments]
-        text = None if stdin is None else json.dumps(stdin)
-        return subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
-
-    applied = run("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds/processingtasks.yaml"))
-    assert applied.returncode == 0, applied.stderr
-    established = run("wait", "--for=condition=Established", "--timeout=30s", f"crd/{names.PLURAL}.{names.GROUP}")
-    assert established.returncode == 0, established.stderr
-    return run
 
 
 def task(spec: dict[str, Any], *, name: str = "a") -> dict[str, Any]:
