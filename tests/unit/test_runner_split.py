@@ -1,0 +1,225 @@
+"""What the splitter promises: exact offsets, ends at sentences, bounds kept, an end for any settings."""
+
+import time
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from job_runner.document import Chunk, Heading, Kind, Page, ParsedDocument
+from job_runner.split import SplitSettings, language_of, split
+from task_contract.models import ProcessingMode
+
+CHINESE = "知识库把文档切成片段。每个片段都有页码！“真的吗？”他问。是的；片段还带有标题路径……最后一句没有句号"
+ENGLISH = "The runner reads a file. It has 3.14 pages, e.g. none. Dr. Smith agrees! Does it end? Yes."
+
+
+def document(
+    text: str, *, headings: tuple[Heading, ...] = (), pages: tuple[Page, ...] = (Page(number=1, start=0),)
+) -> ParsedDocument:
+    return ParsedDocument(kind=Kind.TEXT, text=text, pages=pages, headings=headings)
+
+
+def chunks(text: str, **settings: object) -> list[Chunk]:
+    headings = settings.pop("headings", ())
+    return list(split(document(text, headings=headings), SplitSettings(**settings)))  # type: ignore[arg-type]  # a table of settings
+
+
+def markdown(text: str) -> tuple[Heading, ...]:
+    """Headings of lines that start with ``#``."""
+    headings, offset = [], 0
+    for line in text.splitlines(keepends=True):
+        if line.startswith("#"):
+            title = line.lstrip("#")
+            headings.append(Heading(start=offset, end=offset + len(line), level=len(line) - len(title), title=title.strip()))
+        offset += len(line)
+    return tuple(headings)
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "expected"),
+    [
+        pytest.param("", 10, [], id="nothing"),
+        pytest.param(" \n\u3000\t ", 10, [], id="white space only"),
+        pytest.param("短。", 10, ["短。"], id="one short sentence"),
+        pytest.param("一二三。四五六。七八九。", 8, ["一二三。四五六。", "七八九。"], id="chinese full stops"),
+        pytest.param(
+            "他说：“好的。”她走了。", 8, ["他说：“好的。”", "她走了。"], id="closing quote stays with its sentence"
+        ),
+        pytest.param("「はい。」と言った。次です。", 10, ["「はい。」と言った。", "次です。"], id="japanese brackets"),
+        pytest.param("One two. Three four. Five.", 20, ["One two. Three four.", "Five."], id="latin"),
+        pytest.param("See Dr. Smith now. Then go.", 20, ["See Dr. Smith now.", "Then go."], id="abbreviation"),
+        pytest.param("Pi is 3.14 about. It is so.", 18, ["Pi is 3.14 about.", "It is so."], id="decimal point"),
+        pytest.param("J. R. Tolkien wrote. I read.", 21, ["J. R. Tolkien wrote.", "I read."], id="initials"),
+        pytest.param("alpha beta\n\ngamma delta", 15, ["alpha beta", "gamma delta"], id="paragraphs without full stops"),
+        pytest.param("- alpha beta\n- gamma delta", 15, ["- alpha beta", "- gamma delta"], id="list items"),
+        pytest.param("甲乙丙，丁戊己，庚辛壬", 8, ["甲乙丙，丁戊己，", "庚辛壬"], id="commas where a sentence is too long"),
+        pytest.param("alpha beta gamma delta", 12, ["alpha beta", "gamma delta"], id="spaces where there are no commas"),
+        pytest.param("abcdefghij" * 2, 8, ["abcdefgh", "ijabcdef", "ghij"], id="characters where there is nothing else"),
+        pytest.param("one.   \n\n   two.", 5, ["one.", "two."], id="white space at edges does not count"),
+    ],
+)
+def test_chunks_end_at_the_best_border_that_fits(text: str, size: int, expected: list[str]) -> None:
+    assert [chunk.text for chunk in chunks(text, chunk_size=size, chunk_overlap=0)] == expected
+
+
+@pytest.mark.parametrize("text", [CHINESE * 30, (ENGLISH + " ") * 30], ids=["chinese without line ends", "english"])
+def test_every_chunk_but_the_last_ends_with_a_sentence(text: str) -> None:
+    found = chunks(text, chunk_size=200, chunk_overlap=40)
+    assert len(found) > 5
+    assert all(chunk.text.endswith(("。", "！", "？", "”", "；", "…", ".", "!", "?")) for chunk in found[:-1])
+    assert all(not chunk.text.endswith(("e.g.", "Dr.")) for chunk in found)
+
+
+def test_overlap_is_whole_sentences_and_within_its_bound() -> None:
+    found = chunks("".join(f"第{number:03}句话在这里。" for number in range(100)), chunk_size=60, chunk_overlap=25)
+    for before, after in pairwise(found):
+        assert before.end - after.start == 20
+        assert after.text.startswith("第")
+
+
+def test_a_chunk_does_not_cross_a_heading_and_knows_its_path() -> None:
+    text = "# 手册\n\n引言在此处写得足够长了。\n\n## 备份\n\n每天备份一次数据库才安全。\n\n"
+    text += "## 恢复\n\n先停机再恢复数据才稳妥。\n"
+    found = chunks(text, chunk_size=40, chunk_overlap=10, headings=markdown(text))
+    assert [(chunk.text.split("\n")[0], chunk.heading_path) for chunk in found] == [
+        ("# 手册", ("手册",)),
+        ("## 备份", ("手册", "备份")),
+        ("## 恢复", ("手册", "恢复")),
+    ]
+
+
+def test_a_heading_never_ends_a_chunk_and_tiny_sections_share_one() -> None:
+    text = "# A\n\nx.\n\n# B\n\ny.\n\n# Cccc\n\n" + "Long sentence here. " * 4
+    found = chunks(text, chunk_size=60, chunk_overlap=0, headings=markdown(text))
+    assert found[0].text == "# A\n\nx.\n\n# B\n\ny."
+    assert found[1].text.startswith("# Cccc\n\nLong")
+    assert found[1].heading_path == ("Cccc",)
+
+
+def test_a_bookmark_inside_a_page_starts_a_section() -> None:
+    text = "Part one is here and long enough. Part two is here and long enough."
+    at = text.index("Part two")
+    found = chunks(text, chunk_size=100, chunk_overlap=0, headings=(Heading(start=at, end=at, level=1, title="Two"),))
+    assert [(chunk.text[:8], chunk.heading_path) for chunk in found] == [("Part one", ()), ("Part two", ("Two",))]
+
+
+def test_pages_of_a_chunk_that_spans_several() -> None:
+    pages = (Page(number=1, start=0), Page(number=2, start=6), Page(number=4, start=12))
+    whole = document("aaaaa\nbbbbb\nccccc", pages=pages)
+    found = list(split(whole, SplitSettings(chunk_size=11, chunk_overlap=0)))
+    assert [(chunk.page_start, chunk.page_end) for chunk in found] == [(1, 2), (4, 4)]
+
+
+def test_fixed_mode_cuts_windows() -> None:
+    found = chunks("abcdefghij", chunk_size=4, chunk_overlap=1, mode=ProcessingMode.FIXED)
+    assert [(chunk.start, chunk.text) for chunk in found] == [(0, "abcd"), (3, "defg"), (6, "ghij")]
+
+
+def test_tokens_cap_a_chunk_whatever_its_characters() -> None:
+    found = chunks("一二三四。五六七八。" * 20, chunk_size=100, chunk_overlap=20, max_tokens=12, count_tokens=len)
+    assert max(len(chunk.text) for chunk in found) <= 12
+    assert all(chunk.text.endswith("。") for chunk in found)
+    long = chunks("字" * 50, chunk_size=100, chunk_overlap=0, max_tokens=12, count_tokens=len)
+    assert [len(chunk.text) for chunk in long] == [12, 12, 12, 12, 2] or max(len(c.text) for c in long) <= 12
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("知识库运维手册", "zh"),
+        ("用 Kubernetes 部署 operator 的步骤", "zh"),
+        ("Plain English.", "en"),
+        ("Économie française", "en"),
+        ("これは日本語の文章です", "other"),
+        ("한국어 문장입니다", "other"),
+        ("12345 %%", "other"),
+        ("Привет мир", "other"),
+    ],
+)
+def test_language_by_script(text: str, language: str) -> None:
+    assert language_of(text) == language
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"chunk_size": 0, "chunk_overlap": 0},
+        {"chunk_size": 10, "chunk_overlap": 10},
+        {"chunk_size": 10, "chunk_overlap": -1},
+        {"max_tokens": 5},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="cannot"):
+        SplitSettings(**settings)
+
+
+PIECES = st.sampled_from(
+    [
+        "知识",
+        "库。",
+        "！",
+        "”",
+        "word ",
+        "end. ",
+        "Dr. ",
+        "3.14",
+        "\n",
+        "\n\n",
+        "# h\n",
+        "- ",
+        "，",
+        ", ",
+        " ",
+        "\u3000",
+        "é",
+        "e\u0301",
+        "😀",
+        "\U00020000",
+        "1. ",
+    ]
+)
+
+
+@given(
+    text=st.lists(PIECES, max_size=80).map("".join),
+    size=st.integers(1, 40),
+    share=st.floats(0, 0.999),
+    mode=st.sampled_from(list(ProcessingMode)),
+    max_tokens=st.none() | st.integers(1, 30),
+)
+def test_any_text_and_settings_give_exact_chunks(
+    text: str, size: int, share: float, mode: ProcessingMode, max_tokens: int | None
+) -> None:
+    headings = markdown(text)
+    settings = SplitSettings(
+        chunk_size=size,
+        chunk_overlap=int(size * share),
+        mode=mode,
+        max_tokens=max_tokens,
+        count_tokens=None if max_tokens is None else lambda piece: len(piece.encode()),
+    )
+    found = list(split(document(text, headings=headings), settings))
+    covered = set()
+    for ordinal, chunk in enumerate(found):
+        assert chunk.ordinal == ordinal
+        assert chunk.text == text[chunk.start : chunk.end]
+        assert chunk.text.strip() == chunk.text != ""
+        assert len(chunk.text) <= size
+        if max_tokens is not None and len(chunk.text) > 1:
+            assert len(chunk.text.encode()) <= max_tokens
+        covered.update(range(chunk.start, chunk.end))
+    assert all(a.start <= b.start and a.end < b.end for a, b in pairwise(found))
+    assert all(text[at].isspace() for at in set(range(len(text))) - covered), "text was lost"
+    assert list(split(document(text, headings=headings), settings)) == found
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 200_000, " " * 200_000, "字" * 200_000, ". " * 100_000, "\n" * 200_000, "'" * 200_000, "。" * 200_000]
+)
+def test_monotonous_text_takes_no_time(text: str) -> None:
+    started = time.process_time()
+    list(split(document(text), SplitSettings()))
+    assert time.process_time() - started < 2
