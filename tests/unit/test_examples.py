@@ -1,0 +1,100 @@
+"""The manifests and documents that users copy from: they parse, they fit together, and they say what they promise."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pypdfium2
+import pytest
+import yaml
+
+from task_contract.models import ProcessingTask, Spec, TaskType, parse_manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = ROOT / "examples/documents"
+MANIFESTS = sorted((ROOT / "manifests/examples").glob("*.yaml"))
+QUESTIONS: list[dict[str, Any]] = json.loads((DOCUMENTS / "questions.json").read_text(encoding="utf-8"))
+
+
+def task(path: Path) -> ProcessingTask:
+    return parse_manifest(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+@cache
+def pages() -> list[str]:
+    with pypdfium2.PdfDocument(DOCUMENTS / "handbook.pdf") as document:
+        return [" ".join(document[number].get_textpage().get_text_range().split()) for number in range(len(document))]
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_manifest_is_a_task_whose_document_ships_with_the_examples(path: Path) -> None:
+    payload = task(path).spec.payload
+    assert payload.file_path is None or (DOCUMENTS / Path(payload.file_path).relative_to("/data")).is_file()
+
+
+def test_every_type_that_is_carried_out_has_an_example() -> None:
+    assert {task(path).spec.type for path in MANIFESTS} == {TaskType.DOCUMENT_PROCESSING, TaskType.HEALTH_CHECK}
+
+
+def test_names_are_unique_so_that_all_can_be_applied_together() -> None:
+    names = [task(path).metadata.name for path in MANIFESTS]
+    assert len(names) == len(set(names))
+
+
+def test_full_example_shows_every_field_of_the_spec() -> None:
+    path = ROOT / "manifests/examples/document-full.yaml"
+    text = path.read_text(encoding="utf-8")
+    shown = yaml.safe_load(text)["spec"]
+    assert set(shown) == {str(field.alias) for field in Spec.model_fields.values()}
+    payload = {str(field.alias) for field in type(task(path).spec.payload).model_fields.values()}
+    assert [field for field in sorted(payload) if f" {field}:" not in text] == []
+
+
+def test_kustomization_lists_only_files_that_exist() -> None:
+    folder = ROOT / "manifests/examples"
+    resources = yaml.safe_load((folder / "kustomization.yml").read_text())["resources"]
+    assert [name for name in resources if not (folder / name).is_file()] == []
+
+
+def test_handbook_has_ten_pages_and_a_bookmark_for_each_heading() -> None:
+    source = (DOCUMENTS / "src/handbook.md").read_text(encoding="utf-8")
+    headings = [line.lstrip("# ") for line in source.splitlines() if line.startswith("##")]
+    with pypdfium2.PdfDocument(DOCUMENTS / "handbook.pdf") as document:
+        assert [entry.get_title() for entry in document.get_toc()] == headings
+        assert len(document) == 10
+
+
+def test_handbook_was_rendered_from_its_source() -> None:
+    source = (DOCUMENTS / "src/handbook.md").read_text(encoding="utf-8")
+    plain = source.replace("**", "").replace("`", "")
+    paragraphs = [line for line in plain.splitlines() if line and not line.startswith("#")]
+    # Page numbers stand between the pages of a paragraph that runs over; the beginnings are on one page.
+    starts = [" ".join(paragraph.split()[:6]) for paragraph in paragraphs]
+    text = " ".join(pages())
+    assert [start for start in starts if start not in text] == []
+
+
+def test_broken_document_is_the_beginning_of_a_good_one_and_does_not_open() -> None:
+    whole, broken = ((DOCUMENTS / name).read_bytes() for name in ("handbook.pdf", "broken.pdf"))
+    assert whole.startswith(broken)
+    assert broken.startswith(b"%PDF-")
+    with pytest.raises(pypdfium2.PdfiumError):
+        pypdfium2.PdfDocument(broken)
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question["question"])
+def test_question_is_answered_below_its_heading_on_its_page(question: dict[str, Any]) -> None:
+    if question["page"] is None:
+        text = (DOCUMENTS / question["document"]).read_text(encoding="utf-8")
+        assert question["answer"] in text.split(f"### {question['heading']}\n")[1].split("\n#")[0]
+        return
+    found = [number for number, text in enumerate(pages(), start=1) if question["answer"] in text]
+    assert found == [question["page"]]
+    source = (DOCUMENTS / "src/handbook.md").read_text(encoding="utf-8")
+    assert question["answer"] in source.split(f"### {question['heading']}\n")[1].split("\n#")[0]
+
+
+def test_readme_lists_the_questions() -> None:
+    text = (DOCUMENTS / "README.md").read_text(encoding="utf-8")
+    assert [question["question"] for question in QUESTIONS if question["question"] not in text] == []
