@@ -1,0 +1,441 @@
+"""Kubernetes Jobs and pods as values: from a task to the Job of one attempt, and from what the API server says to reports.
+
+Pure functions over dictionaries of the Kubernetes API; nothing here speaks to a server or reads a clock.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from task_contract.lifecycle import ExitCode
+from task_contract.messages import AttemptOutcome
+from task_contract.models import Priority, ProcessingTask, Status
+from task_contract.names import (
+    API_VERSION,
+    ATTEMPT_LABEL,
+    CONTAINER,
+    DOCUMENT_ROOT,
+    GROUP,
+    KIND,
+    MANAGED_BY,
+    MANAGED_BY_LABEL,
+    TASK_ANNOTATION,
+    TASK_FILE,
+    TASK_NAME_ANNOTATION,
+    TASK_UID_LABEL,
+    TYPE_LABEL,
+    job_name,
+)
+
+QUEUED_AT_ANNOTATION: Final = f"{GROUP}/queued-at"
+"""Which stay in the queue a Job belongs to: the value of :func:`queue_stamp` when it was made. An attempt that is given
+back keeps its number and so the name of its Job; this mark tells the Job that was given back from the one after it."""
+
+DEADLINE_ALLOWANCE: Final = timedelta(minutes=10)
+"""The runner ends an attempt at its timeout itself; the Job's deadline is the backstop for a runner that hangs, with room
+for what comes before the container starts (scheduling, image pull)."""
+JOB_TTL: Final = timedelta(days=1)
+"""Backstop only: the operator deletes Jobs itself, after what they said is stored."""
+GRACE: Final = timedelta(seconds=30)
+TMP_SIZE: Final = "1Gi"
+NONROOT: Final = 65532
+
+_TASK_VOLUME: Final = "task"
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerTemplate:
+    """What every runner pod has in common; comes from the operator's settings."""
+
+    image: str
+    image_pull_policy: str = "IfNotPresent"
+    service_account: str = "processing-task-runner"
+    stores_secret: str = "processing-task-stores"  # noqa: S105 - the name of a Secret, not a secret
+    documents_claim: str | None = "processing-task-documents"
+    """Claim of the document volume; None mounts none."""
+    priority_classes: Mapping[Priority, str] = field(default_factory=dict)
+    resources: Mapping[str, Any] = field(default_factory=dict)
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    tolerations: tuple[Mapping[str, Any], ...] = ()
+    image_pull_secrets: tuple[str, ...] = ()
+
+
+def queue_stamp(task: ProcessingTask) -> str:
+    """Return the name of the task's present stay in the queue: when it was put there, to the second, in UTC."""
+    at = task.status.queued_at or task.metadata.creation_timestamp
+    return "" if at is None else at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def current_attempt(status: Status) -> int:
+    """Return the number of the attempt that runs, waits or comes next: the latest, or the one after if that was counted.
+
+    ``status.attempts`` holds counted attempts only (one that is given back leaves it): a finished entry is a spent number.
+    """
+    spent = any(attempt.number == status.attempt and attempt.finished_at is not None for attempt in status.attempts)
+    return status.attempt + 1 if spent else max(1, status.attempt)
+
+
+# ------------------------------------------------------------------------------------------------------ task → Job
+
+
+def task_document(task: ProcessingTask) -> str:
+    """Return the JSON that the pod reads as its task: what identifies it, and its spec.
+
+    A spec has at most 64 KiB, an object's annotations 256 KiB: it fits with room to spare. Characters outside ASCII stay as
+    they are; escaped, Chinese text would be twice as long.
+    """
+    metadata = task.metadata
+    created = metadata.creation_timestamp
+    document = {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "metadata": {
+            "name": metadata.name,
+            "namespace": metadata.namespace,
+            "uid": metadata.uid,
+            "generation": metadata.generation,
+            "creationTimestamp": None if created is None else created.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        },
+        "spec": task.spec.manifest(),
+    }
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+
+
+def build_job(task: ProcessingTask, *, attempt: int, template: RunnerTemplate) -> dict[str, Any]:
+    """Return the Job of one attempt, under the restrictions of Pod Security ``restricted``.
+
+    It has one pod that is never restarted in place. ``Ignore`` for disruptions lets the Job controller replace a pod that
+    was evicted, preempted or lost with its node: such an end says nothing about the task. A permanent error fails the Job
+    at once.
+    """
+    metadata = task.metadata
+    if metadata.uid is None:
+        raise ValueError(f"cannot build a Job for task {metadata.name}: it has no uid; take it from the API server")
+    labels = {
+        "app.kubernetes.io/name": "processing-task-runner",
+        "app.kubernetes.io/component": "runner",
+        MANAGED_BY_LABEL: MANAGED_BY,
+        TASK_UID_LABEL: metadata.uid,
+        ATTEMPT_LABEL: str(attempt),
+        TYPE_LABEL: str(task.spec.type),
+    }
+    deadline = task.spec.effective_timeout + DEADLINE_ALLOWANCE
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {
+            "name": job_name(task_name=metadata.name, task_uid=metadata.uid, attempt=attempt),
+            "namespace": metadata.namespace,
+            "labels": labels,
+            "annotations": {TASK_NAME_ANNOTATION: metadata.name, QUEUED_AT_ANNOTATION: queue_stamp(task)},
+            "ownerReferences": [
+                {
+                    "apiVersion": API_VERSION,
+                    "kind": KIND,
+                    "name": metadata.name,
+                    "uid": metadata.uid,
+                    "controller": True,
+                    "blockOwnerDeletion": True,
+                }
+            ],
+        },
+        "spec": {
+            "backoffLimit": 0,
+            "completions": 1,
+            "parallelism": 1,
+            "activeDeadlineSeconds": int(deadline.total_seconds()),
+            "ttlSecondsAfterFinished": int(JOB_TTL.total_seconds()),
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": {
+                "rules": [
+                    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                    {
+                        "action": "FailJob",
+                        "onExitCodes": {
+                            "containerName": CONTAINER,
+                            "operator": "In",
+                            "values": [int(ExitCode.PERMANENT)],
+                        },
+                    },
+                ]
+            },
+            "template": {
+                "metadata": {
+                    "labels": labels,
+                    "annotations": {
+                        TASK_NAME_ANNOTATION: metadata.name,
+                        TASK_ANNOTATION: task_document(task),
+                    },
+                },
+                "spec": _pod_spec(task, attempt=attempt, template=template),
+            },
+        },
+    }
+
+
+def _pod_spec(task: ProcessingTask, *, attempt: int, template: RunnerTemplate) -> dict[str, Any]:
+    folder, file = TASK_FILE.rsplit("/", 1)
+    volumes: list[dict[str, Any]] = [
+        {"name": "tmp", "emptyDir": {"sizeLimit": TMP_SIZE}},
+        {
+            "name": _TASK_VOLUME,
+            "downwardAPI": {
+                "items": [{"path": file, "fieldRef": {"fieldPath": f"metadata.annotations['{TASK_ANNOTATION}']"}}]
+            },
+        },
+    ]
+    mounts: list[dict[str, Any]] = [
+        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - the pod's own emptyDir
+        {"name": _TASK_VOLUME, "mountPath": folder, "readOnly": True},
+    ]
+    if template.documents_claim:
+        volumes.append(
+            {
+                "name": "documents",
+                "persistentVolumeClaim": {"claimName": template.documents_claim, "readOnly": True},
+            }
+        )
+        mounts.append({"name": "documents", "mountPath": DOCUMENT_ROOT, "readOnly": True})
+    pod: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "serviceAccountName": template.service_account,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": int(GRACE.total_seconds()),
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": NONROOT,
+            "runAsGroup": NONROOT,
+            "fsGroup": NONROOT,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [
+            {
+                "name": CONTAINER,
+                "image": template.image,
+                "imagePullPolicy": template.image_pull_policy,
+                "command": ["python", "-m", "job_runner", "run", TASK_FILE],
+                "env": [
+                    {"name": "TASKS_ATTEMPT", "value": str(attempt)},
+                    {"name": "TASKS_HOLDER", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}},
+                ],
+                "envFrom": [{"secretRef": {"name": template.stores_secret}}],
+                "resources": dict(template.resources),
+                "terminationMessagePolicy": "File",
+                "securityContext": {
+                    "allowPrivilegeEscalation": False,
+                    "readOnlyRootFilesystem": True,
+                    "capabilities": {"drop": ["ALL"]},
+                },
+                "volumeMounts": mounts,
+            }
+        ],
+        "volumes": volumes,
+    }
+    if priority_class := template.priority_classes.get(task.spec.priority):
+        pod["priorityClassName"] = priority_class
+    if template.node_selector:
+        pod["nodeSelector"] = dict(template.node_selector)
+    if template.tolerations:
+        pod["tolerations"] = [dict(toleration) for toleration in template.tolerations]
+    if template.image_pull_secrets:
+        pod["imagePullSecrets"] = [{"name": name} for name in template.image_pull_secrets]
+    return pod
+
+
+# ----------------------------------------------------------------------------------------------------- Job → state
+
+
+@dataclass(frozen=True, slots=True)
+class JobState:
+    """What a Job of ours says about its attempt."""
+
+    name: str
+    namespace: str
+    uid: str
+    resource_version: int
+    owner_uid: str | None
+    """Uid of the task that controls it."""
+    owner_name: str | None
+    attempt: int
+    queue_stamp: str
+    """See :data:`QUEUED_AT_ANNOTATION`."""
+    created_at: datetime | None = None
+    ready: int = 0
+    """Pods that run."""
+    suspended: bool = False
+    """By somebody else: the operator never suspends a Job."""
+    deleting: bool = False
+    complete: bool = False
+    failed: bool = False
+    failure_reason: str | None = None
+    """Of the Failed condition: BackoffLimitExceeded, DeadlineExceeded, PodFailurePolicy."""
+    failure_message: str = ""
+    finished_at: datetime | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the Job controller has ended it, one way or the other."""
+        return self.complete or self.failed
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any]) -> "JobState":
+        """Read a Job as the API server hands it out; what is missing counts as absent, never as an error."""
+        metadata: Mapping[str, Any] = manifest["metadata"]
+        spec: Mapping[str, Any] = manifest.get("spec") or {}
+        status: Mapping[str, Any] = manifest.get("status") or {}
+        owner: Mapping[str, Any] = next(
+            (
+                reference
+                for reference in metadata.get("ownerReferences") or ()
+                if reference.get("controller") and reference.get("kind") == KIND
+            ),
+            {},
+        )
+        conditions = {
+            condition["type"]: condition for condition in status.get("conditions") or () if condition.get("status") == "True"
+        }
+        ended = conditions.get("Complete") or conditions.get("Failed") or {}
+        failed = conditions.get("Failed")
+        return cls(
+            name=metadata["name"],
+            namespace=metadata["namespace"],
+            uid=metadata["uid"],
+            resource_version=int(metadata["resourceVersion"]),
+            owner_uid=owner.get("uid"),
+            owner_name=owner.get("name"),
+            attempt=_number((metadata.get("labels") or {}).get(ATTEMPT_LABEL)),
+            queue_stamp=(metadata.get("annotations") or {}).get(QUEUED_AT_ANNOTATION, ""),
+            created_at=parse_time(metadata.get("creationTimestamp")),
+            ready=status.get("ready") or 0,
+            suspended=bool(spec.get("suspend")),
+            deleting=metadata.get("deletionTimestamp") is not None,
+            complete="Complete" in conditions,
+            failed=failed is not None,
+            failure_reason=None if failed is None else failed.get("reason"),
+            failure_message="" if failed is None else failed.get("message") or "",
+            finished_at=parse_time(ended.get("lastTransitionTime")),
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ pod → report
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Why a pod does not run yet."""
+
+    reason: str
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PodReport:
+    """What a pod says about an attempt."""
+
+    name: str
+    uid: str
+    job_uid: str | None
+    alive: bool = True
+    """Neither Succeeded nor Failed: a process may still run in it."""
+    running: bool = False
+    waiting: Waiting | None = None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    exit_code: int | None = None
+    oom_killed: bool = False
+    disrupted: str | None = None
+    """Reason of its DisruptionTarget condition, or Evicted, NodeLost, ...: the end was not the task's doing."""
+    message: str = ""
+    """What Kubernetes says about the end."""
+    outcome: AttemptOutcome | None = None
+    """The termination message, if the runner wrote one."""
+
+
+_NO_NEWS: Final = frozenset({"ContainerCreating", "PodInitializing", ""})
+# The kubelet goes back and forth between the two; told apart, each turn would cost a status write.
+_SAME: Final = {"ErrImagePull": "ImagePullBackOff", "ErrImageNeverPull": "ImagePullBackOff"}
+_DISRUPTIONS: Final = frozenset(
+    {
+        "Evicted",
+        "NodeLost",
+        "NodeAffinity",
+        "NodeShutdown",
+        "Preempting",
+        "Shutdown",
+        "Terminated",
+        "UnexpectedAdmissionError",
+    }
+)
+
+
+def pod_report(manifest: Mapping[str, Any]) -> PodReport:
+    """Read a pod of ours as the API server hands it out."""
+    metadata: Mapping[str, Any] = manifest["metadata"]
+    status: Mapping[str, Any] = manifest.get("status") or {}
+    phase = status.get("phase") or "Pending"
+    controller = next(
+        (reference["uid"] for reference in metadata.get("ownerReferences") or () if reference.get("controller")), None
+    )
+    container: Mapping[str, Any] = next(
+        (one for one in status.get("containerStatuses") or () if one.get("name") == CONTAINER), {}
+    )
+    state: Mapping[str, Any] = container.get("state") or {}
+    ended: Mapping[str, Any] = state.get("terminated") or {}
+    conditions = {condition["type"]: condition for condition in status.get("conditions") or ()}
+    disruption = conditions.get("DisruptionTarget") or {}
+    disrupted = disruption.get("reason") if disruption.get("status") == "True" else None
+    if disrupted is None and phase == "Failed" and status.get("reason") in _DISRUPTIONS:
+        disrupted = status["reason"]
+    alive = phase not in {"Succeeded", "Failed"}
+    started = (state.get("running") or ended).get("startedAt")
+    return PodReport(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        job_uid=controller,
+        alive=alive,
+        running="running" in state and alive,
+        waiting=_waiting(status, state, conditions) if phase == "Pending" else None,
+        started_at=parse_time(started),
+        finished_at=parse_time(ended.get("finishedAt")),
+        exit_code=ended.get("exitCode"),
+        oom_killed=ended.get("reason") == "OOMKilled",
+        disrupted=disrupted,
+        message=disruption.get("message") or status.get("message") or "",
+        outcome=AttemptOutcome.parse(ended.get("message")),
+    )
+
+
+def _waiting(status: Mapping[str, Any], state: Mapping[str, Any], conditions: Mapping[str, Mapping[str, Any]]) -> Waiting:
+    scheduled = conditions.get("PodScheduled") or {}
+    if scheduled.get("status") == "False":
+        return Waiting(reason=scheduled.get("reason") or "Unschedulable", message=scheduled.get("message") or "")
+    waiting: Mapping[str, Any] = state.get("waiting") or {}
+    reason = waiting.get("reason") or ""
+    if reason not in _NO_NEWS:
+        return Waiting(reason=_SAME.get(reason, reason), message=waiting.get("message") or "")
+    return Waiting(reason="PodPending", message=waiting.get("message") or status.get("message") or "")
+
+
+def pods_of(job: JobState, pods: Iterable[PodReport]) -> tuple[PodReport, ...]:
+    """Return the pods of one Job, those that ended later last; pods that have not ended come after all that have."""
+    latest = datetime.max.replace(tzinfo=UTC)
+    mine = [pod for pod in pods if pod.job_uid == job.uid]
+    return tuple(sorted(mine, key=lambda pod: (pod.finished_at or latest, pod.started_at or latest, pod.name)))
+
+
+def parse_time(text: str | None) -> datetime | None:
+    """Read a timestamp of the Kubernetes API; None for none, or for one that is no timestamp."""
+    if not text:
+        return None
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return None
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text is not None and text.isdecimal() else 0
