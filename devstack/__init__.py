@@ -1,1 +1,159 @@
-"""The one-node Kubernetes and the stores that demo and tests run on."""
+"""The one-node Kubernetes and the stores that demo and tests run on: real servers, on this machine, in seconds.
+
+    endpoints = devstack.up()      # or `python -m devstack up`
+    devstack.down()                # or `python -m devstack down`
+
+`up` may be repeated, interrupted, run twice at once and run after a reboot; it reuses what runs. `down` leaves no
+process, mount, bridge, control group or packet filter rule behind, and no data: what lasts is the cache of builds.
+One devstack runs on a machine, in a network namespace to be exact.
+
+Parts: `cluster` (etcd, API server, controller manager, scheduler), `node` (containerd, kubelet, kube-proxy, DNS) and
+`stores` (PostgreSQL, Redis, Milvus, Elasticsearch).
+"""
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from devstack import cluster, machine, network, node, tools
+from devstack.cache import locked, state_dir
+from devstack.process import boot_id, running
+from devstack.progress import DevstackError, step
+
+__all__ = ["PARTS", "DevstackError", "Endpoints", "down", "endpoints", "up"]
+
+PARTS = ("cluster", "node", "stores")
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """Where the parts that run are reached."""
+
+    kubeconfig: Path
+    kubectl: Path
+    host_urls: dict[str, str]
+    """TASKS_* variables for processes on this machine; empty without stores."""
+    pod_urls: dict[str, str]
+    """TASKS_* variables for pods, by Services in the namespace `stores`; empty without stores."""
+    document_root: Path
+    """Host folder with one folder of documents for each task namespace; see devstack.cluster.document_volume."""
+
+
+def up(parts: Iterable[str] = PARTS) -> Endpoints:
+    """Bring up PARTS (`node` brings `cluster` with it) and return where they are; what runs already is kept.
+
+    Raises DevstackError, one sentence with the remedy, when a part cannot be brought up; the others stay as they are,
+    and the next `up` goes on from there.
+    """
+    wanted = set(parts)
+    if unknown := wanted - set(PARTS):
+        raise DevstackError(f"cannot bring up {', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
+    if "node" in wanted:
+        wanted.add("cluster")
+    machine.require([part for part in PARTS if part in wanted])
+    with _lock():
+        _forget_earlier_boot()
+        if wanted & {"cluster", "node"}:
+            tools.kube()  # builds before anything starts
+        network.up()
+        stores = _Background(_stores().up) if "stores" in wanted else None
+        if "cluster" in wanted:
+            cluster.up()
+        if "node" in wanted:
+            node.up()
+        if stores is not None:
+            stores.join()
+        return _endpoints(introduce=True)
+
+
+def down() -> None:
+    """End everything that `up` started, in whatever state it is, and put the machine back as it was."""
+    with _lock():
+        stores = _stores()
+        with step("ending the devstack"):
+            stores.down()
+            node.down()
+            cluster.down()
+            network.down()
+            lock = _lock_path()
+            for entry in state_dir().iterdir():
+                if entry == lock:
+                    continue  # others may wait on it
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+
+
+def endpoints() -> Endpoints:
+    """Return where the parts that run are reached, without starting anything."""
+    return _endpoints(introduce=False)
+
+
+def _endpoints(*, introduce: bool) -> Endpoints:
+    stores = _stores()
+    stores_run = all(running(name) for name in stores.NAMES)
+    if introduce and stores_run and running("apiserver"):
+        cluster.apply(stores.services())
+    return Endpoints(
+        kubeconfig=cluster.kubeconfig(),
+        kubectl=tools.kubectl(),
+        host_urls=stores.host_urls() if stores_run else {},
+        pod_urls=stores.pod_urls() if stores_run else {},
+        document_root=cluster.document_root(),
+    )
+
+
+def _stores() -> Any:
+    # Here and not at the top: the cluster alone must work without what the stores import.
+    import importlib
+    import importlib.util
+
+    if importlib.util.find_spec("devstack.stores") is None:
+        import types
+
+        return types.SimpleNamespace(NAMES=("none",), up=lambda: {}, down=lambda: None)
+    return importlib.import_module("devstack.stores")
+
+
+def _lock_path() -> Path:
+    return state_dir() / "lock"
+
+
+def _lock() -> contextlib.AbstractContextManager[None]:
+    return locked(_lock_path(), "another devstack command is at work: waiting for it")
+
+
+def _forget_earlier_boot() -> None:
+    """Clear what stood at the last shutdown: its processes are gone, and etcd's data is not to be trusted."""
+    mark = state_dir() / "boot"
+    if mark.exists() and mark.read_text() != boot_id():
+        with step("clearing what the last boot left of the cluster"):
+            node.down()
+            cluster.down()
+    mark.write_text(boot_id())
+
+
+class _Background:
+    """A function in a daemon thread: an interrupt ends the program at once, and all it runs may end at any point."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self._error: BaseException | None = None
+
+        def body() -> None:
+            try:
+                function()
+            except BaseException as error:  # noqa: BLE001 - raised again in join
+                self._error = error
+
+        self._thread = threading.Thread(target=body, daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error

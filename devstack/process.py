@@ -156,23 +156,36 @@ def wait_until(
         time.sleep(poll)
 
 
-def run(command: Sequence[str | Path], *, doing: str, stdin: str | None = None, env: Mapping[str, str] | None = None) -> str:
-    """Run COMMAND to its end and return its standard output; DevstackError ("cannot DOING: ...") when it fails."""
+def run(
+    command: Sequence[str | Path],
+    *,
+    doing: str,
+    stdin: str | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> str:
+    """Run COMMAND to its end and return its standard output; DevstackError ("cannot DOING: ...") when it fails.
+
+    ENV is added to our environment. The command's output is part of the error, nothing of it is printed otherwise.
+    """
     try:
         done = subprocess.run(
             [str(part) for part in command],
-            input=stdin,
-            stdin=subprocess.DEVNULL if stdin is None else None,
-            env={**os.environ, **env} if env else None,
+            input="" if stdin is None else stdin,
+            env={**os.environ, **(env or {})},
+            cwd=cwd,
             capture_output=True,
             text=True,
+            errors="replace",
             check=False,
         )
     except OSError as error:
         raise DevstackError(f"cannot {doing}: {error}") from error
     if done.returncode != 0:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()[-8:]
-        raise DevstackError(f"cannot {doing}: {command[0]} ended with {done.returncode}: " + "\n".join(lines))
+        raise DevstackError(
+            f"cannot {doing}: {Path(command[0]).name} ended with {done.returncode}:\n  " + "\n  ".join(lines)
+        )
     return done.stdout
 
 

@@ -1,0 +1,157 @@
+"""Command line of the devstack: up, down, status, env, images."""
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import devstack
+from devstack import cluster, images, node, tools
+from devstack.cache import cache_dir, state_dir
+from devstack.process import Process, find, log_path
+from devstack.progress import DevstackError, say
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 1 with one sentence on standard error, or 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        result: int = options.command(options)
+        return result
+    except DevstackError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        say("Interrupted. `python -m devstack up` goes on from here, `python -m devstack down` ends what runs.")
+        return 130
+
+
+@dataclass(frozen=True)
+class Row:
+    """One process as `status` shows it."""
+
+    part: str
+    name: str
+    process: Process | None
+
+
+def rows() -> list[Row]:
+    """Return the processes of all parts, running or not."""
+    stores = devstack._stores()
+    parts = {"cluster": cluster.NAMES, "node": node.NAMES, "stores": stores.NAMES}
+    return [Row(part, name, find(name)) for part, names in parts.items() for name in names]
+
+
+def session_memory(session: int) -> int:
+    """Return the proportional memory, in bytes, of all processes in the session SESSION: shared pages count in parts."""
+    total = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) != session:
+                continue
+            for line in (folder / "smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    total += int(line.split()[1]) * 1024
+        except (OSError, IndexError):
+            continue  # it ended while we looked
+    return total
+
+
+def _up(options: argparse.Namespace) -> int:
+    began = time.monotonic()
+    devstack.up(options.parts)
+    say(f"Up in {time.monotonic() - began:.1f} s: {', '.join(options.parts)}. For a shell that reaches it:")
+    say('    eval "$(python -m devstack env)"')
+    return 0
+
+
+def _down(_: argparse.Namespace) -> int:
+    began = time.monotonic()
+    devstack.down()
+    say(f"Down in {time.monotonic() - began:.1f} s. The cache of builds stays in {cache_dir()}.")
+    return 0
+
+
+def _status(_: argparse.Namespace) -> int:
+    boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    print(f"{'PART':<9}{'PROCESS':<20}{'STATE':<10}{'PID':>8}  {'SINCE':<20}{'MEMORY':>8}")
+    listed = rows()
+    total = 0
+    for row in listed:
+        if row.process is None:
+            print(f"{row.part:<9}{row.name:<20}{'stopped':<10}")
+            continue
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(boot + row.process.start / _TICKS))
+        memory = session_memory(row.process.pid)
+        total += memory
+        print(f"{row.part:<9}{row.name:<20}{'running':<10}{row.process.pid:>8}  {since:<20}{memory >> 20:>5} MB")
+    print(f"{'':<67}{total >> 20:>5} MB")
+    print(f"State: {state_dir()}  Logs: {log_path('*')}  Cache: {cache_dir()}")
+    return 0 if all(row.process for row in listed) else 3
+
+
+def _env(_: argparse.Namespace) -> int:
+    endpoints = devstack.endpoints()
+    for name, value in {"KUBECONFIG": str(endpoints.kubeconfig), **endpoints.host_urls}.items():
+        print(f"export {name}={shlex.quote(value)}")
+    print(f'export PATH={shlex.quote(str(endpoints.kubectl.parent))}:{shlex.quote(str(tools.helm().parent))}:"$PATH"')
+    return 0
+
+
+def _images(options: argparse.Namespace) -> int:
+    built = images.build(options.tag)
+    if find("containerd") is not None:
+        for image in built.values():
+            images.import_image(image)
+    print(images.table(built))
+    return 0
+
+
+def _parts(text: str) -> list[str]:
+    chosen = [part.strip() for part in text.split(",") if part.strip()]
+    unknown = [part for part in chosen if part not in devstack.PARTS]
+    if unknown or not chosen:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of {', '.join(devstack.PARTS)}")
+    return chosen
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m devstack",
+        description="A real one-node Kubernetes with PostgreSQL, Redis, Milvus and Elasticsearch on this machine, for "
+        "demo and tests. Needs root. `up` may be repeated and interrupted; `down` leaves nothing but the cache.",
+        epilog=f"Folders: DEVSTACK_STATE (now {state_dir()}), DEVSTACK_CACHE (now {cache_dir()}). Ports: "
+        "DEVSTACK_API_PORT (6443), DEVSTACK_ETCD_PORT (23790 and the next). Flags for the control plane: "
+        "DEVSTACK_API_SERVER_ARGS, DEVSTACK_CONTROLLER_MANAGER_ARGS, DEVSTACK_SCHEDULER_ARGS.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    up = commands.add_parser("up", help="bring up what is not running, and wait until it is ready")
+    up.add_argument(
+        "--parts",
+        type=_parts,
+        default=list(devstack.PARTS),
+        metavar="PART,...",
+        help=f"some of {', '.join(devstack.PARTS)} (default: all); node brings cluster with it",
+    )
+    up.set_defaults(command=_up)
+    down = commands.add_parser("down", help="end everything and put the machine back as it was; data is deleted")
+    down.set_defaults(command=_down)
+    status = commands.add_parser("status", help="show what runs, since when and its memory; exit code 3 unless all do")
+    status.set_defaults(command=_status)
+    env = commands.add_parser("env", help='print exports for a shell: eval "$(python -m devstack env)"')
+    env.set_defaults(command=_env)
+    image = commands.add_parser("images", help="build the images, load them into a running node, print sizes by package")
+    image.add_argument("--tag", help="tag of the images (default: a hash of what each is built from)")
+    image.set_defaults(command=_images)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

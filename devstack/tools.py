@@ -1,0 +1,91 @@
+"""Programs that the devstack builds for itself from Go modules: Kubernetes with kubectl, the pause process, and helm."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from devstack import machine
+from devstack.cache import cached
+from devstack.process import run
+from devstack.progress import DevstackError, step
+
+HELM = "v3.22.0"
+GO_MINIMUM = (1, 24)
+PARTS = ("etcd", "kubectl", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "dns")
+
+_KUBE = Path(__file__).parent / "kube"
+# The machine's own C compiler must not matter, nor where the sources lie.
+_GO_ENV = {"CGO_ENABLED": "0", "GOFLAGS": "-trimpath -buildvcs=false -mod=readonly", "GOWORK": "off"}
+
+
+def kube() -> Path:
+    """Return the folder with all PARTS and `pause` (the process of a pod's sandbox); built once, in 4 to 11 minutes."""
+
+    def build(folder: Path) -> None:
+        _require_go()
+        version = kubernetes_version()
+        major, minor = version.removeprefix("v").split(".")[:2]
+        # Without these flags every part calls itself v0.0.0-master and clients refuse the version skew.
+        flags = ["-s", "-w"]
+        for package in ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version"):
+            for name, value in (("gitVersion", version), ("gitMajor", major), ("gitMinor", minor)):
+                flags += ["-X", f"{package}.{name}={value}"]
+        folder.mkdir()
+        with step(f"building Kubernetes {version} from its Go modules (the first time: 4 to 11 minutes on two cores)"):
+            _go("build", "-ldflags", " ".join(flags), "-o", folder / "kube", ".", doing="build Kubernetes", cwd=_KUBE)
+            _go("build", "-ldflags", "-s -w", "-o", folder / "pause", "./pause", doing="build pause", cwd=_KUBE)
+        for part in PARTS:
+            (folder / part).symlink_to("kube")
+
+    return cached("kube", [_KUBE, Path(__file__)], build, keep=2)
+
+
+def kubectl() -> Path:
+    """Return the path of kubectl, of the same version as the cluster."""
+    return kube() / "kubectl"
+
+
+def helm() -> Path:
+    """Return the path of helm; built once, in 1 to 3 minutes."""
+
+    def build(folder: Path) -> None:
+        _require_go()
+        folder.mkdir()
+        with step(f"building helm {HELM} from its Go module (the first time: 1 to 3 minutes)"):
+            module = f"helm.sh/helm/v3/cmd/helm@{HELM}"
+            _go("install", module, doing="build helm", cwd=folder, env={"GOBIN": str(folder)})
+
+    return cached("helm", [HELM.encode()], build, keep=2) / "helm"
+
+
+def kubernetes_version() -> str:
+    """Return the version of Kubernetes that go.mod asks for, such as v1.34.4."""
+    found = re.search(r"^\s*k8s\.io/kubernetes (v\S+)", (_KUBE / "go.mod").read_text(), re.MULTILINE)
+    if found is None:
+        raise DevstackError("cannot tell the version of Kubernetes: devstack/kube/go.mod does not require k8s.io/kubernetes")
+    return found[1]
+
+
+def go_version(text: str) -> tuple[int, int] | None:
+    """Read the release out of what `go version` or `go env GOVERSION` prints; None when it holds none."""
+    found = re.search(r"\bgo(\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _require_go() -> None:
+    wanted = ".".join(map(str, GO_MINIMUM))
+    remedy = f"install Go {wanted} or newer from https://go.dev/dl/ and put it on PATH"
+    if not shutil.which("go"):
+        raise DevstackError(f"cannot build Kubernetes and helm: there is no `go` on PATH; {remedy}")
+    found = go_version(subprocess.run(["go", "env", "GOVERSION"], capture_output=True, text=True, check=False).stdout)
+    if found is None or found < GO_MINIMUM:
+        have = "an unknown version" if found is None else ".".join(map(str, found))
+        raise DevstackError(f"cannot build Kubernetes and helm: `go` on PATH is {have}; {remedy}")
+
+
+def _go(*arguments: str | Path, doing: str, cwd: Path, env: dict[str, str] | None = None) -> None:
+    bundle = machine.ca_bundle()
+    certificates = {"SSL_CERT_FILE": str(bundle)} if bundle and "SSL_CERT_FILE" not in os.environ else {}
+    run(["go", *arguments], doing=doing, cwd=cwd, env=_GO_ENV | certificates | (env or {}))
