@@ -1,0 +1,248 @@
+"""`make demo`: real documents through a real cluster into real stores, and two questions answered from them.
+
+What is shown is what a user would type and see: `kubectl apply`, `kubectl get processingtasks -w`, `job_runner search`.
+Every figure is read back from the cluster and the stores, and anything that is not as promised ends the demo with exit 1.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import yaml
+
+import devstack
+from devstack import Endpoints, installation
+from devstack.progress import DevstackError, say
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "manifests/examples"
+DOCUMENTS = ROOT / "examples/documents"
+NAMESPACE = installation.TASK_NAMESPACE
+MANIFESTS = ("document-pdf.yaml", "document-markdown-zh.yaml", "document-broken.yaml", "health-check.yaml")
+EXPECTED = {"handbook": "Completed", "operations-guide": "Completed", "broken": "Failed", "health": "Completed"}
+TASK_DEADLINE = 120.0
+"""Seconds for all tasks to end; warm, they take some 15."""
+
+
+def run() -> None:
+    """Run the whole demo. Raises DevstackError, one sentence, for whatever is not as it should be."""
+    began = time.monotonic()
+    endpoints = devstack.up()
+    folder = installation.install(endpoints)
+    for document in DOCUMENTS.iterdir():
+        if document.suffix in {".pdf", ".md"} and document.name != "README.md":
+            shutil.copy(document, folder)
+            (folder / document.name).chmod(0o644)
+
+    kubectl = _Kubectl(endpoints)
+    kubectl("delete", "ptask", "--all", "--wait")
+    # A knowledge base of its own for each run: in that of the last run the documents would be Unchanged and nothing to see.
+    kb_id = datetime.now(UTC).strftime("demo-%H%M%S")
+    manifests = [_manifest(name, kb_id=kb_id) for name in MANIFESTS]
+
+    _heading("kubectl apply -f manifests/examples (knowledge base " + kb_id + ")")
+    with kubectl.watching():
+        _show(kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(manifests)))
+        _heading("kubectl get processingtasks -w")
+        tasks = _wait(kubectl, [manifest["metadata"]["name"] for manifest in manifests])
+    _show(kubectl("get", "ptask", "-o", "wide"))
+    problems = [*_check(tasks)]
+
+    _heading("Why `broken` failed: kubectl get ptask broken -o jsonpath={.status.error}")
+    _show(json.dumps(tasks["broken"]["status"].get("error"), ensure_ascii=False))
+
+    questions = json.loads((DOCUMENTS / "questions.json").read_text())
+    for question in (questions[0], next(one for one in questions if one["document"].endswith(".zh.md"))):
+        problems += _ask(endpoints, kb_id=kb_id, question=question)
+
+    _heading("The rows in PostgreSQL")
+    problems += asyncio.run(_show_rows(endpoints, tasks))
+
+    _heading("How long each stage took, in seconds")
+    _stages(tasks)
+    if problems:
+        raise DevstackError("cannot call this a success: " + "; ".join(problems))
+    say(
+        f"\nAll as expected, {time.monotonic() - began:.0f} s in all. The devstack goes on running: `make status`, `make down`."
+    )
+
+
+class _Kubectl:
+    """kubectl in the task namespace."""
+
+    def __init__(self, endpoints: Endpoints) -> None:
+        self._command = [str(endpoints.kubectl), "--kubeconfig", str(endpoints.kubeconfig), "--namespace", NAMESPACE]
+
+    def __call__(self, *arguments: str, stdin: str | None = None) -> str:
+        answer = subprocess.run(
+            [*self._command, *arguments], input=stdin, capture_output=True, text=True, timeout=120, check=False
+        )
+        if answer.returncode != 0:
+            raise DevstackError(f"cannot run kubectl {' '.join(arguments[:3])}: {answer.stderr.strip()}")
+        return answer.stdout
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Show `kubectl get processingtasks -w` as it happens, until the block ends."""
+        with subprocess.Popen(
+            [*self._command, "get", "processingtasks", "-w"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as watch:
+
+            def copy() -> None:
+                for line in watch.stdout or ():
+                    _show(line)
+
+            thread = threading.Thread(target=copy, daemon=True)
+            thread.start()
+            try:
+                yield
+            finally:
+                watch.terminate()
+                watch.wait()
+                thread.join()
+
+
+def _manifest(name: str, *, kb_id: str) -> dict[str, Any]:
+    manifest: dict[str, Any] = yaml.safe_load((EXAMPLES / name).read_text())
+    if "kbId" in manifest["spec"]:
+        manifest["spec"]["kbId"] = kb_id
+    return manifest
+
+
+def _wait(kubectl: _Kubectl, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Poll until all tasks have finished, and return them by name."""
+    deadline = time.monotonic() + TASK_DEADLINE
+    while True:
+        items = json.loads(kubectl("get", "ptask", "-o", "json"))["items"]
+        tasks = {item["metadata"]["name"]: item for item in items if item["metadata"]["name"] in names}
+        unfinished = [name for name in names if tasks[name]["status"]["phase"] not in {"Completed", "Failed", "Canceled"}]
+        if not unfinished:
+            time.sleep(0.3)  # the last lines of the watch are on their way
+            return tasks
+        if time.monotonic() > deadline:
+            raise DevstackError(
+                f"cannot wait longer for {', '.join(unfinished)} after {TASK_DEADLINE:.0f} s: look at `kubectl describe ptask` "
+                f"and at the operator's log with `kubectl logs -n {installation.SYSTEM_NAMESPACE} deploy/{installation.RELEASE}-operator`"
+            )
+        time.sleep(0.5)
+
+
+def _check(tasks: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Hold each task against what was promised."""
+    for name, task in tasks.items():
+        status = task["status"]
+        expected = EXPECTED[name]
+        if status["phase"] != expected:
+            yield f"{name} is {status['phase']} instead of {expected} ({status.get('error')})"
+        result = status.get("result") or {}
+        counts = (result.get("chunks"), result.get("milvusCount"), result.get("elasticsearchCount"))
+        if expected == "Completed" and "chunks" in result and (len(set(counts)) != 1 or not counts[0]):
+            yield f"{name} has {counts} chunks in the document, Milvus and Elasticsearch"
+    if (attempts := tasks["broken"]["status"]["attempt"]) != 1:
+        yield f"broken was tried {attempts} times"
+
+
+def _ask(endpoints: Endpoints, *, kb_id: str, question: dict[str, Any]) -> Iterator[str]:
+    """Put a question to both stores and show the best chunk of each."""
+    text = question["question"]
+    _heading(f"Question: {text}")
+    command = [sys.executable, "-m", "job_runner", "search", "--json", "--top-k", "1"]
+    command += ["--namespace", NAMESPACE, "--kb-id", kb_id, "--query", text]
+    answer = subprocess.run(
+        command, env=os.environ | endpoints.host_urls, capture_output=True, text=True, timeout=120, check=False
+    )
+    if answer.returncode != 0:
+        raise DevstackError(f"cannot search: {answer.stderr.strip().splitlines()[-1:]}")
+    found = {hit["store"]: hit for hit in map(json.loads, answer.stdout.splitlines())}
+    for store in ("milvus", "elasticsearch"):
+        if (hit := found.get(store)) is None:
+            yield f"{store} finds nothing for {text!r}"
+            continue
+        page = f", page {hit['pageStart']}" if hit.get("pageStart") else ""
+        say(f"  {store:<14} {hit['documentId']}{page}, under {' > '.join(hit['headingPath'])!r}, score {hit['score']:.2f}")
+        say("    " + " ".join(_around(hit["text"], question["answer"]).split()))
+        if " ".join(question["answer"].split()) not in " ".join(hit["text"].split()):
+            yield f"the best chunk in {store} for {text!r} does not hold {question['answer']!r}"
+
+
+def _around(text: str, answer: str, *, width: int = 220) -> str:
+    """Return the part of a chunk that holds the answer."""
+    at = max(text.find(answer), 0)
+    start = max(0, at - width // 2)
+    return ("…" if start else "") + text[start : at + width] + ("…" if at + width < len(text) else "")
+
+
+async def _show_rows(endpoints: Endpoints, tasks: dict[str, dict[str, Any]]) -> list[str]:
+    """Show the projection and the ledger, once the projection holds the end of each task."""
+    problems = []
+    connection = await asyncpg.connect(endpoints.host_urls["TASKS_POSTGRES_URL"])
+    try:
+        uids = [task["metadata"]["uid"] for task in tasks.values()]
+        for _ in range(50):
+            rows = await connection.fetch(
+                "SELECT name, type, phase, attempt, round(extract(epoch FROM finished_at - created_at)) AS seconds, "
+                "result->>'chunks' AS chunks, error->>'reason' AS error FROM tasks WHERE uid = ANY($1::uuid[]) ORDER BY name",
+                uids,
+            )
+            if len(rows) == len(uids) and all(row["seconds"] is not None for row in rows):
+                break
+            await asyncio.sleep(0.1)
+        else:
+            problems.append("the projection does not hold the end of every task after 5 s")
+        _table("tasks", rows)
+        kb_id = tasks["handbook"]["spec"]["kbId"]
+        documents = await connection.fetch(
+            "SELECT document_id, published_version AS version, chunk_count, left(content_hash, 12) AS content FROM documents "
+            "WHERE namespace = $1 AND kb_id = $2 AND published_version IS NOT NULL ORDER BY document_id",
+            NAMESPACE,
+            kb_id,
+        )
+        _table("documents", documents)
+        if len(documents) != 2:
+            problems.append(f"the ledger has {len(documents)} published documents instead of 2")
+    finally:
+        await connection.close()
+    return problems
+
+
+def _table(title: str, rows: list[Any]) -> None:
+    if not rows:
+        say(f"  {title}: no rows")
+        return
+    lines = [list(rows[0].keys()), *([("" if value is None else str(value)) for value in row.values()] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    say(f"  {title}")
+    for line in lines:
+        say("    " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _stages(tasks: dict[str, dict[str, Any]]) -> None:
+    rows = []
+    for name, task in sorted(tasks.items()):
+        status = task["status"]
+        created, finished = task["metadata"]["creationTimestamp"], status.get("finishedAt")
+        whole = (datetime.fromisoformat(finished) - datetime.fromisoformat(created)).total_seconds() if finished else None
+        stages = (status.get("result") or {}).get("seconds") or {}
+        rows.append({"task": name, "apply to end": whole} | {stage: f"{seconds:.2f}" for stage, seconds in stages.items()})
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    _table("", [{column: row.get(column) for column in columns} for row in rows])
+
+
+def _heading(text: str) -> None:
+    say(f"\n{text}")
+
+
+def _show(text: str) -> None:
+    for line in text.rstrip().splitlines():
+        say("  " + line)
