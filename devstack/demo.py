@@ -73,9 +73,8 @@ def run() -> None:
     _stages(tasks)
     if problems:
         raise DevstackError("cannot call this a success: " + "; ".join(problems))
-    say(
-        f"\nAll as expected, {time.monotonic() - began:.0f} s in all. The devstack goes on running: `make status`, `make down`."
-    )
+    say(f"
+All as expected, {time.monotonic() - began:.0f} s in all. The devstack goes on running: make status, make down.")
 
 
 class _Kubectl:
@@ -131,9 +130,10 @@ def _wait(kubectl: _Kubectl, names: list[str]) -> dict[str, dict[str, Any]]:
             time.sleep(0.3)  # the last lines of the watch are on their way
             return tasks
         if time.monotonic() > deadline:
+            log = f"kubectl logs -n {installation.SYSTEM_NAMESPACE} deploy/{installation.RELEASE}-operator"
             raise DevstackError(
-                f"cannot wait longer for {', '.join(unfinished)} after {TASK_DEADLINE:.0f} s: look at `kubectl describe ptask` "
-                f"and at the operator's log with `kubectl logs -n {installation.SYSTEM_NAMESPACE} deploy/{installation.RELEASE}-operator`"
+                f"cannot wait longer than {TASK_DEADLINE:.0f} s for {', '.join(unfinished)}: look at `kubectl describe ptask` "
+                f"and `{log}`"
             )
         time.sleep(0.5)
 
@@ -192,7 +192,8 @@ async def _show_rows(endpoints: Endpoints, tasks: dict[str, dict[str, Any]]) -> 
         for _ in range(50):
             rows = await connection.fetch(
                 "SELECT name, type, phase, attempt, round(extract(epoch FROM finished_at - created_at)) AS seconds, "
-                "result->>'chunks' AS chunks, error->>'reason' AS error FROM tasks WHERE uid = ANY($1::uuid[]) ORDER BY name",
+                "result->>'chunks' AS chunks, error->>'reason' AS error "
+                "FROM tasks WHERE uid = ANY($1::uuid[]) ORDER BY name",
                 uids,
             )
             if len(rows) == len(uids) and all(row["seconds"] is not None for row in rows):
@@ -203,8 +204,8 @@ async def _show_rows(endpoints: Endpoints, tasks: dict[str, dict[str, Any]]) -> 
         _table("tasks", rows)
         kb_id = tasks["handbook"]["spec"]["kbId"]
         documents = await connection.fetch(
-            "SELECT document_id, published_version AS version, chunk_count, left(content_hash, 12) AS content FROM documents "
-            "WHERE namespace = $1 AND kb_id = $2 AND published_version IS NOT NULL ORDER BY document_id",
+            "SELECT document_id, published_version AS version, chunk_count, left(content_hash, 12) AS content "
+            "FROM documents WHERE namespace = $1 AND kb_id = $2 AND published_version IS NOT NULL ORDER BY document_id",
             NAMESPACE,
             kb_id,
         )
