@@ -73,8 +73,7 @@ def run() -> None:
     _stages(tasks)
     if problems:
         raise DevstackError("cannot call this a success: " + "; ".join(problems))
-    say(f"
-All as expected, {time.monotonic() - began:.0f} s in all. The devstack goes on running: make status, make down.")
+    say(f"\nAll as expected, {time.monotonic() - began:.0f} s in all. The devstack goes on running: make status, make down.")
 
 
 class _Kubectl:
@@ -132,8 +131,8 @@ def _wait(kubectl: _Kubectl, names: list[str]) -> dict[str, dict[str, Any]]:
         if time.monotonic() > deadline:
             log = f"kubectl logs -n {installation.SYSTEM_NAMESPACE} deploy/{installation.RELEASE}-operator"
             raise DevstackError(
-                f"cannot wait longer than {TASK_DEADLINE:.0f} s for {', '.join(unfinished)}: look at `kubectl describe ptask` "
-                f"and `{log}`"
+                f"cannot wait longer than {TASK_DEADLINE:.0f} s for {', '.join(unfinished)}: look at `kubectl describe "
+                f"ptask` and `{log}`"
             )
         time.sleep(0.5)
 
