@@ -40,10 +40,7 @@ def run() -> None:
     began = time.monotonic()
     endpoints = devstack.up()
     folder = installation.install(endpoints)
-    for document in DOCUMENTS.iterdir():
-        if document.suffix in {".pdf", ".md"} and document.name != "README.md":
-            shutil.copy(document, folder)
-            (folder / document.name).chmod(0o644)
+    put_documents(folder)
 
     kubectl = _Kubectl(endpoints)
     kubectl("delete", "ptask", "--all", "--wait")
@@ -74,6 +71,14 @@ def run() -> None:
     if problems:
         raise DevstackError("cannot call this a success: " + "; ".join(problems))
     say(f"\nAll as expected, {time.monotonic() - began:.0f} s in all. The devstack goes on running: make status, make down.")
+
+
+def put_documents(folder: Path) -> None:
+    """Copy the example documents to the document volume, readable for the pods' user."""
+    for document in DOCUMENTS.iterdir():
+        if document.suffix in {".pdf", ".md"} and document.name != "README.md":
+            shutil.copy(document, folder)
+            (folder / document.name).chmod(0o644)
 
 
 class _Kubectl:
