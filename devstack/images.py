@@ -147,8 +147,6 @@ def _buildah_build(name: str, reference: str, base_image: Image, archive: Path) 
     bud = ["bud", "--isolation=chroot", "--pull-never", "--layers", *arguments, f"--file=Dockerfile.{name}"]
     run([*buildah, *bud, f"--tag={reference}", "."], doing=doing, cwd=_ROOT)
     run([*buildah, "push", "--quiet", reference, f"docker-archive:{archive}:{reference}"], doing=doing)
-    # The archive is what is kept; without its name the image goes when the storage does, its layers serve until then.
-    run([*buildah, "untag", reference], doing=doing)
 
 
 def _size(folder: Path) -> int:

@@ -290,7 +290,7 @@ def _dns_answers() -> bool:
         asking.sendto(question, (network.ADDRESS, 53))
         reply = asking.recv(512)
     _, flags, _, answers, _, _ = struct.unpack(">6H", reply[:12])
-    return flags & 0xF == 0 and answers == 1
+    return bool(flags & 0xF == 0 and answers == 1)
 
 
 def _services_reachable() -> bool:
