@@ -1,0 +1,171 @@
+"""What the operator has seen of tasks and Jobs, newest first: fed by watch events, lists and answers to its own writes.
+
+Events come late, twice and out of order; a resourceVersion that is not higher than the known one changes nothing. Tasks are
+kept as compact JSON, finished ones as the few fields that are still needed, so that ten thousand take a few megabytes.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, Final
+
+import orjson
+
+from task_contract.models import Phase
+from task_operator.jobs import JobState, parse_time
+
+Key = tuple[str, str]
+"""(namespace, name) of a task."""
+
+_FINISHED: Final = frozenset(str(phase) for phase in Phase if phase.finished)
+
+
+@dataclass(frozen=True, slots=True)
+class CachedTask:
+    """A task as last seen."""
+
+    uid: str
+    resource_version: int
+    phase: str
+    priority: str
+    expires_at: float | None
+    """Seconds since the epoch at which a finished task is due to be deleted."""
+    body: bytes
+
+    @property
+    def finished(self) -> bool:
+        """Whether it will never change phase again."""
+        return self.phase in _FINISHED
+
+    def manifest(self) -> dict[str, Any]:
+        """Return the task; of a finished one only what a decision about it needs."""
+        loaded: dict[str, Any] = orjson.loads(self.body)
+        return loaded
+
+
+class Cache:
+    """Tasks by key and Jobs by the key of their task."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[Key, CachedTask] = {}
+        self._jobs: dict[Key, dict[str, JobState]] = {}
+        self._changed: dict[Key, datetime] = {}
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def task(self, key: Key) -> CachedTask | None:
+        """Return the task of this name."""
+        return self._tasks.get(key)
+
+    def tasks(self) -> Iterator[tuple[Key, CachedTask]]:
+        """Go over all tasks."""
+        return iter(list(self._tasks.items()))
+
+    def uids(self) -> set[str]:
+        """Return the uids of all tasks."""
+        return {task.uid for task in self._tasks.values()}
+
+    def jobs(self, key: Key) -> tuple[JobState, ...]:
+        """Return the Jobs that belong to a task of this name, whatever its uid."""
+        return tuple(self._jobs.get(key, {}).values())
+
+    def job_keys(self) -> Iterator[Key]:
+        """Go over the names of all tasks that have Jobs."""
+        return iter(list(self._jobs))
+
+    def jobs_changed_at(self, key: Key) -> datetime | None:
+        """Return when a Job of this task last changed."""
+        return self._changed.get(key)
+
+    def put_task(self, manifest: Mapping[str, Any]) -> bool:
+        """Take in a task; return whether that was news."""
+        metadata = manifest["metadata"]
+        key = (metadata["namespace"], metadata["name"])
+        version = int(metadata["resourceVersion"])
+        known = self._tasks.get(key)
+        if known is not None and known.resource_version >= version:
+            return False
+        self._tasks[key] = _cached(manifest, version)
+        return True
+
+    def drop_task(self, key: Key, *, uid: str) -> bool:
+        """Forget a task that is gone, unless another one has taken its name; return whether it was known."""
+        known = self._tasks.get(key)
+        if known is None or known.uid != uid:
+            return False
+        del self._tasks[key]
+        if key not in self._jobs:
+            self._changed.pop(key, None)
+        return True
+
+    def put_job(self, job: JobState, *, now: datetime) -> bool:
+        """Take in a Job; return whether that was news."""
+        key = job_key(job)
+        if key is None:
+            return False
+        jobs = self._jobs.setdefault(key, {})
+        known = jobs.get(job.name)
+        if known is not None and known.resource_version >= job.resource_version:
+            return False
+        jobs[job.name] = job
+        self._changed[key] = now
+        return True
+
+    def drop_job(self, key: Key, name: str, *, uid: str, now: datetime) -> bool:
+        """Forget a Job that is gone, unless another one has taken its name; return whether it was known."""
+        jobs = self._jobs.get(key, {})
+        known = jobs.get(name)
+        if known is None or known.uid != uid:
+            return False
+        del jobs[name]
+        self._changed[key] = now
+        if not jobs:
+            del self._jobs[key]
+            if key not in self._tasks:
+                self._changed.pop(key, None)
+        return True
+
+    def mark_deleting(self, job: JobState) -> None:
+        """Note that the deletion of a Job was accepted, so that nobody asks for it again before the event comes."""
+        key = job_key(job)
+        known = self._jobs.get(key, {}).get(job.name) if key is not None else None
+        if key is not None and known is not None and known.uid == job.uid:
+            self._jobs[key][job.name] = replace(known, deleting=True)
+
+
+def job_key(job: JobState) -> Key | None:
+    """Return the key of the task that a Job belongs to; None for a Job that no task controls."""
+    return None if job.owner_name is None else (job.namespace, job.owner_name)
+
+
+def _cached(manifest: Mapping[str, Any], version: int) -> CachedTask:
+    metadata: Mapping[str, Any] = manifest["metadata"]
+    spec: Mapping[str, Any] = _mapping(manifest.get("spec"))
+    status: Mapping[str, Any] = _mapping(manifest.get("status"))
+    phase = str(status.get("phase") or Phase.QUEUED)
+    body = {
+        "metadata": {key: value for key, value in metadata.items() if key not in {"managedFields", "annotations"}},
+        "spec": spec,
+        "status": status,
+    }
+    expires = None
+    if phase in _FINISHED:
+        body["spec"] = {key: spec[key] for key in ("type", "kbId", "ttlSecondsAfterFinished") if key in spec}
+        kept = ("phase", "attempt", "job", "finishedAt", "observedGeneration", "conditions")
+        body["status"] = {key: status[key] for key in kept if key in status}
+        ended = parse_time(status.get("finishedAt"))
+        ttl = spec.get("ttlSecondsAfterFinished", 86_400)
+        expires = ended.timestamp() + ttl if ended is not None and isinstance(ttl, (int, float)) else None
+    return CachedTask(
+        uid=metadata["uid"],
+        resource_version=version,
+        phase=phase,
+        priority=str(spec.get("priority") or "normal"),
+        expires_at=expires,
+        body=orjson.dumps(body),
+    )
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,101 @@
+"""The operator's settings: environment variables with prefix ``OPERATOR_``, read and checked once at start."""
+
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from task_contract.models import Priority
+from task_operator.jobs import RunnerTemplate
+
+PREFIX: Final = "OPERATOR_"
+
+
+class SettingsError(ValueError):
+    """Variables of the environment are missing or wrong; the message names each of them."""
+
+
+def _names(value: object) -> object:
+    """Split a comma separated list; an empty one is no names."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _address(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError('must be HOST:PORT, such as "0.0.0.0:8081"')
+    return value
+
+
+def _empty_is_none(value: object) -> object:
+    return None if value == "" else value
+
+
+OptionalUrl = Annotated[str | None, BeforeValidator(_empty_is_none)]
+
+
+class Settings(BaseSettings):
+    """What the operator is told by its environment."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+    postgres_url: OptionalUrl = None
+    """PostgreSQL for history, results and the fence. None: no history, and a cancel waits for the pod to be gone."""
+    redis_url: OptionalUrl = None
+    """Redis that carries live progress. None: no progress in the status."""
+    namespaces: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)] = ()
+    """Namespaces to look after, comma separated; empty: all of the cluster."""
+    runner_image: Annotated[str, Field(min_length=1)]
+    """Image of the runner pods."""
+    runner_image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    service_account: Annotated[str, Field(min_length=1)] = "processing-task-runner"
+    stores_secret: Annotated[str, Field(min_length=1)] = "processing-task-stores"  # noqa: S105 - a name
+    """Secret in each task namespace with the runner's environment."""
+    documents_claim: str = "processing-task-documents"
+    """PersistentVolumeClaim in each task namespace with the documents; empty: none."""
+    priority_classes: dict[Priority, str] = {}
+    """PriorityClass of each priority, as a JSON object; a priority that is not named gets none."""
+    runner_resources: dict[str, dict[str, str]] = {
+        "requests": {"cpu": "250m", "memory": "512Mi"},
+        "limits": {"memory": "2Gi"},
+    }
+    """Resources of a runner container, as a JSON object."""
+    runner_node_selector: dict[str, str] = {}
+    runner_tolerations: tuple[dict[str, Any], ...] = ()
+    image_pull_secrets: tuple[str, ...] = ()
+    """Names of Secrets with registry credentials, as a JSON list."""
+    listen: Annotated[str, AfterValidator(_address)] = "0.0.0.0:8081"
+    """Where /healthz, /readyz and /metrics are served."""
+    resync_seconds: Annotated[float, Field(ge=1, le=3600)] = 300
+    """How often everything is listed and looked at again, whatever the watch said."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    def runner_template(self) -> RunnerTemplate:
+        """Return what every runner pod has in common."""
+        return RunnerTemplate(
+            image=self.runner_image,
+            image_pull_policy=self.runner_image_pull_policy,
+            service_account=self.service_account,
+            stores_secret=self.stores_secret,
+            documents_claim=self.documents_claim or None,
+            priority_classes=self.priority_classes,
+            resources=self.runner_resources,
+            node_selector=self.runner_node_selector,
+            tolerations=self.runner_tolerations,
+            image_pull_secrets=self.image_pull_secrets,
+        )
+
+
+def load_settings() -> Settings:
+    """Read the environment. Raises :class:`SettingsError` that names every bad variable at once."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{PREFIX}{'.'.join(str(part) for part in problem['loc']).upper()}: "
+            f"{'is required' if problem['type'] == 'missing' else problem['msg'].removeprefix('Value error, ')}"
+            for problem in error.errors(include_url=False, include_input=False)
+        )
+        raise SettingsError(f"cannot start the operator: {problems}") from error
+    except ValueError as error:  # pydantic-settings: text that should be JSON and is not
+        raise SettingsError(f"cannot start the operator: {error}; give a JSON value in {PREFIX}… variables") from error

@@ -1,0 +1,110 @@
+"""A queue of keys: each once, none by two workers at a time, later, or again after an error with growing waits."""
+
+import asyncio
+from collections import deque
+from collections.abc import Hashable
+from typing import Final, Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+
+_FIRST_BACKOFF: Final = 1.0  # seconds: an object that goes wrong costs at most one try a second
+_MAX_BACKOFF: Final = 60.0
+
+
+class WorkQueue(Generic[K]):
+    """Keys that need a look. A key added while it is worked on is handed out again afterwards, so no change goes unseen."""
+
+    def __init__(self) -> None:
+        self._ready: deque[K] = deque()
+        self._queued: set[K] = set()
+        self._busy: set[K] = set()
+        self._again: set[K] = set()
+        self._timers: dict[K, asyncio.TimerHandle] = {}
+        self._failures: dict[K, int] = {}
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    def add(self, key: K) -> None:
+        """Have a look at ``key`` as soon as a worker is free. One that is backing off after errors keeps waiting."""
+        if key in self._failures and key in self._timers:
+            return
+        self._push(key)
+
+    def add_after(self, key: K, seconds: float) -> None:
+        """Have a look after some time; the earlier of two times wins."""
+        if seconds <= 0:
+            self.add(key)
+            return
+        at = asyncio.get_running_loop().time() + seconds
+        timer = self._timers.get(key)
+        if timer is not None:
+            if timer.when() <= at:
+                return
+            timer.cancel()
+        self._timers[key] = asyncio.get_running_loop().call_at(at, self._due, key)
+
+    async def get(self) -> K:
+        """Wait for a key; :meth:`done` or :meth:`failed` must follow."""
+        while not self._ready:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiter)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                if waiter.done() and not waiter.cancelled():
+                    self._wake_one()  # it was this one's turn: pass it on
+                raise
+        key = self._ready.popleft()
+        self._queued.discard(key)
+        self._busy.add(key)
+        return key
+
+    def done(self, key: K) -> None:
+        """Say that the look at ``key`` went well."""
+        self._failures.pop(key, None)
+        self._release(key)
+
+    def failed(self, key: K, *, at_least: float = 0.0) -> float:
+        """Say that it went wrong: look again after a wait that doubles, which is returned in seconds."""
+        failures = self._failures.get(key, 0) + 1
+        self._failures[key] = failures
+        wait = max(min(_FIRST_BACKOFF * (1 << min(failures - 1, 10)), _MAX_BACKOFF), at_least)
+        if (timer := self._timers.pop(key, None)) is not None:
+            timer.cancel()
+        self._again.discard(key)
+        self._release(key)
+        self._timers[key] = asyncio.get_running_loop().call_later(wait, self._due, key)
+        return wait
+
+    def close(self) -> None:
+        """Cancel all timers; nothing becomes due any more."""
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+
+    def _due(self, key: K) -> None:
+        self._timers.pop(key, None)
+        self._push(key)
+
+    def _push(self, key: K) -> None:
+        if key in self._busy:
+            self._again.add(key)
+        elif key not in self._queued:
+            self._queued.add(key)
+            self._ready.append(key)
+            self._wake_one()
+
+    def _release(self, key: K) -> None:
+        self._busy.discard(key)
+        if key in self._again:
+            self._again.discard(key)
+            self._push(key)
+
+    def _wake_one(self) -> None:
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
