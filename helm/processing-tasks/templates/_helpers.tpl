@@ -1,0 +1,144 @@
+{{- define "processing-tasks.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{/* Prefix of all names. 40 characters leave room for "-operator" and "-normal" in the 63 of a label or a Service. */}}
+{{- define "processing-tasks.fullname" -}}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" }}
+{{- else if contains (include "processing-tasks.name" .) .Release.Name }}
+{{- .Release.Name | trunc 40 | trimSuffix "-" }}
+{{- else }}
+{{- printf "%s-%s" .Release.Name (include "processing-tasks.name" .) | trunc 40 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+
+{{/* What never changes for a release: the only labels that selectors may use. */}}
+{{- define "processing-tasks.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "processing-tasks.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "processing-tasks.labels" -}}
+{{ include "processing-tasks.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: processing-tasks
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{- define "processing-tasks.operatorSelectorLabels" -}}
+{{ include "processing-tasks.selectorLabels" . }}
+app.kubernetes.io/component: operator
+{{- end }}
+
+{{- define "processing-tasks.operatorServiceAccount" -}}
+{{- if .Values.operator.serviceAccount.create }}
+{{- default (printf "%s-operator" (include "processing-tasks.fullname" .)) .Values.operator.serviceAccount.name }}
+{{- else }}
+{{- required "operator.serviceAccount.name: required when operator.serviceAccount.create is false" .Values.operator.serviceAccount.name }}
+{{- end }}
+{{- end }}
+
+{{/* Reference of an image: takes a dict of image and root. */}}
+{{- define "processing-tasks.image" -}}
+{{- if .image.digest -}}
+{{ .image.repository }}@{{ .image.digest }}
+{{- else -}}
+{{ .image.repository }}:{{ default .root.Chart.AppVersion .image.tag }}
+{{- end }}
+{{- end }}
+
+{{/* JSON of the names of the PriorityClasses by priority; {} leaves pods to the cluster's default. */}}
+{{- define "processing-tasks.priorityClasses" -}}
+{{- $names := dict }}
+{{- range $priority := list "high" "normal" "low" }}
+{{- if $.Values.priorityClasses.create }}
+{{- $_ := set $names $priority (printf "%s-%s" (include "processing-tasks.fullname" $) $priority) }}
+{{- else if index $.Values.priorityClasses.existing $priority }}
+{{- $_ := set $names $priority (index $.Values.priorityClasses.existing $priority) }}
+{{- end }}
+{{- end }}
+{{- toJson $names }}
+{{- end }}
+
+{{/* YAML of where the operator's credentials stand: secret, and the key of each store. */}}
+{{- define "processing-tasks.operatorStores" -}}
+{{- $own := .Values.operator.stores }}
+{{- if $own.existingSecret }}
+secret: {{ $own.existingSecret }}
+postgres: OPERATOR_POSTGRES_URL
+redis: OPERATOR_REDIS_URL
+{{- else if or $own.postgres.url .Values.stores.postgres.url }}
+secret: {{ include "processing-tasks.fullname" . }}-operator
+made: true
+postgres: OPERATOR_POSTGRES_URL
+redis: OPERATOR_REDIS_URL
+{{- else if .Values.stores.existingSecret }}
+secret: {{ .Values.stores.existingSecret }}
+postgres: TASKS_POSTGRES_URL
+redis: TASKS_REDIS_URL
+{{- else }}
+{{- fail "stores.postgres.url: required, or name a Secret that holds it in stores.existingSecret" }}
+{{- end }}
+{{- end }}
+
+{{/* What the operator may do, in each task namespace or, with operator.clusterWide, in all. Nothing on Secrets, and no create of tasks. */}}
+{{- define "processing-tasks.operatorRules" -}}
+- apiGroups: [tasks.zzdsj.io]
+  resources: [processingtasks]
+  # patch: labels and annotations; the status has its own rule below. delete: when ttlSecondsAfterFinished is over.
+  verbs: [get, list, watch, patch, delete]
+- apiGroups: [tasks.zzdsj.io]
+  resources: [processingtasks/status]
+  verbs: [get, patch]
+- apiGroups: [batch]
+  resources: [jobs]
+  verbs: [get, list, watch, create, delete]
+# Pods are read when a Job ends (termination message) or does not start; they aren't watched.
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [get, list]
+{{- end }}
+
+{{/* Checks the URLs of a dict "stores" that stands at "path". Here and not in the schema, whose errors print the value: it holds a password. */}}
+{{- define "processing-tasks.validateStores" -}}
+{{- $path := .path }}
+{{- $stores := .stores }}
+{{- range $store, $schemes := dict "postgres" "postgres(ql)?" "redis" "rediss?" "milvus" "https?" "elasticsearch" "https?" }}
+{{- $url := dig $store "url" "" $stores }}
+{{- if and $url (not (regexMatch (printf "^%s://[^/]" $schemes) $url)) }}
+{{- fail (printf "%s.%s.url: must begin with %s and name a host" $path $store (index (dict "postgres" "postgresql://" "redis" "redis:// or rediss://" "milvus" "http:// or https://" "elasticsearch" "http:// or https://") $store)) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Values that contradict each other; the schema has checked each one by itself. */}}
+{{- define "processing-tasks.validate" -}}
+{{- $stores := .Values.stores }}
+{{- include "processing-tasks.validateStores" (dict "path" "stores" "stores" $stores) }}
+{{- include "processing-tasks.validateStores" (dict "path" "operator.stores" "stores" .Values.operator.stores) }}
+{{- if and $stores.existingSecret (or $stores.postgres.url $stores.redis.url $stores.milvus.url $stores.milvus.token $stores.elasticsearch.url $stores.elasticsearch.apiKey) }}
+{{- fail "stores.existingSecret: leave the urls, the token and the API key below stores empty when it is set" }}
+{{- end }}
+{{- $names := dict }}
+{{- range $index, $namespace := .Values.taskNamespaces }}
+{{- if hasKey $names $namespace.name }}
+{{- fail (printf "taskNamespaces[%d].name: %s is named twice" $index $namespace.name) }}
+{{- end }}
+{{- $_ := set $names $namespace.name true }}
+{{- include "processing-tasks.validateStores" (dict "path" (printf "taskNamespaces[%d].stores" $index) "stores" ($namespace.stores | default dict)) }}
+{{- if and $namespace.create (eq $namespace.name $.Release.Namespace) }}
+{{- fail (printf "taskNamespaces[%d].create: %s is the release's own namespace, which helm makes (--create-namespace)" $index $namespace.name) }}
+{{- end }}
+{{- if and $stores.existingSecret $namespace.stores }}
+{{- fail (printf "taskNamespaces[%d].stores: has no effect with stores.existingSecret; put the namespace's own values into its Secret %s" $index $stores.existingSecret) }}
+{{- end }}
+{{- if and $.Values.documents.existingClaim $namespace.documents }}
+{{- fail (printf "taskNamespaces[%d].documents: has no effect with documents.existingClaim" $index) }}
+{{- end }}
+{{- end }}
+{{- if and $.Values.documents.enabled (not $.Values.documents.existingClaim) $.Values.documents.volumeName (gt (len .Values.taskNamespaces) 1) }}
+{{- fail "documents.volumeName: a volume can be bound once; set taskNamespaces[].documents.volumeName for each namespace" }}
+{{- end }}
+{{- end }}

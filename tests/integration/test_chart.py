@@ -1,0 +1,373 @@
+"""The chart, as the real helm renders it.
+
+With UPDATE_GOLDEN=1 the expected renders are written anew: read the difference before committing it.
+"""
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from devstack import tools
+from task_contract.models import parse_manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "helm/processing-tasks"
+DATA = ROOT / "tests/data/chart"
+SETS = ("minimal", "full", "existing")
+POSTGRES = "stores.postgres.url=postgresql://tasks:secret@postgres:5432/tasks"
+# A helm built from its module believes in a cluster of v1.20 when it has none to ask.
+KUBE_VERSION = ("--kube-version", "1.34.0")
+
+Document = dict[str, Any]
+Helm = Callable[..., subprocess.CompletedProcess[str]]
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="session")
+def helm() -> Helm:
+    binary = tools.helm()
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([binary, *arguments], capture_output=True, text=True, timeout=60, check=False)
+
+    return run
+
+
+def render(helm: Helm, *arguments: str | Path, chart: Path = CHART) -> list[Document]:
+    answer = helm("template", "processing-tasks", chart, "-n", "processing-tasks-system", *KUBE_VERSION, *arguments)
+    assert answer.returncode == 0, answer.stderr
+    return [document for document in yaml.safe_load_all(answer.stdout) if document]
+
+
+def key(document: Document) -> str:
+    metadata = document["metadata"]
+    return f"{document['kind']} {metadata.get('namespace', '-')}/{metadata['name']}"
+
+
+@pytest.fixture(scope="session", params=SETS)
+def rendered(request: pytest.FixtureRequest, helm: Helm) -> tuple[str, dict[str, Document]]:
+    documents = render(helm, "--values", DATA / f"{request.param}.values.yaml")
+    return request.param, {key(document): document for document in documents}
+
+
+def pods(documents: Iterator[Document] | list[Document]) -> list[Document]:
+    return [document["spec"]["template"]["spec"] for document in documents if document["kind"] in {"Deployment", "Job"}]
+
+
+def containers(pod: Document) -> list[Document]:
+    return [*pod.get("initContainers", []), *pod["containers"]]
+
+
+@pytest.mark.parametrize("values", SETS)
+def test_lint_is_clean(helm: Helm, values: str) -> None:
+    answer = helm("lint", "--strict", CHART, *KUBE_VERSION, "--values", DATA / f"{values}.values.yaml")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+def test_lint_is_clean_without_values(helm: Helm) -> None:
+    answer = helm("lint", "--strict", CHART, *KUBE_VERSION)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+def test_renders_as_before(rendered: tuple[str, dict[str, Document]]) -> None:
+    name, documents = rendered
+    found = [document for document in documents.values() if document["kind"] != "CustomResourceDefinition"]
+    golden = DATA / f"{name}.golden.yaml"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(yaml.safe_dump_all(found, sort_keys=False, width=120, allow_unicode=True), encoding="utf-8")
+    assert found == list(yaml.safe_load_all(golden.read_text(encoding="utf-8")))
+
+
+def test_no_name_is_rendered_twice(rendered: tuple[str, dict[str, Document]], helm: Helm) -> None:
+    name, documents = rendered
+    assert len(render(helm, "--values", DATA / f"{name}.values.yaml")) == len(documents)
+
+
+# ------------------------------------------------------------------------------------------------------------------ values
+
+BAD_VALUES: list[tuple[list[str], list[str]]] = [
+    ([], ["stores.postgres.url", "stores.existingSecret"]),
+    (["operator.imag.tag=1"], ["/operator", "imag"]),
+    (["replicas=2"], ["replicas"]),
+    (["operator.image.pullPolicy=Sometimes"], ["/operator/image/pullPolicy"]),
+    (["operator.image.repository="], ["/operator/image/repository"]),
+    (["operator.image.tag=a b"], ["/operator/image/tag"]),
+    (["runner.image.digest=sha256:12"], ["/runner/image/digest"]),
+    (["operator.logLevel=loud"], ["/operator/logLevel"]),
+    (["operator.resyncSeconds=1"], ["/operator/resyncSeconds"]),
+    (["operator.clusterWide=maybe"], ["/operator/clusterWide"]),
+    (["operator.extraEnv[0].value=x"], ["/operator/extraEnv/0", "name"]),
+    (["operator.resources.limit.memory=1Gi"], ["/operator/resources", "limit"]),
+    (["operator.metrics.service.port=99999"], ["/operator/metrics/service/port"]),
+    (["operator.serviceAccount.create=false"], ["operator.serviceAccount.name"]),
+    (["runner.tolerations[0].operator=In"], ["/runner/tolerations/0/operator"]),
+    (["runner.resources.requests.cpu=true"], ["/runner/resources/requests/cpu"]),
+    (["priorityClasses.high.value=2000000000"], ["/priorityClasses/high/value"]),
+    (["priorityClasses.low.preemptionPolicy=Always"], ["/priorityClasses/low/preemptionPolicy"]),
+    (["imagePullSecrets[0]=registry"], ["/imagePullSecrets/0"]),
+    (["documents.size=ten"], ["/documents/size"]),
+    (["documents.accessModes[0]=ReadWrite"], ["/documents/accessModes/0"]),
+    (["documents.volumeName=pv", "taskNamespaces[0].name=a", "taskNamespaces[1].name=b"], ["documents.volumeName"]),
+    (["documents.existingClaim=c", "taskNamespaces[0].name=a", "taskNamespaces[0].documents.size=1Gi"], ["[0].documents"]),
+    (["taskNamespaces=null"], ["taskNamespaces", "operator.clusterWide"]),
+    (["taskNamespaces[0].name=Knowledge"], ["/taskNamespaces/0/name"]),
+    (["taskNamespaces[0].create=true"], ["/taskNamespaces/0", "name"]),
+    (["taskNamespaces[0].name=a", "taskNamespaces[1].name=a"], ["taskNamespaces[1].name", "twice"]),
+    (["taskNamespaces[0].name=processing-tasks-system", "taskNamespaces[0].create=true"], ["taskNamespaces[0].create"]),
+    (["taskNamespaces[0].name=a", "taskNamespaces[0].secret=x"], ["/taskNamespaces/0", "secret"]),
+    (["taskNamespaces[0].name=a", "taskNamespaces[0].stores.milvus.url=milvus"], ["taskNamespaces[0].stores.milvus.url"]),
+    (["stores.existingSecret=there"], ["stores.existingSecret"]),
+    (["stores.redis.url=http://redis"], ["stores.redis.url", "redis://"]),
+    (["stores.milvus.url=milvus:19530"], ["stores.milvus.url", "http://"]),
+    (["stores.elasticsearch.url=https://"], ["stores.elasticsearch.url", "https://"]),
+    (["stores.postgres.url=mysql://tasks:hidden@db/tasks"], ["stores.postgres.url", "postgresql://"]),
+    (["operator.stores.postgres.url=mysql://tasks:hidden@db/tasks"], ["operator.stores.postgres.url"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "named"), BAD_VALUES, ids=[", ".join(case[0]) or "none" for case in BAD_VALUES])
+def test_bad_value_is_refused_by_name_and_never_printed_with_its_password(
+    helm: Helm, settings: list[str], named: list[str]
+) -> None:
+    base = [POSTGRES] if settings else []
+    arguments = [argument for setting in [*base, *settings] for argument in ("--set", setting)]
+    answer = helm("template", "processing-tasks", CHART, "-n", "processing-tasks-system", *KUBE_VERSION, *arguments)
+    assert answer.returncode != 0, answer.stdout
+    assert [part for part in named if part not in answer.stderr] == [], answer.stderr
+    assert "hidden" not in answer.stderr
+
+
+def test_own_stores_of_a_namespace_are_refused_beside_an_existing_secret(helm: Helm) -> None:
+    settings = ("stores.existingSecret=there", "taskNamespaces[0].name=a", "taskNamespaces[0].stores.redis.url=redis://r")
+    arguments = [argument for setting in settings for argument in ("--set", setting)]
+    answer = helm("template", "x", CHART, *KUBE_VERSION, *arguments)
+    assert answer.returncode != 0
+    assert "taskNamespaces[0].stores" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [(None, None), ("documents.storageClassName=", ""), ("documents.storageClassName=fast", "fast")],
+    ids=["left out: the cluster's default", "empty: none", "named"],
+)
+def test_storage_class_of_the_claim(helm: Helm, setting: str | None, expected: str | None) -> None:
+    documents = render(helm, "--set", POSTGRES, *(("--set", setting) if setting else ()))
+    claims = [
+        document["spec"].get("storageClassName") for document in documents if document["kind"] == "PersistentVolumeClaim"
+    ]
+    assert claims == [expected]
+
+
+def test_an_old_cluster_is_refused(helm: Helm) -> None:
+    answer = helm("template", "x", CHART, "--kube-version", "1.30.0", "--set", POSTGRES)
+    assert answer.returncode != 0
+    assert "kubeVersion" in answer.stderr
+
+
+def test_long_release_names_give_names_that_fit(helm: Helm) -> None:
+    answer = helm(
+        "template", "a-release-name-that-is-as-long-as-helm-allows-it-to-be", CHART, *KUBE_VERSION, "--set", POSTGRES
+    )
+    names = [document["metadata"]["name"] for document in yaml.safe_load_all(answer.stdout) if document]
+    assert [name for name in names if len(name) > 63] == []
+
+
+# --------------------------------------------------------------------------------------------------------------------- CRD
+
+
+def test_crd_is_the_generated_one_and_stays_when_the_release_goes(helm: Helm) -> None:
+    documents = render(helm, "--set", POSTGRES)
+    found = next(document for document in documents if document["kind"] == "CustomResourceDefinition")
+    expected = yaml.safe_load((ROOT / "crds/processingtasks.yaml").read_text(encoding="utf-8"))
+    assert found["spec"] == expected["spec"]
+    assert found["metadata"]["name"] == expected["metadata"]["name"]
+    assert found["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    assert found["metadata"]["labels"].items() >= expected["metadata"]["labels"].items()
+
+
+def test_only_crd_and_wanted_documents_stay_on_uninstall(rendered: tuple[str, dict[str, Document]]) -> None:
+    name, documents = rendered
+    kept = {
+        identity
+        for identity, document in documents.items()
+        if document["metadata"].get("annotations", {}).get("helm.sh/resource-policy") == "keep"
+    }
+    crd = "CustomResourceDefinition -/processingtasks.tasks.zzdsj.io"
+    expected = {
+        "minimal": {crd},
+        # The claim of the other namespace, research, says keep: false.
+        "full": {crd, "Namespace -/knowledge", "PersistentVolumeClaim knowledge/processing-task-documents"},
+        "existing": set(),
+    }
+    assert kept == expected[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------- security
+
+
+def test_every_pod_is_restricted_with_a_read_only_root(rendered: tuple[str, dict[str, Document]]) -> None:
+    found = pods(list(rendered[1].values()))
+    assert found
+    for pod in found:
+        assert pod["securityContext"] == {
+            "runAsNonRoot": True,
+            "runAsUser": 65532,
+            "runAsGroup": 65532,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        }
+        assert pod["enableServiceLinks"] is False
+        assert {tuple(volume) for volume in pod["volumes"]} == {("name", "emptyDir")}
+        for container in containers(pod):
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }, container["name"]
+            assert container["resources"]["limits"]["memory"], container["name"]
+            assert container["volumeMounts"] == [{"name": "tmp", "mountPath": "/tmp"}], container["name"]
+
+
+def test_namespaces_that_the_chart_makes_enforce_restricted(rendered: tuple[str, dict[str, Document]]) -> None:
+    made = [document["metadata"]["labels"] for document in rendered[1].values() if document["kind"] == "Namespace"]
+    assert [labels.get("pod-security.kubernetes.io/enforce") for labels in made] == ["restricted"] * len(made)
+
+
+def test_credentials_stand_in_secrets_only(rendered: tuple[str, dict[str, Document]]) -> None:
+    name, documents = rendered
+    outside = json.dumps([document for document in documents.values() if document["kind"] != "Secret"])
+    assert "canary" not in outside
+    assert base64.b64encode(b"canary").decode()[:6] not in outside
+    inside = {
+        identity: {variable: base64.b64decode(value).decode() for variable, value in document["data"].items()}
+        for identity, document in documents.items()
+        if document["kind"] == "Secret"
+    }
+    if name == "full":
+        assert inside == {
+            "Secret processing-tasks-system/kb-tasks-operator": {
+                "OPERATOR_POSTGRES_URL": "postgresql://operator:canary-operator@postgres.stores:5432/tasks",
+                "OPERATOR_REDIS_URL": "redis://:canary-operator-redis@redis.stores:6379/0",
+            },
+            "Secret knowledge/processing-task-stores": {
+                "TASKS_POSTGRES_URL": "postgresql://runner:canary-postgres@postgres.stores:5432/tasks",
+                "TASKS_REDIS_URL": "redis://:canary-redis@redis.stores:6379/0",
+                "TASKS_MILVUS_URL": "http://milvus.stores:19530",
+                "TASKS_MILVUS_TOKEN": "root:canary-milvus",
+                "TASKS_ELASTICSEARCH_URL": "https://elasticsearch.stores:9200",
+                "TASKS_ELASTICSEARCH_API_KEY": "canary-elasticsearch",
+            },
+            "Secret research/processing-task-stores": {
+                "TASKS_POSTGRES_URL": "postgresql://research:canary-research@postgres.stores:5432/tasks",
+                "TASKS_REDIS_URL": "redis://:canary-redis@redis.stores:6379/0",
+                "TASKS_MILVUS_URL": "http://milvus.stores:19530",
+                "TASKS_MILVUS_TOKEN": "research:canary-research-milvus",
+                "TASKS_ELASTICSEARCH_URL": "https://elasticsearch.stores:9200",
+                "TASKS_ELASTICSEARCH_API_KEY": "canary-elasticsearch",
+            },
+        }
+    else:
+        assert len(inside) == {"minimal": 2, "existing": 0}[name]
+
+
+def test_only_the_operators_pod_gets_a_token(rendered: tuple[str, dict[str, Document]]) -> None:
+    for document in rendered[1].values():
+        if document["kind"] == "ServiceAccount":
+            assert document["automountServiceAccountToken"] is False
+    assert [pod["automountServiceAccountToken"] for pod in pods(list(rendered[1].values()))] == [True]
+
+
+PERMISSIONS = {
+    ("tasks.zzdsj.io", "processingtasks"): ["get", "list", "watch", "patch", "delete"],
+    ("tasks.zzdsj.io", "processingtasks/status"): ["get", "patch"],
+    ("batch", "jobs"): ["get", "list", "watch", "create", "delete"],
+    ("", "pods"): ["get", "list"],
+}
+
+
+def test_operator_may_do_this_and_no_more(rendered: tuple[str, dict[str, Document]]) -> None:
+    name, documents = rendered
+    account = {"minimal": "processing-tasks-operator", "full": "kb-tasks-controller", "existing": "controllers"}[name]
+    bindings = [document for document in documents.values() if document["kind"] in {"RoleBinding", "ClusterRoleBinding"}]
+    expected = {"minimal": {"knowledge"}, "full": {"knowledge", "research"}, "existing": {None}}[name]
+    assert {binding["metadata"].get("namespace") for binding in bindings} == expected
+    for binding in bindings:
+        assert binding["subjects"] == [
+            {"kind": "ServiceAccount", "name": account, "namespace": "processing-tasks-system"},
+        ]
+        namespace = binding["metadata"].get("namespace", "-")
+        role = documents[f"{binding['roleRef']['kind']} {namespace}/{binding['roleRef']['name']}"]
+        granted = {
+            (group, resource): rule["verbs"]
+            for rule in role["rules"]
+            for group in rule["apiGroups"]
+            for resource in rule["resources"]
+        }
+        assert granted == PERMISSIONS
+
+
+def test_documented_permissions_are_the_granted_ones() -> None:
+    text = (ROOT / "docs/install.md").read_text(encoding="utf-8")
+    rows = [f"| `{resource}` | {', '.join(verbs)} |" for (_, resource), verbs in PERMISSIONS.items()]
+    assert [row for row in rows if row not in text] == []
+
+
+def test_users_roles_never_include_the_status(helm: Helm) -> None:
+    roles = [document for document in render(helm, "--set", POSTGRES) if document["kind"] == "ClusterRole"]
+    writes = {
+        (role["metadata"]["name"], resource)
+        for role in roles
+        for rule in role["rules"]
+        for resource in rule["resources"]
+        if set(rule["verbs"]) - {"get", "list", "watch"}
+    }
+    assert writes == {("processing-tasks-edit", "processingtasks")}
+
+
+# ---------------------------------------------------------------------------------------------------------------- settings
+
+
+def test_json_settings_survive_quoting(helm: Helm) -> None:
+    documents = render(helm, "--values", DATA / "full.values.yaml")
+    values = yaml.safe_load((DATA / "full.values.yaml").read_text(encoding="utf-8"))
+    environment = {
+        variable["name"]: variable.get("value")
+        for variable in pods(documents)[0]["containers"][0]["env"]
+        if "value" in variable
+    }
+    settings = {
+        "OPERATOR_RUNNER_RESOURCES": values["runner"]["resources"],
+        "OPERATOR_RUNNER_NODE_SELECTOR": values["runner"]["nodeSelector"],
+        "OPERATOR_RUNNER_TOLERATIONS": values["runner"]["tolerations"],
+        "OPERATOR_IMAGE_PULL_SECRETS": ["registry"],
+    }
+    for name, expected in settings.items():
+        found = json.loads(environment[name])
+        # Requests that the values leave out come from the chart's defaults.
+        assert found == expected if name != "OPERATOR_RUNNER_RESOURCES" else found["limits"] == expected["limits"], name
+    classes = json.loads(environment["OPERATOR_PRIORITY_CLASSES"])
+    assert classes == {"high": "kb-tasks-high", "normal": "kb-tasks-normal", "low": "kb-tasks-low"}
+    made = {document["metadata"]["name"] for document in documents if document["kind"] == "PriorityClass"}
+    assert set(classes.values()) == made
+
+
+def test_notes_give_manifests_that_are_valid(helm: Helm, tmp_path: Path) -> None:
+    chart = tmp_path / "chart"
+    shutil.copytree(CHART, chart)
+    # helm prints notes after an installation only; as a template of their own they can be read without a cluster.
+    (chart / "templates/NOTES.txt").rename(chart / "NOTES.txt")
+    (chart / "templates/notes.yaml").write_text(
+        "{apiVersion: v1, kind: ConfigMap, metadata: {name: notes}, data: {text: {{ tpl (.Files.Get `NOTES.txt`) . | quote }} }}"
+    )
+    notes = next(d for d in render(helm, "--set", POSTGRES, chart=chart) if d["kind"] == "ConfigMap")["data"]["text"]
+    assert "kubectl -n processing-tasks-system rollout status deployment/processing-tasks-operator" in notes
+    blocks = [block.split("\n   END")[0] for block in notes.split("<<'END'\n")[1:]]
+    assert [parse_manifest(yaml.safe_load(block)).metadata.name for block in blocks] == ["health", "handbook"]
