@@ -17,7 +17,8 @@ from task_operator.jobs import JobState, parse_time
 Key = tuple[str, str]
 """(namespace, name) of a task."""
 
-_FINISHED: Final = frozenset(str(phase) for phase in Phase if phase.finished)
+FINISHED: Final = frozenset(str(phase) for phase in Phase if phase.finished)
+"""Phases that are never left, as a manifest names them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class CachedTask:
     @property
     def finished(self) -> bool:
         """Whether it will never change phase again."""
-        return self.phase in _FINISHED
+        return self.phase in FINISHED
 
     def manifest(self) -> dict[str, Any]:
         """Return the task; of a finished one only what a decision about it needs."""
@@ -150,7 +151,7 @@ def _cached(manifest: Mapping[str, Any], version: int) -> CachedTask:
         "status": status,
     }
     expires = None
-    if phase in _FINISHED:
+    if phase in FINISHED:
         body["spec"] = {key: spec[key] for key in ("type", "kbId", "ttlSecondsAfterFinished") if key in spec}
         kept = ("phase", "attempt", "job", "finishedAt", "observedGeneration", "conditions")
         body["status"] = {key: status[key] for key in kept if key in status}

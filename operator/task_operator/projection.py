@@ -1,13 +1,13 @@
-"""PostgreSQL as the operator uses it: the projection of tasks, stored results, and the fence. The only file that speaks to it.
+"""PostgreSQL as the operator uses it: projection of tasks, stored results, and the fence. The only file that speaks to it.
 
-Rows of ``tasks`` are a copy of what the API server holds and can be made again from it at any time: writing them never holds
-up a task. They are kept by uid, the latest version of each, until PostgreSQL has taken them; a row is replaced only by one
-of a higher resourceVersion, so writing twice, late or out of order is harmless.
+Rows of ``tasks`` are a copy of what the API server holds and can be made again from it at any time: writing them never
+holds up a task. They are kept by uid, the latest version of each, until PostgreSQL has taken them; a row is replaced only
+by one of a higher resourceVersion, so writing twice, late or out of order is harmless.
 """
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -60,7 +60,7 @@ _COLUMNS: Final[tuple[tuple[str, str], ...]] = (
     ("resource_version", "bigint"),
 )
 _UPSERT: Final = (
-    f"INSERT INTO tasks ({', '.join(name for name, _ in _COLUMNS)}) "
+    f"INSERT INTO tasks ({', '.join(name for name, _ in _COLUMNS)}) "  # noqa: S608 - made of constants only
     f"SELECT * FROM unnest({', '.join(f'${number}::{kind}[]' for number, (_, kind) in enumerate(_COLUMNS, 1))}) "
     "ON CONFLICT (uid) DO UPDATE SET "
     f"{', '.join(f'{name} = excluded.{name}' for name, _ in _COLUMNS if name != 'uid')}, updated_at = now() "
@@ -75,6 +75,7 @@ class _Row:
     values: tuple[Any, ...]
     since: float
     """When it began to wait, by the event loop's clock."""
+    deleted: bool
 
 
 class Database:
@@ -127,7 +128,7 @@ class Database:
         if known is not None:
             if known.resource_version >= row.resource_version:
                 return
-            row = _Row(row.uid, row.resource_version, row.values, known.since)
+            row = replace(row, since=known.since)
         elif self._acknowledged.get(row.uid, -1) >= row.resource_version:
             return
         self._pending[row.uid] = row
@@ -178,6 +179,7 @@ class Database:
                 )
             )
         for row in gone:
+            self._acknowledged.pop(row["uid"], None)
             if row["finished_at"] is None:
                 self.fence_later(row["uid"], reason="Deleted")
         return len(gone)
@@ -200,14 +202,13 @@ class Database:
         self.measure()
 
     def _settle(self, row: _Row) -> None:
-        self._acknowledged[row.uid] = max(row.resource_version, self._acknowledged.get(row.uid, 0))
+        if row.deleted:
+            self._acknowledged.pop(row.uid, None)
+        else:
+            self._acknowledged[row.uid] = max(row.resource_version, self._acknowledged.get(row.uid, 0))
         waiting = self._pending.get(row.uid)
         if waiting is not None and waiting.resource_version <= row.resource_version:
             del self._pending[row.uid]
-
-    def forget(self, uid: str) -> None:
-        """Drop what is remembered of a task that is gone."""
-        self._acknowledged.pop(uid, None)
 
     async def _write(self, rows: Sequence[_Row]) -> None:
         try:
@@ -241,7 +242,8 @@ class Database:
         A runner commits under the shared advisory lock on the uid and looks for the fence there; this holds the exclusive
         one, so that one of the two comes first and the other one sees it.
         """
-        return await self._run(lambda connection: _raise_fence(connection, uid, reason))
+        fence: Fence = await self._run(lambda connection: _raise_fence(connection, uid, reason))
+        return fence
 
     async def _run(self, work: Callable[[Any], Any]) -> Any:
         if self._pool is None:
@@ -329,7 +331,7 @@ def _row(manifest: Mapping[str, Any], *, since: float, deleted: bool) -> _Row:
         int(metadata.get("generation") or 0),
         version,
     )
-    return _Row(uid=metadata["uid"], resource_version=version, values=values, since=since)
+    return _Row(uid=metadata["uid"], resource_version=version, values=values, since=since, deleted=deleted)
 
 
 def _text(value: object) -> str | None:

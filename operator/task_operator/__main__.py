@@ -1,0 +1,196 @@
+"""The operator's command line: ``python -m task_operator run`` and ``python -m task_operator migrate``."""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import sys
+from collections.abc import Coroutine, Sequence
+from typing import Any, Final
+
+import asyncpg
+import kopf
+import structlog
+import uvloop
+
+from task_contract.migrations import migrate
+from task_operator.cluster import Access, Cluster, ClusterError, KubeconfigError, WatchAges
+from task_operator.controller import Controller
+from task_operator.handlers import build_registry, kopf_settings
+from task_operator.health import Health
+from task_operator.metrics import Metrics
+from task_operator.progress import ProgressFeed
+from task_operator.projection import Database
+from task_operator.settings import Settings, SettingsError, load_settings
+
+_log = structlog.get_logger("task_operator")
+_STOP_TIMEOUT: Final = 3.0  # seconds for a look in progress to end
+
+
+def configure_logging(level: str) -> None:
+    """Write one JSON object a line to standard error: our own messages, and those of libraries."""
+    shared: list[structlog.types.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.JSONRenderer(),
+            ],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(level)
+    # kopf says "handler succeeded" for every event; that is a line, and a tenth of a millisecond, a time.
+    logging.getLogger("kopf").setLevel(logging.WARNING)
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+
+async def run(settings: Settings) -> int:
+    """Run until a signal or a fault; return the exit code.
+
+    kopf gives up on some errors of a watch; then, or when one of the parts fails, the process ends with 1 and is started
+    again by its supervisor: everything begins with a full list, so nothing is lost by it.
+    """
+    access = Access.from_environment()
+    metrics = Metrics()
+    ages = WatchAges()
+    cluster = Cluster(access)
+    database = None if settings.postgres_url is None else Database(settings.postgres_url, metrics=metrics)
+    controller = Controller(
+        api=cluster,
+        template=settings.runner_template(),
+        metrics=metrics,
+        database=database,
+        namespaces=settings.namespaces,
+        resync_seconds=settings.resync_seconds,
+    )
+    health = Health(
+        listen=settings.listen,
+        ages=ages,
+        ready=lambda: controller.synced and ages.oldest() is not None,
+        metrics=metrics,
+    )
+    feed = None if settings.redis_url is None else ProgressFeed(settings.redis_url, sink=controller.on_progress)
+
+    await cluster.warm_up()
+    if database is not None:
+        await database.warm_up()
+    await health.warm_up()
+    # Started before kopf: on its way out kopf cancels every task that began after it did.
+    parts = [
+        _start("controller", controller.run()),
+        _start("health", health.run()),
+        *([] if database is None else [_start("projection", database.run())]),
+        *([] if feed is None else [_start("progress", feed.run())]),
+    ]
+
+    async def cleanup() -> None:
+        await _stop(parts)
+        await health.aclose()
+
+    watching = _start(
+        "kopf",
+        kopf.operator(
+            registry=build_registry(controller, access=access, ages=ages, cleanup=cleanup),
+            settings=kopf_settings(),
+            clusterwide=not settings.namespaces,
+            namespaces=list(settings.namespaces),
+            standalone=True,
+        ),
+    )
+    try:
+        _log.info("operator started", namespaces=settings.namespaces or "all", server=access.server)
+        await asyncio.wait([watching, *parts], return_when=asyncio.FIRST_COMPLETED)
+        failed = [part for part in parts if part.done() and not part.cancelled()]
+        if failed:
+            watching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watching
+        for part in failed:
+            if (error := part.exception()) is not None:
+                _log.error("a part of the operator failed", part=part.get_name(), error=_explain(error))
+        return 1 if failed else 0
+    except Exception as error:  # noqa: BLE001 - the supervisor starts the operator again; the log says why
+        _log.error("watching failed", error=_explain(error))
+        return 1
+    finally:
+        await cleanup()
+        if feed is not None:
+            await feed.aclose()
+        if database is not None:
+            await database.aclose()
+        await cluster.aclose()
+        _log.info("operator stopped")
+
+
+def _start(name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    return asyncio.create_task(work, name=name)
+
+
+async def _stop(parts: Sequence[asyncio.Task[None]]) -> None:
+    for part in parts:
+        part.cancel()
+    await asyncio.wait(parts, timeout=_STOP_TIMEOUT)
+
+
+def _explain(error: BaseException) -> str:
+    if isinstance(error, BaseExceptionGroup):
+        return "; ".join(_explain(one) for one in error.exceptions)
+    return error.message if isinstance(error, ClusterError) else repr(error)
+
+
+async def run_migrations(settings: Settings) -> int:
+    """Bring the database up to date; return the exit code."""
+    if settings.postgres_url is None:
+        _log.error("cannot migrate: OPERATOR_POSTGRES_URL is not set")
+        return 2
+    try:
+        connection = await asyncpg.connect(settings.postgres_url, timeout=10)
+    except (OSError, asyncpg.PostgresError, TimeoutError) as error:
+        _log.error("cannot migrate: cannot connect to PostgreSQL", error=repr(error))
+        return 1
+    try:
+        applied = await migrate(connection)
+    finally:
+        await connection.close()
+    _log.info("the database is up to date", applied=applied)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and run; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m task_operator",
+        description="Operator of ProcessingTasks. Settings are environment variables OPERATOR_…: see docs/operator.md.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("run", help="watch tasks and run them as Jobs")
+    commands.add_parser("migrate", help="create or update the tables in PostgreSQL, and exit")
+    command = parser.parse_args(arguments).command
+    configure_logging("INFO")
+    try:
+        settings = load_settings()
+        configure_logging(settings.log_level)
+        return uvloop.run(run(settings) if command == "run" else run_migrations(settings))
+    except (SettingsError, KubeconfigError) as error:
+        _log.error(str(error))
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,593 @@
+"""From changes to decisions to writes: the loop around :func:`task_operator.reconcile.decide`.
+
+Whatever changes, a task's key goes into the work queue. A worker takes it, gathers what is known of the task, decides, and
+applies the decision. No two workers look at one task at a time, and a look that fails is repeated with growing waits. A full
+resync lists everything anew from time to time and covers every event that was missed.
+
+**Nothing is lost.** The process may be killed before or after any write; the next one starts from lists. What makes each
+place safe, in the order in which the writes of a task come:
+
+- *before the Job is created*: the task is Queued (or Retrying, and its time has come) and has no Job: it is created.
+- *Job created, answer or process lost*: its name follows from task and attempt, so creating it again is answered with
+  AlreadyExists; the Job that is there names our task's uid as its owner, and is taken for the one that was made.
+- *Job created → Processing written*: status still says Queued or Retrying; the Job is found and read. If it has ended
+  meanwhile Processing is skipped.
+- *Job ended → end written*: the Job and its pod stay until the task says how they ended: nobody deletes them before (their
+  TTL of a day is the backstop, and then ``task_results`` has the outcome, which is looked for before a Job is made anew).
+- *Retrying written → next Job created*: number and time of the next attempt follow from the status alone (``attempts``
+  holds the spent number, ``retryAt`` the time).
+- *next Job created → Job of the earlier attempt deleted*: Jobs of lower attempts are deleted whenever the current has one.
+- *given back: Queued written → Job deleted → Job of the same number created*: writing Queued gives the task a new
+  ``queuedAt``; a Job carries the ``queuedAt`` it was made under. One that carries another is the one that was given back:
+  it is deleted, not read, and blocks its name until it is gone.
+- *fence raised → Canceled written → Job deleted*: raising the fence again finds it raised. A Job that still runs when its
+  task has ended is deleted; its runner fails at the fence.
+- *end written → task deleted (TTL)*: deletion needs the end to be known to be in PostgreSQL, in this process: after a
+  restart it is written again (an upsert) before it counts as known.
+
+Every status write carries the resourceVersion it was decided upon, every deletion the uid: what was decided upon something
+old is refused (409), and looked at again.
+"""
+
+import asyncio
+import random as random_module
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final, Protocol
+
+import structlog
+from pydantic import ValidationError
+
+from task_contract.messages import ProgressEvent
+from task_contract.models import Metadata, ProcessingTask, Status, describe
+from task_operator.cache import FINISHED, Cache, CachedTask, Key, job_key
+from task_operator.cluster import (
+    ClusterError,
+    Conflict,
+    Forbidden,
+    Invalid,
+    Manifest,
+    NotFound,
+    Page,
+    Unavailable,
+    is_quota,
+)
+from task_operator.jobs import JobState, PodReport, RunnerTemplate, build_job, current_attempt, pod_report
+from task_operator.metrics import Metrics
+from task_operator.projection import Database, DatabaseUnavailable
+from task_operator.reconcile import (
+    Decision,
+    Fence,
+    Need,
+    Observed,
+    Policy,
+    Refusal,
+    Store,
+    StoredOutcome,
+    decide,
+    refuse,
+)
+from task_operator.workqueue import WorkQueue
+
+_log = structlog.get_logger(__name__)
+
+_WORKERS: Final = 24
+_ORPHAN_PATIENCE: Final = 3.0  # seconds in which the garbage collector may do it
+_NEW_BURST: Final = 30.0  # seconds without listed objects after which listed objects mean that kopf lists anew
+_CONFLICTS: Final = 4  # looks in a row that may end in a conflict before the task waits
+_ROUNDS: Final = 8  # a decision asks for at most one thing a round, and there are four
+
+
+class Api(Protocol):
+    """The part of :class:`task_operator.cluster.Cluster` that is used."""
+
+    def list_tasks(self, namespace: str | None) -> AsyncIterator[Page]: ...  # noqa: D102 - see Cluster
+    def list_jobs(self, namespace: str | None) -> AsyncIterator[Page]: ...  # noqa: D102
+    async def list_pods(self, namespace: str, *, task_uid: str) -> list[Manifest]: ...  # noqa: D102
+    async def get_task(self, namespace: str, name: str) -> Manifest: ...  # noqa: D102
+    async def get_job(self, namespace: str, name: str) -> Manifest: ...  # noqa: D102
+    async def create_job(self, job: Manifest) -> Manifest: ...  # noqa: D102
+    async def delete_job(self, namespace: str, name: str, *, uid: str) -> None: ...  # noqa: D102
+    async def delete_task(self, namespace: str, name: str, *, uid: str, resource_version: int) -> None: ...  # noqa: D102
+    async def patch_status(  # noqa: D102
+        self, namespace: str, name: str, *, uid: str, resource_version: int, patch: Mapping[str, Any]
+    ) -> Manifest: ...
+
+
+@dataclass(slots=True)
+class _Facts:
+    """What one look has found out beyond the cache."""
+
+    answered: frozenset[Need] = frozenset()
+    pods: tuple[PodReport, ...] = ()
+    result: StoredOutcome | None = None
+    fence: Fence | None = None
+    refusal: Refusal | None = None
+
+
+@dataclass(slots=True)
+class _Live:
+    """What is remembered of a task that runs, and may be forgotten."""
+
+    progress: ProgressEvent | None = None
+    written: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A task as one look sees it."""
+
+    key: Key
+    cached: CachedTask
+    parsed: ProcessingTask | None
+    metadata: Metadata
+    status: Status
+    problem: str = ""
+    """Why it could not be parsed."""
+
+
+class Controller:
+    """Keeps Jobs and statuses in step with tasks."""
+
+    def __init__(
+        self,
+        *,
+        api: Api,
+        template: RunnerTemplate,
+        metrics: Metrics,
+        database: Database | None = None,
+        namespaces: Sequence[str] = (),
+        policy: Policy | None = None,
+        resync_seconds: float = 300,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        random: Callable[[], float] = random_module.random,
+        workers: int = _WORKERS,
+    ) -> None:
+        self._api = api
+        self._template = template
+        self._metrics = metrics
+        self._database = database
+        self._namespaces: tuple[str | None, ...] = tuple(namespaces) or (None,)
+        self._policy = policy or Policy()
+        self._resync_seconds = resync_seconds
+        self._clock = clock
+        self._random = random
+        self._workers = workers
+        self._cache = Cache()
+        self._queue: WorkQueue[Key] = WorkQueue()
+        self._live: dict[str, _Live] = {}
+        self._synced = False
+        self._resync_now = asyncio.Event()
+        self._last_listed: float | None = None
+        metrics.watch_queue(self._waiting)
+
+    # ------------------------------------------------------------------------------------------------------ running
+
+    @property
+    def synced(self) -> bool:
+        """Whether everything has been listed once."""
+        return self._synced
+
+    async def run(self) -> None:
+        """List everything, then work until cancelled. Raises what the first list is refused with."""
+        await self._first_list()
+        async with asyncio.TaskGroup() as group:
+            for number in range(self._workers):
+                group.create_task(self._work(), name=f"worker {number}")
+            group.create_task(self._resync_forever(), name="resync")
+
+    async def _first_list(self) -> None:
+        wait = 1.0
+        while True:
+            try:
+                await self._resync()
+            except Unavailable as error:
+                _log.warning("cannot list yet", error=error.message, wait=wait)
+                await asyncio.sleep(wait)
+                wait = min(2 * wait, 15.0)
+            else:
+                self._synced = True
+                _log.info("everything is listed", tasks=len(self._cache))
+                return
+
+    async def _work(self) -> None:
+        while True:
+            key = await self._queue.get()
+            started = time.perf_counter()
+            try:
+                await self._look(key)
+            except asyncio.CancelledError:
+                raise
+            except ClusterError as error:
+                self._count(key, error, self._queue.failed(key, at_least=error.retry_after or 0.0))
+            except Exception as error:  # noqa: BLE001 - one task that trips over a bug must not end the others
+                _log.exception("cannot look after a task", namespace=key[0], task=key[1])
+                self._count(key, error, self._queue.failed(key))
+            else:
+                self._queue.done(key)
+            self._metrics.reconcile_seconds.observe(time.perf_counter() - started)
+            self._metrics.queue_depth.set(len(self._queue))
+
+    async def _look(self, key: Key) -> None:
+        for left in reversed(range(_CONFLICTS)):
+            try:
+                return await self._reconcile(key)
+            except Conflict as error:
+                # Somebody has written since: decide upon what is there now, unless two writers chase each other.
+                self._metrics.reconcile_errors.labels(type(error).__name__).inc()
+                await self._refresh(key)
+                if not left:
+                    raise
+        return None
+
+    def _count(self, key: Key, error: Exception, wait: float) -> None:
+        self._metrics.reconcile_errors.labels(type(error).__name__).inc()
+        _log.warning("looking again", namespace=key[0], task=key[1], error=str(error), wait=wait)
+
+    async def _refresh(self, key: Key) -> None:
+        try:
+            self.on_task("MODIFIED", await self._api.get_task(*key))
+        except NotFound:
+            self._gone(key, None)
+        except ClusterError as error:
+            _log.warning("cannot read a task again", namespace=key[0], task=key[1], error=error.message)
+
+    def _waiting(self) -> Mapping[str, int]:
+        return Counter(task.priority for _, task in self._cache.tasks() if task.phase in {"Queued", "Retrying"})
+
+    # ------------------------------------------------------------------------------------------------------- events
+
+    def on_task(self, kind: str | None, manifest: Mapping[str, Any]) -> None:
+        """Take in a task from a watch (``kind`` ADDED, MODIFIED, DELETED) or a list (None)."""
+        metadata = manifest["metadata"]
+        key = (metadata["namespace"], metadata["name"])
+        if kind == "DELETED":
+            self._gone(key, manifest)
+            return
+        if kind is None:
+            self._listed()
+        if self._cache.put_task(manifest):
+            self._project(manifest)
+            self._queue.add(key)
+
+    def on_job(self, kind: str | None, manifest: Mapping[str, Any]) -> None:
+        """Take in a Job of ours."""
+        job = JobState.from_manifest(manifest)
+        key = job_key(job)
+        if key is None:
+            return
+        if kind == "DELETED":
+            if self._cache.drop_job(key, job.name, uid=job.uid, now=self._clock()):
+                self._queue.add(key)
+        elif self._cache.put_job(job, now=self._clock()):
+            if self._cache.task(key) is None:
+                self._queue.add_after(key, _ORPHAN_PATIENCE)  # its task's event may be on its way
+            else:
+                self._queue.add(key)
+
+    def on_progress(self, event: ProgressEvent) -> None:
+        """Take in progress; of one attempt only news that are newer."""
+        key = (event.namespace, event.name)
+        cached = self._cache.task(key)
+        if cached is None or cached.uid != event.uid or cached.finished:
+            return
+        live = self._live.setdefault(event.uid, _Live())
+        known = live.progress
+        if known is None or (event.attempt, event.at) >= (known.attempt, known.at):
+            live.progress = event
+            self._queue.add(key)
+
+    def _gone(self, key: Key, manifest: Mapping[str, Any] | None) -> None:
+        """Forget a task; its fence is raised, so that a pod that still runs publishes nothing."""
+        known = self._cache.task(key)
+        uid = known.uid if manifest is None and known is not None else (manifest or {}).get("metadata", {}).get("uid")
+        if uid is None:
+            return
+        phase = ((manifest or {}).get("status") or {}).get("phase")
+        finished = phase in FINISHED or (known is not None and known.uid == uid and known.finished)
+        self._cache.drop_task(key, uid=uid)
+        self._live.pop(uid, None)
+        if self._database is not None:
+            if manifest is not None:
+                self._database.submit(manifest, deleted=True)
+            if not finished:
+                self._database.fence_later(uid, reason="Deleted")
+        if self._cache.jobs(key):
+            self._queue.add_after(key, _ORPHAN_PATIENCE)
+
+    def _project(self, manifest: Mapping[str, Any]) -> None:
+        if self._database is not None:
+            self._database.submit(manifest)
+
+    def _listed(self) -> None:
+        """Note that kopf lists: a watch that was lost for longer than the server remembers may have hidden deletions."""
+        now = time.monotonic()
+        if self._last_listed is not None and now - self._last_listed > _NEW_BURST:
+            self._resync_now.set()
+        self._last_listed = now
+
+    # ------------------------------------------------------------------------------------------------------- resync
+
+    async def _resync_forever(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(self._resync_seconds):
+                    await self._resync_now.wait()
+            except TimeoutError:
+                pass
+            self._resync_now.clear()
+            try:
+                await self._resync()
+            except ClusterError as error:
+                self._metrics.resyncs.labels("failed").inc()
+                _log.warning("cannot resync; trying again soon", error=error.message)
+                await asyncio.sleep(5)
+                self._resync_now.set()
+
+    async def _resync(self) -> None:
+        """List tasks and Jobs, take in what is new, forget what is gone, and look at all that may need it."""
+        for namespace in self._namespaces:
+            seen: set[tuple[Key, str]] = set()
+            version = 0
+            async for page in self._api.list_tasks(namespace):
+                version = page.resource_version
+                for manifest in page.items:
+                    metadata = manifest["metadata"]
+                    seen.add(((metadata["namespace"], metadata["name"]), metadata["uid"]))
+                    if self._cache.put_task(manifest):
+                        self._project(manifest)
+            for key, cached in self._cache.tasks():
+                inside = namespace is None or key[0] == namespace
+                if inside and (key, cached.uid) not in seen and cached.resource_version <= version:
+                    self._gone(key, None)
+            jobs: set[tuple[Key, str]] = set()
+            version = 0
+            async for page in self._api.list_jobs(namespace):
+                version = page.resource_version
+                for manifest in page.items:
+                    job = JobState.from_manifest(manifest)
+                    job_of = job_key(job)
+                    if job_of is not None:
+                        jobs.add((job_of, job.uid))
+                        self._cache.put_job(job, now=self._clock())
+            for key in self._cache.job_keys():
+                for job in self._cache.jobs(key):
+                    inside = namespace is None or key[0] == namespace
+                    if inside and (key, job.uid) not in jobs and job.resource_version <= version:
+                        self._cache.drop_job(key, job.name, uid=job.uid, now=self._clock())
+        await self._mark_absent()
+        now = self._clock().timestamp()
+        for key, cached in self._cache.tasks():
+            if self._needs_look(key, cached, now=now):
+                self._queue.add(key)
+        for key in self._cache.job_keys():
+            if self._cache.task(key) is None:
+                self._queue.add(key)
+        self._metrics.resyncs.labels("done").inc()
+
+    def _needs_look(self, key: Key, cached: CachedTask, *, now: float) -> bool:
+        """Whether a task may have something to do: of ten thousand that have finished, hardly any."""
+        if not cached.finished or cached.expires_at is None or cached.expires_at <= now + self._resync_seconds:
+            return True
+        jobs = self._cache.jobs(key)
+        return len(jobs) > 1 or any(not job.finished for job in jobs)
+
+    async def _mark_absent(self) -> None:
+        if self._database is None:
+            return
+        namespaces = [namespace for namespace in self._namespaces if namespace is not None]
+        alive = self._cache.uids()
+        try:
+            # Asked after the rows were read: a task that came meanwhile is in the cache before it is in a row.
+            count = await self._database.absent(
+                namespaces=namespaces, alive=lambda uid: uid in alive or uid in self._cache.uids()
+            )
+        except DatabaseUnavailable as error:
+            _log.warning("cannot compare PostgreSQL with the cluster", error=str(error))
+        else:
+            if count:
+                _log.info("tasks were deleted unseen", count=count)
+
+    # ---------------------------------------------------------------------------------------- gather, decide, apply
+
+    async def _reconcile(self, key: Key) -> None:
+        cached = self._cache.task(key)
+        await self._delete_orphans(key, None if cached is None else cached.uid)
+        if cached is None:
+            return
+        task = _read(key, cached)
+        facts = _Facts()
+        decision = await self._decide(task, facts)
+        changed = False
+        if decision.status is not None:
+            changed = await self._write_status(task, decision.status)
+        for job in decision.delete_jobs:
+            await self._api.delete_job(job.namespace, job.name, uid=job.uid)
+            self._cache.mark_deleting(job)
+            changed = True
+        if decision.create_attempt is not None and task.parsed is not None:
+            facts.refusal = await self._create(task.parsed, attempt=decision.create_attempt)
+            changed = True
+            if facts.refusal is not None:
+                cached = self._cache.task(key)
+                if cached is None or cached.uid != task.cached.uid:
+                    return
+                task = _read(key, cached)
+                decision = await self._decide(task, facts)
+                if decision.status is not None:
+                    await self._write_status(task, decision.status)
+                changed = False
+        if decision.delete_task:
+            _log.info("deleting a task after its TTL", namespace=key[0], task=key[1])
+            await self._api.delete_task(*key, uid=task.cached.uid, resource_version=task.cached.resource_version)
+            return
+        if changed:
+            self._queue.add(key)  # whether that was all, a look at what is there now tells
+        elif decision.after is not None and decision.after.total_seconds() <= self._resync_seconds:
+            self._queue.add_after(key, max(decision.after.total_seconds(), 0.05))
+
+    async def _decide(self, task: _Task, facts: _Facts) -> Decision:
+        if task.parsed is None:
+            return refuse(task.metadata, task.status, task.problem, now=self._clock())
+        database = self._database
+        live = self._live.get(task.cached.uid)
+        random = self._random()
+        for _ in range(_ROUNDS):
+            observed = Observed(
+                task=task.parsed,
+                jobs=tuple(job for job in self._cache.jobs(task.key) if job.owner_uid == task.cached.uid),
+                jobs_changed_at=self._cache.jobs_changed_at(task.key),
+                store=Store() if database is None else Store(configured=True, down_since=database.down_since),
+                projected=None if database is None else database.acknowledged(task.cached.uid),
+                progress=None if live is None else live.progress,
+                last_write=None if live is None else live.written,
+                refusal=facts.refusal,
+                answered=facts.answered,
+                pods=facts.pods,
+                result=facts.result,
+                fence=facts.fence,
+            )
+            decision = decide(observed, now=self._clock(), random=random, policy=self._policy)
+            if not decision.needs:
+                return decision
+            for need in decision.needs:
+                await self._answer(need, task.parsed, facts, decision)
+            facts.answered |= decision.needs
+        raise RuntimeError(f"no decision about {task.key} after {_ROUNDS} rounds: {decision.needs}")
+
+    async def _answer(self, need: Need, task: ProcessingTask, facts: _Facts, decision: Decision) -> None:
+        namespace, uid = task.metadata.namespace, task.metadata.uid or ""
+        attempt = current_attempt(task.status)
+        match need:
+            case Need.PODS:
+                facts.pods = tuple(pod_report(pod) for pod in await self._api.list_pods(namespace, task_uid=uid))
+            case Need.JOB:
+                name = build_job(task, attempt=attempt, template=self._template)["metadata"]["name"]
+                try:
+                    self.on_job("MODIFIED", await self._api.get_job(namespace, name))
+                except NotFound:
+                    return
+            case Need.RESULT | Need.FENCE:
+                if self._database is None:
+                    return
+                try:
+                    if need is Need.RESULT:
+                        facts.result = await self._database.result(uid, attempt=attempt)
+                    else:
+                        facts.fence = await self._database.raise_fence(uid, reason=decision.fence_reason)
+                except DatabaseUnavailable as error:
+                    _log.warning("PostgreSQL does not answer", task=task.metadata.name, error=str(error))
+
+    async def _write_status(self, task: _Task, status: Status) -> bool:
+        """Write what differs; return whether anything did."""
+        patch = merge_patch(task.status.manifest(), status.manifest())
+        if not patch:
+            return False
+        try:
+            answer = await self._api.patch_status(
+                *task.key, uid=task.cached.uid, resource_version=task.cached.resource_version, patch=patch
+            )
+        except NotFound:
+            self._gone(task.key, None)
+            return False
+        self._metrics.status_writes.inc()
+        if self._cache.put_task(answer):
+            self._project(answer)
+        if status.phase.finished:
+            self._live.pop(task.cached.uid, None)
+        else:
+            self._live.setdefault(task.cached.uid, _Live()).written = self._clock()
+        if status.phase is not task.status.phase:
+            _log.info(
+                "task",
+                namespace=task.key[0],
+                task=task.key[1],
+                uid=task.cached.uid,
+                phase=str(status.phase),
+                attempt=status.attempt,
+                reason=next((one.reason for one in status.conditions if one.type == "Ready"), None),
+            )
+            if status.phase.finished:
+                kind = "unknown" if task.parsed is None else str(task.parsed.spec.type)
+                self._metrics.finished(type_=kind, status=status)
+        return True
+
+    async def _create(self, task: ProcessingTask, *, attempt: int) -> Refusal | None:
+        """Create the Job of an attempt, or find it created; return why the API server refuses it."""
+        job = build_job(task, attempt=attempt, template=self._template)
+        namespace, name = job["metadata"]["namespace"], job["metadata"]["name"]
+        try:
+            answer = await self._api.create_job(job)
+            self._metrics.jobs_created.inc()
+        except Conflict as conflict:
+            try:
+                answer = await self._api.get_job(namespace, name)
+            except NotFound:
+                raise conflict from None  # gone between the two requests: try again
+            state = JobState.from_manifest(answer)
+            if state.owner_uid != task.metadata.uid:
+                message = (
+                    f"cannot create Job {name}: another object owns a Job of that name; delete it and create the task anew"
+                )
+                return Refusal(reason="JobConflict", message=message, permanent=True)
+        except Forbidden as error:
+            return Refusal(reason="QuotaExceeded" if is_quota(error) else "JobForbidden", message=error.message)
+        except Invalid as error:
+            return Refusal(reason="JobInvalid", message=error.message)
+        self._cache.put_job(JobState.from_manifest(answer), now=self._clock())
+        return None
+
+    async def _delete_orphans(self, key: Key, uid: str | None) -> None:
+        """Delete Jobs whose task does not exist any more, or is another one of the same name."""
+        orphans = [job for job in self._cache.jobs(key) if job.owner_uid != uid and not job.deleting]
+        if not orphans:
+            return
+        try:
+            current = (await self._api.get_task(*key))["metadata"]["uid"]
+        except NotFound:
+            current = None
+        for job in orphans:
+            if job.owner_uid != current:
+                _log.info("deleting a Job whose task is gone", namespace=job.namespace, job=job.name)
+                await self._api.delete_job(job.namespace, job.name, uid=job.uid)
+                self._cache.mark_deleting(job)
+
+
+def merge_patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON merge patch (RFC 7386) from one mapping to another: null removes, lists are replaced whole.
+
+    >>> merge_patch({"phase": "Queued", "queue": {"reason": "Suspended"}}, {"phase": "Processing"})
+    {'phase': 'Processing', 'queue': None}
+    """
+    patch: dict[str, Any] = {}
+    for key in before.keys() | after.keys():
+        old, new = before.get(key), after.get(key)
+        if old == new:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            patch[key] = merge_patch(old, new)
+        else:
+            patch[key] = new
+    return dict(sorted(patch.items()))
+
+
+def _read(key: Key, cached: CachedTask) -> _Task:
+    """Parse a cached task. One that cannot be parsed keeps what can be read of it: enough to say so in its status."""
+    manifest = cached.manifest()
+    try:
+        parsed = ProcessingTask.model_validate(manifest)
+    except ValidationError as error:
+        try:
+            status = Status.model_validate(manifest.get("status") or {})
+        except ValidationError:
+            status = Status()
+        metadata = Metadata(
+            name=key[1], namespace=key[0], uid=cached.uid, generation=manifest["metadata"].get("generation") or 1
+        )
+        metadata = metadata.model_copy(update={"resource_version": str(cached.resource_version)})
+        problem = f"cannot read the task: {describe(error)}; create a new one"
+        return _Task(key=key, cached=cached, parsed=None, metadata=metadata, status=status, problem=problem)
+    return _Task(key=key, cached=cached, parsed=parsed, metadata=parsed.metadata, status=parsed.status)

@@ -1,0 +1,105 @@
+"""kopf as the watch engine: it lists, watches and reconnects; every event becomes a call of the controller.
+
+No change-detecting handlers, daemons, timers or indexes: they write annotations and finalizers into objects, keep progress
+there that a 409 or a kill loses, and cost several requests a task. ``on.event`` writes nothing.
+"""
+
+import gc
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import kopf
+import structlog
+
+from task_contract.names import GROUP, PLURAL, VERSION
+from task_operator.cluster import MANAGED_SELECTOR, Access, WatchAges, open_session
+from task_operator.controller import Controller
+
+_log = structlog.get_logger(__name__)
+_EXIT: Final = 9.0  # seconds
+
+
+class _NoDiffBase(kopf.DiffBaseStorage):
+    """Keeps no copy of what was handled last: the default one deep-copies the body on every event."""
+
+    def build(self, **_: Any) -> Any:
+        return {}
+
+    def fetch(self, **_: Any) -> None:
+        return None
+
+    def store(self, **_: Any) -> None:
+        return None
+
+
+class _NoProgress(kopf.ProgressStorage):
+    """Keeps no progress of handlers: there are none that retry."""
+
+    def fetch(self, **_: Any) -> None:
+        return None
+
+    def store(self, **_: Any) -> None:
+        return None
+
+    def purge(self, **_: Any) -> None:
+        return None
+
+    def touch(self, **_: Any) -> None:
+        return None
+
+    def clear(self, *, essence: Any) -> Any:
+        return essence
+
+
+def kopf_settings() -> kopf.OperatorSettings:
+    """Return settings under which kopf only watches, in little memory; each was measured or guards against a known hang."""
+    settings = kopf.OperatorSettings()
+    settings.peering.standalone = True
+    settings.scanning.disabled = True  # no watches on CRDs and namespaces, no rights for them
+    settings.posting.enabled = False
+    # A worker keeps its slot for idle_timeout after its last event: 100 slots of 5 s would be 20 objects a second.
+    settings.queueing.worker_limit = 100
+    settings.queueing.idle_timeout = 0.02
+    settings.watching.chunk_size = 100
+    settings.watching.server_timeout = 300
+    settings.watching.client_timeout = 310
+    settings.watching.connect_timeout = 10
+    settings.watching.reconnect_backoff = 1
+    settings.watching.label_selectors["batch", "v1", "jobs"] = MANAGED_SELECTOR
+    settings.networking.request_timeout = 30
+    settings.networking.connect_timeout = 10
+    settings.persistence.diffbase_storage = _NoDiffBase()
+    settings.persistence.progress_storage = _NoProgress()
+    settings.process.ultimate_exiting_timeout = _EXIT
+    return settings
+
+
+def build_registry(
+    controller: Controller, *, access: Access, ages: WatchAges, cleanup: Callable[[], Awaitable[None]]
+) -> kopf.OperatorRegistry:
+    """Return the handlers, bound to a controller."""
+    registry = kopf.OperatorRegistry()
+
+    @kopf.on.login(registry=registry, errors=kopf.ErrorsMode.PERMANENT)
+    async def login(**_: Any) -> kopf.AiohttpSession:
+        session = open_session(access, ages=ages)
+        return kopf.AiohttpSession(server=access.server, aiohttp_session=session, default_namespace=access.namespace)
+
+    @kopf.on.startup(registry=registry)
+    async def startup(**_: Any) -> None:
+        # Fewer full collections: the live objects of a process full of caches are walked for nothing.
+        gc.set_threshold(20_000, 20, 50)
+
+    @kopf.on.cleanup(registry=registry)
+    async def stop(**_: Any) -> None:
+        await cleanup()
+
+    @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
+    async def task_event(event: kopf.RawEvent, **_: Any) -> None:
+        controller.on_task(event["type"], event["object"])
+
+    @kopf.on.event("batch", "v1", "jobs", registry=registry)
+    async def job_event(event: kopf.RawEvent, **_: Any) -> None:
+        controller.on_job(event["type"], event["object"])
+
+    return registry
