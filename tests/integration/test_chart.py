@@ -17,6 +17,7 @@ import yaml
 
 from devstack import tools
 from task_contract.models import parse_manifest
+from task_operator.settings import load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm/processing-tasks"
@@ -102,8 +103,8 @@ BAD_VALUES: list[tuple[list[str], list[str]]] = [
     (["operator.image.repository="], ["/operator/image/repository"]),
     (["operator.image.tag=a b"], ["/operator/image/tag"]),
     (["runner.image.digest=sha256:12"], ["/runner/image/digest"]),
-    (["operator.logLevel=loud"], ["/operator/logLevel"]),
-    (["operator.resyncSeconds=1"], ["/operator/resyncSeconds"]),
+    (["operator.logLevel=debug"], ["/operator/logLevel"]),
+    (["operator.resyncSeconds=0"], ["/operator/resyncSeconds"]),
     (["operator.clusterWide=maybe"], ["/operator/clusterWide"]),
     (["operator.extraEnv[0].value=x"], ["/operator/extraEnv/0", "name"]),
     (["operator.resources.limit.memory=1Gi"], ["/operator/resources", "limit"]),
@@ -165,6 +166,27 @@ def test_storage_class_of_the_claim(helm: Helm, setting: str | None, expected: s
         document["spec"].get("storageClassName") for document in documents if document["kind"] == "PersistentVolumeClaim"
     ]
     assert claims == [expected]
+
+
+def test_a_namespace_may_take_back_what_holds_for_all(helm: Helm) -> None:
+    settings = (
+        POSTGRES,
+        "stores.redis.url=redis://redis",
+        "documents.storageClassName=fast",
+        "documents.keep=true",
+        "taskNamespaces[0].name=a",
+        "taskNamespaces[0].stores.redis.url=",
+        "taskNamespaces[0].documents.storageClassName=",
+        "taskNamespaces[0].documents.keep=false",
+        "taskNamespaces[1].name=b",
+    )
+    documents = render(helm, *(argument for setting in settings for argument in ("--set", setting)))
+    found = {key(document): document for document in documents}
+    secrets = [found[f"Secret {namespace}/processing-task-stores"]["data"] for namespace in "ab"]
+    assert [sorted(data) for data in secrets] == [["TASKS_POSTGRES_URL"], ["TASKS_POSTGRES_URL", "TASKS_REDIS_URL"]]
+    claims = [found[f"PersistentVolumeClaim {namespace}/processing-task-documents"] for namespace in "ab"]
+    assert [claim["spec"]["storageClassName"] for claim in claims] == ["", "fast"]
+    assert [claim["metadata"].get("annotations") for claim in claims] == [None, {"helm.sh/resource-policy": "keep"}]
 
 
 def test_an_old_cluster_is_refused(helm: Helm) -> None:
@@ -286,8 +308,9 @@ def test_only_the_operators_pod_gets_a_token(rendered: tuple[str, dict[str, Docu
 
 
 PERMISSIONS = {
-    ("tasks.zzdsj.io", "processingtasks"): ["get", "list", "watch", "patch", "delete"],
+    ("tasks.zzdsj.io", "processingtasks"): ["get", "list", "watch", "delete"],
     ("tasks.zzdsj.io", "processingtasks/status"): ["get", "patch"],
+    ("tasks.zzdsj.io", "processingtasks/finalizers"): ["update"],
     ("batch", "jobs"): ["get", "list", "watch", "create", "delete"],
     ("", "pods"): ["get", "list"],
 }
@@ -335,28 +358,52 @@ def test_users_roles_never_include_the_status(helm: Helm) -> None:
 # ---------------------------------------------------------------------------------------------------------------- settings
 
 
-def test_json_settings_survive_quoting(helm: Helm) -> None:
-    documents = render(helm, "--values", DATA / "full.values.yaml")
-    values = yaml.safe_load((DATA / "full.values.yaml").read_text(encoding="utf-8"))
-    environment = {
-        variable["name"]: variable.get("value")
-        for variable in pods(documents)[0]["containers"][0]["env"]
-        if "value" in variable
-    }
-    settings = {
-        "OPERATOR_RUNNER_RESOURCES": values["runner"]["resources"],
-        "OPERATOR_RUNNER_NODE_SELECTOR": values["runner"]["nodeSelector"],
-        "OPERATOR_RUNNER_TOLERATIONS": values["runner"]["tolerations"],
-        "OPERATOR_IMAGE_PULL_SECRETS": ["registry"],
-    }
-    for name, expected in settings.items():
-        found = json.loads(environment[name])
-        # Requests that the values leave out come from the chart's defaults.
-        assert found == expected if name != "OPERATOR_RUNNER_RESOURCES" else found["limits"] == expected["limits"], name
-    classes = json.loads(environment["OPERATOR_PRIORITY_CLASSES"])
-    assert classes == {"high": "kb-tasks-high", "normal": "kb-tasks-normal", "low": "kb-tasks-low"}
-    made = {document["metadata"]["name"] for document in documents if document["kind"] == "PriorityClass"}
-    assert set(classes.values()) == made
+def environment(container: Document) -> dict[str, str]:
+    """The container's variables; those from Secrets are given a value that fits."""
+    return {variable["name"]: variable.get("value", "postgresql://from-secret/x") for variable in container["env"]}
+
+
+@pytest.mark.parametrize("values", SETS)
+def test_operator_reads_its_settings_from_the_rendered_environment(
+    helm: Helm, values: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = render(helm, "--values", DATA / f"{values}.values.yaml")
+    for container in containers(pods(documents)[0]):
+        with monkeypatch.context() as patch:
+            for name, value in environment(container).items():
+                patch.setenv(name, value)
+            settings = load_settings()
+        assert settings.runner_image
+        if values == "full":
+            given = yaml.safe_load((DATA / "full.values.yaml").read_text(encoding="utf-8"))
+            assert settings.namespaces == ("knowledge", "research")
+            assert settings.log_level == "DEBUG"
+            assert settings.runner_image == f"{given['runner']['image']['repository']}@{given['runner']['image']['digest']}"
+            assert settings.runner_resources == {
+                "requests": {"cpu": "0.5", "memory": "512Mi"},  # memory: the chart's default
+                "limits": {"memory": "8Gi", "example.com/gpu": "1"},
+            }
+            assert settings.runner_node_selector == {"pool": "batch"}
+            assert list(settings.runner_tolerations) == given["runner"]["tolerations"]
+            assert settings.image_pull_secrets == ("registry",)
+            assert settings.documents_claim == "processing-task-documents"
+            assert set(settings.priority_classes.values()) == {
+                document["metadata"]["name"] for document in documents if document["kind"] == "PriorityClass"
+            }
+        elif values == "existing":
+            assert settings.namespaces == ()
+            assert settings.stores_secret == "knowledge-stores"
+            assert settings.documents_claim == "corpus"
+            assert {str(priority): name for priority, name in settings.priority_classes.items()} == {
+                "high": "batch-high",
+                "low": "batch-low",
+            }
+
+
+def test_without_documents_there_is_neither_claim_nor_volume(helm: Helm) -> None:
+    documents = render(helm, "--set", POSTGRES, "--set", "documents.enabled=false")
+    assert [document for document in documents if document["kind"] == "PersistentVolumeClaim"] == []
+    assert environment(pods(documents)[0]["containers"][0])["OPERATOR_DOCUMENTS_CLAIM"] == ""
 
 
 def test_notes_give_manifests_that_are_valid(helm: Helm, tmp_path: Path) -> None:
@@ -365,7 +412,8 @@ def test_notes_give_manifests_that_are_valid(helm: Helm, tmp_path: Path) -> None
     # helm prints notes after an installation only; as a template of their own they can be read without a cluster.
     (chart / "templates/NOTES.txt").rename(chart / "NOTES.txt")
     (chart / "templates/notes.yaml").write_text(
-        "{apiVersion: v1, kind: ConfigMap, metadata: {name: notes}, data: {text: {{ tpl (.Files.Get `NOTES.txt`) . | quote }} }}"
+        "{apiVersion: v1, kind: ConfigMap, metadata: {name: notes},"
+        " data: {text: {{ tpl (.Files.Get `NOTES.txt`) . | quote }} }}"
     )
     notes = next(d for d in render(helm, "--set", POSTGRES, chart=chart) if d["kind"] == "ConfigMap")["data"]["text"]
     assert "kubectl -n processing-tasks-system rollout status deployment/processing-tasks-operator" in notes

@@ -83,15 +83,87 @@ redis: TASKS_REDIS_URL
 {{- end }}
 {{- end }}
 
+{{/* Settings of the operator, for its container and for the migration. Takes a dict of root and from (operatorStores). */}}
+{{- define "processing-tasks.operatorEnvironment" -}}
+{{- $root := .root -}}
+- name: OPERATOR_POSTGRES_URL
+  valueFrom:
+    secretKeyRef:
+      name: {{ .from.secret }}
+      key: {{ .from.postgres }}
+- name: OPERATOR_REDIS_URL
+  valueFrom:
+    secretKeyRef:
+      name: {{ .from.secret }}
+      key: {{ .from.redis }}
+      optional: true
+- name: OPERATOR_NAMESPACES
+  {{- if $root.Values.operator.clusterWide }}
+  value: ""
+  {{- else }}
+  {{- $namespaces := list }}
+  {{- range $root.Values.taskNamespaces }}
+  {{- $namespaces = append $namespaces .name }}
+  {{- end }}
+  value: {{ join "," $namespaces | required "taskNamespaces: name at least one, or set operator.clusterWide" | quote }}
+  {{- end }}
+- name: OPERATOR_RUNNER_IMAGE
+  value: {{ include "processing-tasks.image" (dict "image" $root.Values.runner.image "root" $root) | quote }}
+- name: OPERATOR_RUNNER_IMAGE_PULL_POLICY
+  value: {{ $root.Values.runner.image.pullPolicy }}
+- name: OPERATOR_SERVICE_ACCOUNT
+  value: processing-task-runner
+- name: OPERATOR_STORES_SECRET
+  value: {{ default "processing-task-stores" $root.Values.stores.existingSecret }}
+- name: OPERATOR_DOCUMENTS_CLAIM
+  value: {{ ternary (default "processing-task-documents" $root.Values.documents.existingClaim) "" $root.Values.documents.enabled | quote }}
+- name: OPERATOR_PRIORITY_CLASSES
+  value: {{ include "processing-tasks.priorityClasses" $root | quote }}
+{{- $resources := dict }}
+{{- range $kind, $quantities := $root.Values.runner.resources }}
+{{- $strings := dict }}
+{{- range $resource, $quantity := $quantities }}
+{{- $_ := set $strings $resource (toString $quantity) }}
+{{- end }}
+{{- $_ := set $resources $kind $strings }}
+{{- end }}
+- name: OPERATOR_RUNNER_RESOURCES
+  value: {{ toJson $resources | quote }}
+- name: OPERATOR_RUNNER_NODE_SELECTOR
+  value: {{ toJson $root.Values.runner.nodeSelector | quote }}
+- name: OPERATOR_RUNNER_TOLERATIONS
+  value: {{ toJson $root.Values.runner.tolerations | quote }}
+{{- $secrets := list }}
+{{- range $root.Values.imagePullSecrets }}
+{{- $secrets = append $secrets .name }}
+{{- end }}
+- name: OPERATOR_IMAGE_PULL_SECRETS
+  value: {{ toJson $secrets | quote }}
+- name: OPERATOR_LISTEN
+  value: 0.0.0.0:8081
+- name: OPERATOR_RESYNC_SECONDS
+  value: {{ int $root.Values.operator.resyncSeconds | quote }}
+- name: OPERATOR_LOG_LEVEL
+  value: {{ $root.Values.operator.logLevel | quote }}
+{{- with $root.Values.operator.extraEnv }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
 {{/* What the operator may do, in each task namespace or, with operator.clusterWide, in all. Nothing on Secrets, and no create of tasks. */}}
 {{- define "processing-tasks.operatorRules" -}}
 - apiGroups: [tasks.zzdsj.io]
   resources: [processingtasks]
-  # patch: labels and annotations; the status has its own rule below. delete: when ttlSecondsAfterFinished is over.
-  verbs: [get, list, watch, patch, delete]
+  # delete: when ttlSecondsAfterFinished is over.
+  verbs: [get, list, watch, delete]
 - apiGroups: [tasks.zzdsj.io]
   resources: [processingtasks/status]
   verbs: [get, patch]
+# No task has finalizers. Clusters that enforce permissions of owner references (OpenShift) ask for this when a Job is made whose
+# owner is a task.
+- apiGroups: [tasks.zzdsj.io]
+  resources: [processingtasks/finalizers]
+  verbs: [update]
 - apiGroups: [batch]
   resources: [jobs]
   verbs: [get, list, watch, create, delete]
