@@ -1,4 +1,4 @@
-"""Command line of the devstack: up, down, status, env, images."""
+"""Command line of the devstack: up, down, status, env, images, and the product on it: install, uninstall, demo."""
 
 import argparse
 import os
@@ -114,6 +114,28 @@ def _images(options: argparse.Namespace) -> int:
     return 0
 
 
+def _install(_: argparse.Namespace) -> int:
+    from devstack import installation
+
+    documents = installation.install(devstack.up())
+    say(f"Installed. Documents for tasks in namespace {installation.TASK_NAMESPACE} go to {documents}.")
+    return 0
+
+
+def _uninstall(_: argparse.Namespace) -> int:
+    from devstack import installation
+
+    installation.uninstall(devstack.endpoints())
+    return 0
+
+
+def _demo(_: argparse.Namespace) -> int:
+    from devstack import demo  # not at the top: it needs the clients of the stores
+
+    demo.run()
+    return 0
+
+
 def _parts(text: str) -> list[str]:
     chosen = [part.strip() for part in text.split(",") if part.strip()]
     unknown = [part for part in chosen if part not in devstack.PARTS]
@@ -150,6 +172,12 @@ def _parser() -> argparse.ArgumentParser:
     image = commands.add_parser("images", help="build the images, load them into a running node, print sizes by package")
     image.add_argument("--tag", help="tag of the images (default: a hash of what each is built from)")
     image.set_defaults(command=_images)
+    install = commands.add_parser("install", help="bring all up, build the images and install or upgrade the chart")
+    install.set_defaults(command=_install)
+    uninstall = commands.add_parser("uninstall", help="remove the chart's release, its CRD and with it every task")
+    uninstall.set_defaults(command=_uninstall)
+    demo = commands.add_parser("demo", help="real documents end to end, with questions answered from them")
+    demo.set_defaults(command=_demo)
     return parser
 
 
