@@ -29,12 +29,13 @@ _BORDER: Final = re.compile(
     )""",
     re.VERBOSE,
 )
-_ABBREVIATIONS: Final = frozenset(
-    (
-        "al approx art ca cf ch dept dr ed eds eq etc e.g fig figs gov i.e "
-        "inc jr ltd mr mrs ms no nos pp prof ref sec sr st vol vs "
-    ).split()
-)
+# fmt: off
+_ABBREVIATIONS: Final = frozenset({
+    "al", "approx", "art", "ca", "cf", "ch", "dept", "dr", "ed", "eds", "eq", "etc", "e.g", "fig",
+    "figs", "gov", "i.e", "inc", "jr", "ltd", "mr", "mrs", "ms", "no", "nos", "pp", "prof", "ref",
+    "sec", "sr", "st", "vol", "vs",
+})
+# fmt: on
 _WORD_BEFORE: Final = re.compile(r"[^\s(\[“\"']{1,12}\Z")
 # Where to cut a sentence that is longer than a chunk, the best first.
 _WEAK_BORDERS: Final = (re.compile(r"\n\s*"), re.compile(r"[，、：,;:]\s*"), re.compile(r"\s+"))

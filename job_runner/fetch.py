@@ -1,0 +1,206 @@
+"""Opening a document: only below the document root, only regular files of bounded size, and of a kind told by content.
+
+The file is opened once and stays open: what was checked and hashed is what the parser reads, whatever happens to the path
+meanwhile.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from job_runner.document import Kind
+from task_contract.errors import DocumentEmpty, DocumentNotFound, DocumentRefused, DocumentUnreadable, StoreUnavailable
+from task_contract.names import DOCUMENT_ROOT
+
+_HEAD: Final = 64 * 1024
+"""Bytes from which the kind of a file is told."""
+_MARKDOWN_SUFFIXES: Final = frozenset({".md", ".markdown", ".mdown", ".mkd", ".mdx"})
+_MARKDOWN_HEADING: Final = re.compile(rb"^#{1,6} \S", re.MULTILINE)
+
+_SIGNATURES: Final[tuple[tuple[bytes, str], ...]] = (
+    (b"PK\x03\x04", "a ZIP archive"),
+    (b"PK\x05\x06", "an empty ZIP archive"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Microsoft Office file"),
+    (b"{\\rtf", "an RTF document"),
+    (b"\x89PNG\r\n\x1a\n", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"GIF8", "a GIF image"),
+    (b"II*\x00", "a TIFF image"),
+    (b"MM\x00*", "a TIFF image"),
+    (b"\x1f\x8b", "a gzip file"),
+    (b"BZh", "a bzip2 file"),
+    (b"\xfd7zXZ\x00", "an xz file"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (b"Rar!\x1a\x07", "a RAR archive"),
+    (b"\x7fELF", "a Linux program"),
+    (b"MZ", "a Windows program"),
+    (b"%!PS", "a PostScript file"),
+    (b"SQLite format 3\x00", "an SQLite database"),
+)
+# What is in a ZIP archive, by the names of its members near the start.
+_ZIP_MEMBERS: Final = (
+    (b"word/", "a Word document (DOCX)"),
+    (b"xl/", "an Excel workbook (XLSX)"),
+    (b"ppt/", "a PowerPoint file (PPTX)"),
+    (b"mimetypeapplication/epub+zip", "an EPUB book"),
+    (b"mimetypeapplication/vnd.oasis.opendocument", "an OpenDocument file"),
+)
+_TEXT_MARKS: Final = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")  # byte order marks; that of UTF-32 starts with FF FE too
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A document that was opened, checked and hashed."""
+
+    name: str
+    """What messages call it: the path of the task."""
+    descriptor: int
+    """Open for reading; closed by :func:`opened`."""
+    size: int
+    sha256: str
+    kind: Kind
+
+
+@contextmanager
+def opened(file_path: str, *, root: Path, max_bytes: int) -> Iterator[Source]:
+    """Open the document of a task, below ``root``; blocking, run it in a thread.
+
+    ``file_path`` is relative to ``root``, or absolute below ``root`` or below ``/data``, where pods have the volume.
+
+    Raises DocumentNotFound, DocumentRefused, DocumentUnreadable, DocumentEmpty, and StoreUnavailable when the volume itself
+    is missing or fails.
+    """
+    descriptor = _open(file_path, root=root)
+    try:
+        yield _inspect(descriptor, name=file_path, max_bytes=max_bytes)
+    finally:
+        os.close(descriptor)
+
+
+def _open(file_path: str, *, root: Path) -> int:
+    """Open the file without ever leaving ``root``.
+
+    Links are resolved first, then every part of what came out is opened below the part before without following links: a
+    link that somebody puts in the way between the two steps makes it fail instead of leading out.
+    """
+    if "\0" in file_path:
+        raise DocumentRefused(f"cannot open {file_path!r}: a path has no NUL characters; correct payload.filePath")
+    if not root.is_dir():
+        raise StoreUnavailable(
+            f"cannot open {file_path}: the document volume is not mounted at {root}; mount it, or set TASKS_DOCUMENT_ROOT"
+        )
+    real_root = Path(os.path.realpath(root))
+    try:
+        real = Path(os.path.realpath(real_root / _below(file_path, root=root), strict=True))
+        parts = real.relative_to(real_root).parts
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DocumentNotFound(
+            f"cannot find {file_path} below {root}; put the file there or correct payload.filePath"
+        ) from error
+    except ValueError as error:
+        raise _outside(file_path, root) from error
+    except OSError as error:
+        raise _failed(file_path, error) from error
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    current = os.open(real_root, flags | os.O_DIRECTORY)
+    try:
+        for depth, part in enumerate(parts, start=1):
+            # O_NONBLOCK: opening a named pipe must not wait for a writer.
+            kind = os.O_NONBLOCK if depth == len(parts) else os.O_DIRECTORY
+            following = os.open(part, flags | kind, dir_fd=current)
+            os.close(current)
+            current = following
+    except OSError as error:
+        os.close(current)
+        raise _failed(file_path, error) from error
+    return current
+
+
+def _below(file_path: str, *, root: Path) -> PurePosixPath:
+    """Return the path relative to the root; the parts ``..`` are refused, not resolved."""
+    path = PurePosixPath(file_path)
+    if ".." in path.parts:
+        raise _outside(file_path, root)
+    if not path.is_absolute():
+        return path
+    for known in (PurePosixPath(root), PurePosixPath(os.path.realpath(root)), PurePosixPath(DOCUMENT_ROOT)):
+        if path.is_relative_to(known):
+            return path.relative_to(known)
+    raise _outside(file_path, root)
+
+
+def _outside(file_path: str, root: Path) -> DocumentRefused:
+    return DocumentRefused(f"cannot open {file_path}: it is not below the document volume ({root}); put the file there")
+
+
+def _failed(file_path: str, error: OSError) -> DocumentRefused | DocumentNotFound | StoreUnavailable:
+    match error.errno:
+        case errno.ENOENT | errno.ENOTDIR:
+            return DocumentNotFound(
+                f"cannot find {file_path}: it was removed; put the file there or correct payload.filePath"
+            )
+        case errno.EACCES | errno.EPERM:
+            return DocumentRefused(f"cannot open {file_path}: no permission; make it readable for user {os.getuid()}")
+        case errno.ELOOP | errno.ENXIO | errno.ENAMETOOLONG:
+            return DocumentRefused(f"cannot open {file_path}: {error.strerror}; give the path of a regular file")
+        case _:  # the volume, not the document: a stale NFS handle, an I/O error
+            return StoreUnavailable(f"cannot read {file_path} from the document volume: {error.strerror}; check the volume")
+
+
+def _inspect(descriptor: int, *, name: str, max_bytes: int) -> Source:
+    state = os.fstat(descriptor)
+    if not stat.S_ISREG(state.st_mode):
+        raise DocumentRefused(f"cannot read {name}: it is not a regular file; give the path of a file")
+    if state.st_size > max_bytes:
+        message = (
+            f"cannot read {name}: it has {state.st_size} bytes and the limit is {max_bytes}; "
+            "split it, or raise TASKS_MAX_DOCUMENT_BYTES"
+        )
+        raise DocumentRefused(message)
+    if state.st_size == 0:
+        raise DocumentEmpty(f"cannot index {name}: the file has 0 bytes")
+    try:
+        head = os.pread(descriptor, _HEAD, 0)
+        kind = kind_of(head, name=name)
+        with open(descriptor, "rb", closefd=False) as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _failed(name, error) from error
+    return Source(name=name, descriptor=descriptor, size=state.st_size, sha256=sha256, kind=kind)
+
+
+def kind_of(head: bytes, *, name: str) -> Kind:
+    """Tell the kind of a file from its first bytes; the name only decides between Markdown and text.
+
+    Raises DocumentRefused, naming what it is instead, and DocumentUnreadable for a PDF that has lost its start.
+    """
+    suffix = PurePosixPath(name).suffix.lower()
+    if b"%PDF-" in head[:1024]:  # readers accept some bytes of a mail or a printer before it
+        return Kind.PDF
+    supported = "this version reads PDF, Markdown and text"
+    for signature, description in _SIGNATURES:
+        if head.startswith(signature) and (len(signature) > 3 or b"\0" in head):
+            if signature.startswith(b"PK"):
+                description = next((found for mark, found in _ZIP_MEMBERS if mark in head), description)
+            raise DocumentRefused(f"cannot read {name}: it is {description}; {supported}")
+    if re.match(rb"\s*(<!doctype html|<html)", head[:2048], re.IGNORECASE):
+        raise DocumentRefused(f"cannot read {name}: it is an HTML page; {supported}")
+    if head[4:12] in {b"ftypmp42", b"ftypisom"} or (head.startswith((b"RIFF", b"OggS", b"ID3")) and b"\0" in head):
+        raise DocumentRefused(f"cannot read {name}: it is audio or video; {supported}")
+    if b"\0" in head and not head.startswith(_TEXT_MARKS):
+        if suffix == ".pdf":
+            raise DocumentUnreadable(f"cannot read {name}: it has no PDF header; it is damaged, export it again")
+        raise DocumentRefused(f"cannot read {name}: it is binary data of an unknown kind; {supported}")
+    if suffix in _MARKDOWN_SUFFIXES:
+        return Kind.MARKDOWN
+    if suffix in {".txt", ".text", ".log"}:
+        return Kind.TEXT
+    return Kind.MARKDOWN if _MARKDOWN_HEADING.search(head) else Kind.TEXT

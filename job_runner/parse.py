@@ -1,0 +1,151 @@
+"""Reading a document in a child process with bounds: memory, CPU time, wall time, size of its answer.
+
+A crash or a kill of the child is :class:`~task_contract.errors.ParserCrashed`; errors that the child names keep their type.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from job_runner.document import Heading, Kind, Page, ParsedDocument
+from job_runner.fetch import Source
+from task_contract.errors import (
+    DocumentEmpty,
+    DocumentRefused,
+    DocumentUnreadable,
+    ParserCrashed,
+    TaskError,
+)
+
+_FAILURES: Final[Mapping[str, type[TaskError]]] = {
+    error.reason: error for error in (DocumentEmpty, DocumentRefused, DocumentUnreadable)
+}
+_STDERR_LIMIT: Final = 4096
+_READ_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ParserLimits:
+    """Bounds of the child process."""
+
+    memory_bytes: int
+    """Address space; the interpreter and PDFium need about 200 MiB of it."""
+    seconds: int
+    """Wall time; CPU time has the same bound."""
+    output_bytes: int
+    """Size of the text and its tables as JSON."""
+
+
+async def parse(source: Source, *, limits: ParserLimits, on_progress: Callable[[int, int], None]) -> ParsedDocument:
+    """Read an opened document. ``on_progress`` gets (pages done, pages in all).
+
+    Raises DocumentUnreadable, DocumentEmpty, DocumentRefused and ParserCrashed. The child is gone when this returns,
+    raises, or is canceled.
+    """
+    os.lseek(source.descriptor, 0, os.SEEK_SET)
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-P",  # modules come from PYTHONPATH below, never from the working directory
+        "-m",
+        "job_runner.parse_child",
+        source.kind,
+        source.name,
+        str(limits.memory_bytes),
+        str(limits.seconds),
+        stdin=source.descriptor,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        limit=_READ_BYTES,
+        # A crafted file that takes over the child finds no passwords in its environment.
+        env={"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry), "LC_ALL": "C.UTF-8"},
+        start_new_session=True,
+    )
+    errors = asyncio.create_task(_stderr(child))
+    try:
+        async with asyncio.timeout(limits.seconds):
+            answer = await _answer(child, name=source.name, limits=limits, on_progress=on_progress)
+            status = await child.wait()
+    except TimeoutError:
+        raise ParserCrashed(
+            f"cannot parse {source.name} within {limits.seconds} s; raise TASKS_PARSER_SECONDS or split the document"
+        ) from None
+    finally:
+        if child.returncode is None:  # it may be gone before the loop has heard of it
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
+        # wait() waits for the ends of both pipes, and a pipe that is full is not read by itself.
+        await asyncio.gather(_drain(child.stdout), errors, child.wait())
+    if "failure" in answer:
+        failure = answer["failure"]
+        raise _FAILURES.get(failure["reason"], DocumentUnreadable)(failure["message"])
+    if "document" not in answer or status != 0:
+        raise ParserCrashed(_why_crashed(source.name, status=status, errors=errors.result(), limits=limits))
+    return decode_document(answer["document"])
+
+
+async def _answer(
+    child: asyncio.subprocess.Process, *, name: str, limits: ParserLimits, on_progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Read the child's lines; return the last one, empty if there was none."""
+    assert child.stdout is not None  # noqa: S101 - for the type checker: it was asked for above
+    answer: dict[str, Any] = {}
+    rest = bytearray()
+    while data := await child.stdout.read(_READ_BYTES):
+        rest += data
+        if len(rest) > limits.output_bytes:
+            raise DocumentRefused(
+                f"cannot parse {name}: its text is larger than {limits.output_bytes} bytes; "
+                "split the document, or raise TASKS_PARSER_OUTPUT_BYTES"
+            )
+        if not data.endswith(b"\n"):
+            continue
+        lines, rest = rest.splitlines(), bytearray()
+        for line in lines:
+            # A large document takes a while to decode; progress and SIGTERM must not wait for it.
+            answer = await asyncio.to_thread(json.loads, line) if len(line) > _READ_BYTES else json.loads(line)
+            if "progress" in answer:
+                on_progress(*answer["progress"])
+    return {} if rest else answer  # cut off in the middle: a crash, which the exit status explains
+
+
+async def _drain(stream: asyncio.StreamReader | None) -> None:
+    while stream is not None and await stream.read(_READ_BYTES):
+        pass
+
+
+async def _stderr(child: asyncio.subprocess.Process) -> str:
+    """Return the end of what the child said; keep reading, so that it never waits for us."""
+    assert child.stderr is not None  # noqa: S101 - for the type checker: it was asked for above
+    kept = b""
+    while data := await child.stderr.read(_STDERR_LIMIT):
+        kept = (kept + data)[-_STDERR_LIMIT:]
+    return kept.decode(errors="replace")
+
+
+def _why_crashed(name: str, *, status: int, errors: str, limits: ParserLimits) -> str:
+    memory = f"its memory limit of {limits.memory_bytes // 2**20} MiB"
+    if "MemoryError" in errors or status == -signal.SIGKILL:
+        remedy = "raise TASKS_PARSER_MEMORY_BYTES and the pod's memory, or split the document"
+        return f"cannot parse {name}: the parser ran into {memory}; {remedy}"
+    if status == -signal.SIGXCPU:
+        return f"cannot parse {name} within {limits.seconds} CPU seconds; raise TASKS_PARSER_SECONDS or split the document"
+    how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    last = errors.strip().splitlines()[-1:] or [""]
+    return f"cannot parse {name}: the parser crashed ({how}, {memory}) {last[0]}".rstrip()
+
+
+def decode_document(document: Mapping[str, Any]) -> ParsedDocument:
+    """Read what :func:`job_runner.parse_child.encode` wrote."""
+    return ParsedDocument(
+        kind=Kind(document["kind"]),
+        text=document["text"],
+        pages=tuple(Page(*page) for page in document["pages"]),
+        headings=tuple(Heading(*heading) for heading in document["headings"]),
+        failed_pages=tuple(document["failed_pages"]),
+    )

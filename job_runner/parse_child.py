@@ -1,0 +1,70 @@
+"""The child process that reads a file: ``python -m job_runner.parse_child KIND NAME MEMORY_BYTES CPU_SECONDS``.
+
+The file is standard input. Standard output carries JSON, one object a line: ``{"progress": [done, total]}`` while it
+reads, then ``{"document": ...}`` or ``{"failure": {"reason": ..., "message": ...}}``. Whatever else happens (a signal, no
+last line) is a crash, and the parent says so.
+"""
+
+import ctypes
+import json
+import resource
+import signal
+import sys
+import time
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+from job_runner.document import Kind, ParsedDocument
+from job_runner.readers import ReadingFailed, read
+
+_PROGRESS_SECONDS: Final = 0.2
+_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
+
+
+def limit(*, memory_bytes: int, cpu_seconds: int) -> None:
+    """Bound this process; exceeding memory raises MemoryError or kills, exceeding CPU time kills."""
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # a reader has nothing to write
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a parent that is killed leaves no child behind
+
+
+def encode(document: ParsedDocument) -> dict[str, Any]:
+    """Return a document as JSON; the parent's :func:`job_runner.parse.decode_document` reads it."""
+    return {
+        "kind": document.kind,
+        "text": document.text,
+        "pages": [astuple(page) for page in document.pages],
+        "headings": [astuple(heading) for heading in document.headings],
+        "failed_pages": document.failed_pages,
+    }
+
+
+def main(arguments: list[str], output: TextIO) -> None:
+    """Read standard input and write the result."""
+    kind, name, memory_bytes, cpu_seconds = arguments
+    limit(memory_bytes=int(memory_bytes), cpu_seconds=int(cpu_seconds))
+    last = 0.0
+
+    def say(**message: Any) -> None:
+        output.write(json.dumps(message, ensure_ascii=False) + "\n")
+        output.flush()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _PROGRESS_SECONDS:
+            last = time.monotonic()
+            say(progress=[done, total])
+
+    try:
+        document = read(Path("/dev/stdin"), kind=Kind(kind), name=name, on_progress=progress)
+        say(document=encode(document))
+    except ReadingFailed as failure:
+        say(failure={"reason": failure.reason, "message": failure.message})
+
+
+if __name__ == "__main__":
+    # Surrogates in names of bookmarks or in damaged fonts must not stop the document.
+    main(sys.argv[1:], open(1, "w", encoding="utf-8", errors="replace", closefd=False))  # noqa: SIM115 - descriptor 1

@@ -1,0 +1,433 @@
+"""From the bytes of a file to :class:`~job_runner.document.ParsedDocument`: PDF, Markdown and plain text.
+
+These functions run in the child process of :mod:`job_runner.parse_child`, because a file may crash a library or ask for
+any amount of memory. They import nothing of the contract, so that the child starts in a fraction of a second; what goes
+wrong is a :class:`ReadingFailed` whose ``reason`` names an error of :mod:`task_contract.errors`.
+"""
+
+import codecs
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from job_runner.document import Heading, Kind, Page, ParsedDocument
+
+PARSER_VERSION: Final = "1"
+"""Part of the pipeline fingerprint: raise it whenever the same bytes would give another text, page or heading."""
+
+OnProgress = Callable[[int, int], None]
+"""Called with (pages done, pages in all)."""
+
+
+class ReadingFailed(Exception):
+    """A file cannot be read. ``reason`` is DocumentUnreadable, DocumentEmpty or DocumentRefused."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+
+
+def read(path: Path, *, kind: Kind, name: str, on_progress: OnProgress = lambda done, total: None) -> ParsedDocument:
+    """Read a file of a known kind; ``name`` is what messages call it.
+
+    Raises :class:`ReadingFailed`.
+    """
+    match kind:
+        case Kind.PDF:
+            document = _read_pdf(path, name=name, on_progress=on_progress)
+        case Kind.MARKDOWN:
+            document = _markdown(decode(path.read_bytes(), name=name))
+        case Kind.TEXT:
+            document = _plain(decode(path.read_bytes(), name=name))
+    if not document.text.strip():
+        raise ReadingFailed("DocumentEmpty", f"cannot index {name}: there is no text in it")
+    return document
+
+
+# ------------------------------------------------------------------------------------------------------------- charset
+
+_BYTE_ORDER_MARKS: Final = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16: its mark starts with that of UTF-16
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_GUESSED: Final = ("big5", "cp932", "euc_jp", "cp949", "cp1252", "cp1250", "cp1251", "koi8_r")
+"""Among these the guess is made: with all that Python knows, a few accents make a DOS code page of the Baltic likely."""
+_NON_ASCII: Final = re.compile(r"[^\x00-\x7f]")
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f\ufffd]")
+_CHARSET_SAMPLE: Final = 4000
+_COMMON_SHARE: Final = 0.75
+"""Share of common characters from which a text counts as GB18030. Chinese prose has above 0.95; Big5, Shift-JIS and Latin
+texts that happen to decode have far less, as their bytes land on rare characters."""
+
+
+def decode(data: bytes, *, name: str) -> str:
+    r"""Return the text of a file with ``\n`` line ends: by its byte order mark, else UTF-8, GB18030, or the best guess."""
+    text = _decode(data, name=name)
+    if len(_CONTROL.findall(text, 0, 100_000)) > len(text[:100_000]) // 100:
+        raise ReadingFailed(
+            "DocumentRefused", f"cannot read {name}: it holds binary data, not text; give a PDF, Markdown or text file"
+        )
+    return _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def _decode(data: bytes, *, name: str) -> str:
+    for mark, encoding in _BYTE_ORDER_MARKS:
+        if data.startswith(mark):
+            try:
+                return data.decode(encoding)
+            except UnicodeDecodeError as error:
+                message = f"cannot read {name}: it is marked as {encoding} and byte {error.start} is not; save it as UTF-8"
+                raise ReadingFailed("DocumentUnreadable", message) from error
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        pass
+    try:
+        text = data.decode("gb18030")
+    except UnicodeDecodeError:
+        pass
+    else:
+        if _common_chinese(text) >= _COMMON_SHARE:
+            return text
+    # Imported here: most files are UTF-8, and the import costs as much as reading one.
+    import charset_normalizer
+
+    best = charset_normalizer.from_bytes(data[:1_000_000], cp_isolation=list(_GUESSED)).best()
+    if best is not None:
+        try:
+            return data.decode(best.encoding)
+        except UnicodeDecodeError:
+            pass
+    raise ReadingFailed("DocumentUnreadable", f"cannot read {name}: its character set is unknown; save it as UTF-8")
+
+
+def _common_chinese(text: str) -> float:
+    """Return which share of the characters beyond ASCII is punctuation or first-level characters of GB 2312."""
+    sample = "".join(_NON_ASCII.findall(text, 0, 20 * _CHARSET_SAMPLE)[:_CHARSET_SAMPLE])
+    if not sample:
+        return 0
+    leads = sample.encode("gb2312", errors="ignore")[::2]
+    return sum(0xA1 <= lead <= 0xA3 or 0xB0 <= lead <= 0xD7 for lead in leads) / len(sample)
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def _plain(text: str) -> ParsedDocument:
+    """Plain text; form feeds, as old printers knew them, start pages."""
+    pages = [Page(number=1, start=0)]
+    pages += [Page(number=number, start=feed.end()) for number, feed in enumerate(re.finditer("\f", text), start=2)]
+    return ParsedDocument(kind=Kind.TEXT, text=text, pages=tuple(pages))
+
+
+# ------------------------------------------------------------------------------------------------------------ markdown
+
+_FRONT_MATTER: Final = re.compile(r"\A---[ \t]*\n(.*?)\n(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
+_TITLE: Final = re.compile(r"^title:[ \t]*[\"']?(.+?)[\"']?[ \t]*$", re.MULTILINE)
+_FENCE: Final = re.compile(r" {0,3}(`{3,}|~{3,})")
+_ATX: Final = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*\Z")
+_SETEXT: Final = re.compile(r" {0,3}(=+|-{2,})[ \t]*\Z")
+_NOT_A_PARAGRAPH: Final = re.compile(r"[ \t]*(?:[-*+>|#]|\d+[.)]|`{3}|~{3}|\Z)| {4}")
+_MARKUP: Final = re.compile(r"`+|\*\*|__(?=\S)|(?<=\S)__|!?\[([^\]]*)\]\([^)]*\)")
+
+
+def _markdown(text: str) -> ParsedDocument:
+    """Markdown as it is written, with its headings; the front matter is left out, its title becomes a heading."""
+    title = None
+    if front_matter := _FRONT_MATTER.match(text):
+        text = text[front_matter.end() :]
+        found = _TITLE.search(front_matter.group(1))
+        title = found.group(1) if found else None
+    headings = _markdown_headings(text)
+    if title is not None and not any(heading.level == 1 for heading in headings):
+        headings.insert(0, Heading(start=0, end=0, level=1, title=title))
+    return ParsedDocument(kind=Kind.MARKDOWN, text=text, pages=(Page(number=1, start=0),), headings=tuple(headings))
+
+
+def _markdown_headings(text: str) -> list[Heading]:
+    headings: list[Heading] = []
+    fence: str | None = None
+    previous, previous_start = "", 0
+    offset = 0
+    for line in re.findall(r"[^\n]*\n|[^\n]+", text):
+        start, offset = offset, offset + len(line)
+        content = line.rstrip("\n")
+        mark = _FENCE.match(content)
+        if fence is not None:
+            if mark and mark.group(1).startswith(fence) and not content[mark.end() :].strip():
+                fence = None
+            previous = ""
+            continue
+        if mark:
+            fence, previous = mark.group(1), ""
+            continue
+        if (atx := _ATX.match(content)) and (title := _clean_title(atx.group(2) or "")):
+            headings.append(Heading(start=start, end=offset, level=len(atx.group(1)), title=title))
+        elif (under := _SETEXT.match(content)) and (title := _clean_title(previous)):
+            headings.append(
+                Heading(start=previous_start, end=offset, level=1 if under.group(1)[0] == "=" else 2, title=title)
+            )
+        # Only a paragraph of one line becomes a heading by what stands below it; " " stands for any other line.
+        if not content.strip():
+            previous = ""
+        else:
+            previous = " " if previous or _NOT_A_PARAGRAPH.match(content) else content
+            previous_start = start
+    return headings
+
+
+def _clean_title(title: str) -> str:
+    return _MARKUP.sub(lambda markup: markup.group(1) or "", title).strip()
+
+
+# ----------------------------------------------------------------------------------------------------------------- PDF
+
+_HEADING_LINE_LIMIT: Final = 100
+_HEADING_SHARE: Final = 0.25
+"""If more lines than this look like headings by their size, sizes tell nothing about this document."""
+_LARGER: Final = 1.15
+"""A heading is set at least this many times as large as the body."""
+_FULL_LINE: Final = 0.75
+"""A line of less than this share of the usual width ends its paragraph."""
+_WIDE: Final = re.compile(
+    r"[\u1100-\u11ff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\ufe30-\ufe4f\uff00-\uff60\U00020000-\U0003ffff]"
+)
+_SENTENCE_END: Final = re.compile(r"[。！？；…｡.!?:：][\"'”’」』）】》)\]]*\Z")
+_LIST_ITEM: Final = re.compile(r"(?:[-*+•·▪◦‣–]|\(?\d{1,3}[.)、）]|[（(][一二三四五六七八九十]{1,3}[）)])\s*\S")
+_DIGITS: Final = re.compile(r"\d+")
+_HYPHEN: Final = "\ufffe"
+"""What PDFium writes for a hyphen that parts a word at the end of a line."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A line of a PDF page, as it is set."""
+
+    text: str
+    page: int
+    """Number of the page, from 1."""
+    size: float = 0
+    """Size of its first character in points; 0: unknown."""
+    level: int = 0
+    """Level of a heading; 0: no heading."""
+
+
+def _read_pdf(path: Path, *, name: str, on_progress: OnProgress) -> ParsedDocument:
+    import pypdfium2
+
+    try:
+        pdf = pypdfium2.PdfDocument(path)
+        count = len(pdf)
+    except pypdfium2.PdfiumError as error:
+        raise ReadingFailed("DocumentUnreadable", _why_unreadable(error, name=name)) from error
+    if count == 0:
+        raise ReadingFailed("DocumentUnreadable", f"cannot read {name}: the PDF has no pages; it is damaged")
+    bookmarks = _bookmarks(pdf)
+    lines: list[_Line] = []
+    failed: list[int] = []
+    images: list[int] = []
+    for number in range(1, count + 1):
+        try:
+            found, is_image = _page_lines(pdf, number, with_sizes=not bookmarks)
+        except (pypdfium2.PdfiumError, ValueError, UnicodeError):
+            failed.append(number)
+        else:
+            lines += found
+            if is_image:
+                images.append(number)
+        on_progress(number, count)
+    pdf.close()
+    if not lines:
+        if images:
+            message = (
+                f"cannot index {name}: none of its {count} pages has text; scanned pages need OCR, which this version lacks"
+            )
+            raise ReadingFailed("DocumentEmpty", message)
+        if failed:
+            raise ReadingFailed("DocumentUnreadable", f"cannot read {name}: all {count} pages are damaged")
+        raise ReadingFailed("DocumentEmpty", f"cannot index {name}: none of its {count} pages has text")
+    lines = _without_running_lines(lines, pages=count)
+    lines = _with_bookmarks(lines, bookmarks) if bookmarks else _with_large_lines(lines)
+    text, starts, headings = _reflow(lines)
+    pages: list[Page] = []
+    start = len(text)
+    for number in range(count, 0, -1):
+        start = starts.get(number, start)  # a page without text starts where the next one does: pages tile the text
+        pages.append(Page(number=number, start=start))
+    return ParsedDocument(
+        kind=Kind.PDF,
+        text=text,
+        pages=tuple(reversed(pages)),
+        headings=tuple(headings),
+        failed_pages=tuple(sorted({*failed, *images})),
+    )
+
+
+def _why_unreadable(error: Any, *, name: str) -> str:
+    match getattr(error, "err_code", None):
+        case 4:
+            return f"cannot read {name}: the PDF is encrypted and needs a password; store it without one"
+        case 5:
+            return f"cannot read {name}: the PDF is encrypted in a way that is not supported; store it without encryption"
+        case _:
+            return f"cannot read {name}: the PDF is damaged or cut short; export it again from its source"
+
+
+@dataclass(frozen=True, slots=True)
+class _Bookmark:
+    page: int
+    level: int
+    title: str
+
+
+def _bookmarks(pdf: Any) -> list[_Bookmark]:
+    """Return the outline of a PDF; empty when there is none or it is damaged."""
+    found: list[_Bookmark] = []
+    try:
+        for entry in pdf.get_toc(max_depth=8):
+            destination = entry.get_dest()
+            page = None if destination is None else destination.get_index()
+            title = " ".join((entry.get_title() or "").split())
+            if page is not None and title:
+                found.append(_Bookmark(page=page + 1, level=entry.level + 1, title=title))
+    except (ValueError, UnicodeError, RuntimeError):  # an outline is a help, never a reason to refuse a document
+        return []
+    return found
+
+
+def _page_lines(pdf: Any, number: int, *, with_sizes: bool) -> tuple[list[_Line], bool]:
+    """Return the lines of a page, and whether it is an image without text."""
+    import pypdfium2.raw as pdfium
+
+    page = pdf[number - 1]
+    try:
+        text_page = page.get_textpage()
+        try:
+            text = text_page.get_text_bounded()
+            # Positions in the text are positions of characters only if the library left nothing out.
+            sized = with_sizes and len(text) == text_page.count_chars()
+            lines: list[_Line] = []
+            offset = 0
+            for raw in text.split("\n"):
+                start, offset = offset, offset + len(raw) + 1
+                content = raw.strip("\r\x00 \t\u3000")
+                if not content.strip(_HYPHEN):
+                    continue
+                size = 0.0
+                if sized:
+                    first = start + len(raw) - len(raw.lstrip("\r\x00 \t\u3000"))
+                    size = round(pdfium.FPDFText_GetFontSize(text_page, first), 1)
+                lines.append(_Line(text=content, page=number, size=size))
+        finally:
+            text_page.close()
+        is_image = not lines and next(page.get_objects(filter=[pdfium.FPDF_PAGEOBJ_IMAGE]), None) is not None
+    finally:
+        page.close()
+    return lines, is_image
+
+
+def _without_running_lines(lines: Sequence[_Line], *, pages: int) -> list[_Line]:
+    """Leave out headers, footers and page numbers: first and last lines that most pages share but for their digits."""
+    if pages < 3:
+        return list(lines)
+    found: dict[int, list[int]] = {}
+    for index, line in enumerate(lines):
+        found.setdefault(line.page, []).append(index)
+    edges = [(indexes[0], indexes[-1]) for indexes in found.values() if len(indexes) > 2]
+    dropped: set[int] = set()
+    for side in (0, 1):
+        shapes = {edge[side]: _DIGITS.sub("#", lines[edge[side]].text) for edge in edges}
+        counts = Counter(shapes.values())
+        dropped |= {index for index, shape in shapes.items() if counts[shape] * 2 > pages}
+    return [line for index, line in enumerate(lines) if index not in dropped]
+
+
+def _with_bookmarks(lines: Sequence[_Line], bookmarks: Sequence[_Bookmark]) -> list[_Line]:
+    """Mark the lines that bookmarks point at; a bookmark whose line is not found marks nothing."""
+
+    def key(text: str) -> str:
+        return "".join(text.split()).casefold()
+
+    wanted: dict[tuple[int, str], int] = {(mark.page, key(mark.title)): mark.level for mark in bookmarks}
+    marked: list[_Line] = []
+    for line in lines:
+        level = wanted.pop((line.page, key(line.text)), 0)
+        marked.append(replace(line, level=level) if level else line)
+    return marked
+
+
+def _with_large_lines(lines: Sequence[_Line]) -> list[_Line]:
+    """Mark short lines that are set larger than the body as headings, the largest as level 1."""
+    weights: Counter[float] = Counter()
+    for line in lines:
+        weights[line.size] += len(line.text)
+    body = max(weights, key=lambda size: weights[size], default=0)
+    if body <= 0:
+        return list(lines)
+
+    def is_heading(line: _Line) -> bool:
+        return (
+            line.size >= body * _LARGER
+            and len(line.text) <= _HEADING_LINE_LIMIT
+            and any(character.isalpha() for character in line.text)
+            and not _SENTENCE_END.search(line.text)
+        )
+
+    sizes = sorted({line.size for line in lines if is_heading(line)}, reverse=True)
+    marked = [replace(line, level=min(sizes.index(line.size) + 1, 6)) if is_heading(line) else line for line in lines]
+    if sum(line.level > 0 for line in marked) > _HEADING_SHARE * len(lines):
+        return list(lines)
+    return marked
+
+
+def _reflow(lines: Iterable[_Line]) -> tuple[str, dict[int, int], list[Heading]]:
+    """Join set lines to paragraphs. Returns the text, the offset of each page, and the headings.
+
+    Line ends of a page are where the paper ended, not the sentence; in Chinese they would cut words in two.
+    """
+    lines = list(lines)
+    widths = sorted(_width(line.text) for line in lines if not line.level)
+    usual = widths[int(len(widths) * 0.9)] if widths else 0
+    parts: list[str] = []
+    length = 0
+    starts: dict[int, int] = {}
+    headings: list[Heading] = []
+    previous: _Line | None = None
+    for line in lines:
+        text = line.text.replace(_HYPHEN, "")
+        glue = "" if previous is None or previous.text.endswith(_HYPHEN) else _glue(previous, line, usual=usual)
+        parts += [glue, text]
+        start = length + len(glue)
+        length = start + len(text)
+        starts.setdefault(line.page, start)
+        if line.level:
+            last = headings[-1] if headings else None
+            if last and previous and previous.level == line.level and previous.page == line.page and line.size:
+                headings[-1] = replace(last, end=length, title=f"{last.title} {text}")  # a title of two lines
+            else:
+                headings.append(Heading(start=start, end=length, level=line.level, title=text))
+        previous = line
+    return "".join(parts), starts, headings
+
+
+def _glue(previous: _Line, line: _Line, *, usual: int) -> str:
+    """Return what stands between two set lines in the text."""
+    if previous.level or line.level:
+        return "\n\n"
+    if _width(previous.text) < usual * _FULL_LINE or _LIST_ITEM.match(line.text):
+        return "\n\n" if _SENTENCE_END.search(previous.text) else "\n"
+    if _WIDE.match(previous.text[-1]) and _WIDE.match(line.text[0]):
+        return ""
+    return " "
+
+
+def _width(text: str) -> int:
+    """Return the width of a line in half-width cells: a Chinese character is as wide as two letters."""
+    return len(text) + len(_WIDE.findall(text))
