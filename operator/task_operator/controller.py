@@ -57,19 +57,9 @@ from task_operator.cluster import (
 )
 from task_operator.jobs import JobState, PodReport, RunnerTemplate, build_job, current_attempt, pod_report
 from task_operator.metrics import Metrics
+from task_operator.observation import Decision, Fence, Need, Observed, Policy, Refusal, Store, StoredOutcome
 from task_operator.projection import Database, DatabaseUnavailable
-from task_operator.reconcile import (
-    Decision,
-    Fence,
-    Need,
-    Observed,
-    Policy,
-    Refusal,
-    Store,
-    StoredOutcome,
-    decide,
-    refuse,
-)
+from task_operator.reconcile import decide, refuse
 from task_operator.workqueue import WorkQueue
 
 _log = structlog.get_logger(__name__)

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from task_contract.messages import AttemptOutcome
 from task_operator.jobs import parse_time
 from task_operator.metrics import Metrics
-from task_operator.reconcile import Fence, FenceState, StoredOutcome
+from task_operator.observation import Fence, FenceState, StoredOutcome
 
 _log = structlog.get_logger(__name__)
 
@@ -264,7 +264,7 @@ class Database:
         return answer
 
 
-async def _raise_fence(connection: asyncpg.Connection[asyncpg.Record], uid: str, reason: str) -> Fence:
+async def _raise_fence(connection: "asyncpg.Connection[asyncpg.Record]", uid: str, reason: str) -> Fence:
     async with connection.transaction():
         await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended($1::uuid::text, 0))", uid)
         row = await connection.fetchrow(

@@ -1,0 +1,171 @@
+"""What a decision about a task rests on, and what it consists of. Values only; frozen."""
+
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+from task_contract.messages import AttemptOutcome, ProgressEvent
+from task_contract.models import Phase, ProcessingTask, Status
+from task_contract.names import job_name
+from task_operator.jobs import JobState, PodReport, current_attempt, queue_stamp
+
+
+class Need(StrEnum):
+    """What a decision can ask for, because it costs a request and is seldom needed."""
+
+    JOB = "job"
+    """Whether the Job of the current attempt exists, asked of the API server and not of the cache."""
+    PODS = "pods"
+    """The pods of the task."""
+    RESULT = "result"
+    """The row of the current attempt in ``task_results``."""
+    FENCE = "fence"
+    """The fence over the whole task, to be raised now unless a commit came first. Raising it twice is raising it once."""
+
+
+class FenceState(StrEnum):
+    """Who came first: the operator's fence or the runner's commit."""
+
+    RAISED = "raised"
+    COMMITTED = "committed"
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """The answer to :attr:`Need.FENCE`."""
+
+    state: FenceState
+    outcome: AttemptOutcome | None = None
+    """What the commit achieved, when the runner came to storing it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredOutcome:
+    """A row of ``task_results``."""
+
+    outcome: AttemptOutcome
+    holder: str
+    """Uid of the pod that wrote it."""
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The API server would not create the Job."""
+
+    reason: str
+    message: str
+    permanent: bool = False
+    """Trying again can not help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """What is known of PostgreSQL."""
+
+    configured: bool = False
+    down_since: datetime | None = None
+    """Since when it cannot be reached; None: it can."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Waits that are the operator's own and not a task's."""
+
+    pod_patience: timedelta = timedelta(seconds=3)
+    """So long a pod may take to start before anybody looks why."""
+    pod_look_interval: timedelta = timedelta(seconds=60)
+    """Longest time between two looks at pods that do not start."""
+    give_back_delay: timedelta = timedelta(seconds=5)
+    """Wait before an attempt that was given back is tried again; doubles while that repeats."""
+    give_back_max_delay: timedelta = timedelta(seconds=60)
+    give_back_memory: timedelta = timedelta(minutes=10)
+    """An attempt that ran longer than this starts the doubling anew."""
+    store_patience: timedelta = timedelta(minutes=2)
+    """So long an end without a message waits for a PostgreSQL that is down, before it is judged without stored result."""
+    progress_interval: timedelta = timedelta(seconds=1)
+    """Shortest time between two status writes that only tell progress."""
+    result_age: timedelta = timedelta(minutes=5)
+    """An attempt that could have started so long ago may have run without being seen: look for its result first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """Everything that a decision rests on."""
+
+    task: ProcessingTask
+    jobs: tuple[JobState, ...] = ()
+    """All Jobs of the task that are there."""
+    jobs_changed_at: datetime | None = None
+    """When one of them was last seen to change, by the operator's clock."""
+    store: Store = Store()
+    projected: int | None = None
+    """The resourceVersion up to which the task is known to be in PostgreSQL."""
+    progress: ProgressEvent | None = None
+    last_write: datetime | None = None
+    """When the status was last written by this process."""
+    refusal: Refusal | None = None
+    """Of the Job that this pass tried to create."""
+    answered: frozenset[Need] = frozenset()
+    """Which of the following were looked up."""
+    pods: tuple[PodReport, ...] = ()
+    result: StoredOutcome | None = None
+    fence: Fence | None = None
+    """None although answered: PostgreSQL cannot be reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do, in this order: answer the needs (and decide again), or write, delete, create."""
+
+    needs: frozenset[Need] = frozenset()
+    fence_reason: str = ""
+    """Why the fence is to be raised, when it is among the needs."""
+    status: Status | None = None
+    """The whole status as it should be; None: as it is."""
+    delete_jobs: tuple[JobState, ...] = ()
+    create_attempt: int | None = None
+    """Number of the attempt whose Job is to be created."""
+    delete_task: bool = False
+    after: timedelta | None = None
+    """Look again after this time even if nothing happens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why a task is to end from outside."""
+
+    phase: Phase
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The current attempt and its Job."""
+
+    attempt: int
+    name: str
+    """Of the attempt's Job."""
+    job: JobState | None
+    """The attempt's Job."""
+    blocker: JobState | None
+    """A Job of the same name that is from an earlier stay in the queue."""
+    others: tuple[JobState, ...] = field(default=())
+
+
+def view_of(observed: Observed) -> View:
+    """Return what follows from an observation at once."""
+    task = observed.task
+    attempt = current_attempt(task.status)
+    name = job_name(task_name=task.metadata.name, task_uid=task.metadata.uid or "", attempt=attempt)
+    stamp = queue_stamp(task)
+    same = [job for job in observed.jobs if job.name == name]
+    job = next((job for job in same if job.queue_stamp == stamp), None)
+    return View(
+        attempt=attempt,
+        name=name,
+        job=job,
+        blocker=next((job for job in same if job.queue_stamp != stamp), None),
+        others=tuple(job for job in observed.jobs if job.name != name),
+    )

@@ -1,0 +1,123 @@
+"""How an attempt ended: what the pod said, else what the runner stored, else what Kubernetes saw. Pure functions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+
+from task_contract.lifecycle import ExitCode
+from task_contract.messages import AttemptOutcome, Outcome
+from task_contract.models import Failure, Phase, QueueStatus
+from task_operator.jobs import JobState, PodReport, pods_of
+from task_operator.observation import Decision, Need, Observed, Policy, Store, StoredOutcome
+from task_operator.statuses import clip
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How an attempt ended: exactly one of the three is there."""
+
+    success: AttemptOutcome | None = None
+    failure: Failure | None = None
+    given_back: QueueStatus | None = None
+    started_at: datetime | None = None
+
+
+def judge_job(observed: Observed, job: JobState, *, now: datetime, policy: Policy) -> Verdict | Decision:
+    """Return how a Job that has finished ended, or what must be known to tell.
+
+    First what the pod said, then what it stored, then what Kubernetes saw. A success that is known from anywhere counts.
+    """
+    if Need.PODS not in observed.answered:
+        return Decision(needs=frozenset({Need.PODS}))
+    pods = pods_of(job, observed.pods)
+    last = pods[-1] if pods else None
+    started = last.started_at if last is not None else None
+    said = next((pod.outcome for pod in pods if pod.outcome is not None and _succeeded(pod.outcome)), None)
+    said = said or (last.outcome if last is not None else None)
+    timed_out = job.failed and job.failure_reason == "DeadlineExceeded"
+    if said is not None and (_succeeded(said) or not timed_out):
+        return verdict_of(said, started)
+    if observed.store.configured:
+        if Need.RESULT not in observed.answered:
+            return Decision(needs=frozenset({Need.RESULT}))
+        if observed.result is not None and _belongs(observed.result, job=job, pods=pods):
+            if _succeeded(observed.result.outcome) or not timed_out:
+                return verdict_of(observed.result.outcome, started)
+        elif wait_for_store(observed.store, now=now, policy=policy):
+            return Decision(after=timedelta(seconds=5))
+    if timed_out and observed.task.status.phase is not Phase.PROCESSING and started is None:
+        queue = observed.task.status.queue
+        reason = "PodPending" if queue is None else queue.reason
+        message = f"the pod of Job {job.name} did not start in time"
+        return Verdict(given_back=QueueStatus(reason=reason, message=message))
+    if timed_out:
+        return Verdict(
+            failure=Failure(
+                reason="Timeout",
+                message="cannot finish the attempt within spec.timeout: the runner did not stop by itself",
+                retryable=True,
+            ),
+            started_at=started,
+        )
+    return replace(_verdict_of_kubernetes(job, last), started_at=started)
+
+
+def verdict_of(outcome: AttemptOutcome, started: datetime | None) -> Verdict:
+    """Return what an outcome means for the attempt."""
+    error = outcome.error or Failure(reason=outcome.reason, retryable=True)
+    match outcome.outcome:
+        case Outcome.SUCCEEDED:
+            return Verdict(success=outcome, started_at=started)
+        case Outcome.GIVEN_BACK:
+            queue = QueueStatus(reason=outcome.reason, message=clip(error.message) or None)
+            return Verdict(given_back=queue, started_at=started)
+        case Outcome.FENCED:
+            # Nobody has ended the task, so another pod held the attempt: whether that one published, the next attempt sees.
+            return Verdict(failure=error.model_copy(update={"retryable": True}), started_at=started)
+        case Outcome.FAILED:
+            return Verdict(failure=error, started_at=started)
+
+
+def _verdict_of_kubernetes(job: JobState, pod: PodReport | None) -> Verdict:
+    """Judge by what Kubernetes saw of a runner that said nothing."""
+
+    def counted(reason: str, message: str, *, retryable: bool = True) -> Verdict:
+        return Verdict(failure=Failure(reason=reason, message=clip(message), retryable=retryable))
+
+    if job.complete:
+        return counted("ResultLost", f"cannot find the result of Job {job.name}: neither its pod nor PostgreSQL has it")
+    if pod is None:
+        return counted("PodLost", f"cannot tell how Job {job.name} ended: its pod is gone; {job.failure_message}")
+    if pod.disrupted is not None:
+        return Verdict(given_back=QueueStatus(reason="Evicted", message=clip(f"{pod.disrupted}: {pod.message}")))
+    if pod.oom_killed:
+        return counted("OOMKilled", "cannot finish the attempt: the runner used more memory than its limit allows")
+    match pod.exit_code:
+        case ExitCode.STORE_UNAVAILABLE:
+            return Verdict(given_back=QueueStatus(reason="StoreUnavailable", message="a store cannot be reached"))
+        case ExitCode.HANDED_BACK:
+            return Verdict(given_back=QueueStatus(reason="HandedBack", message="the runner was asked to stop"))
+        case ExitCode.FENCED:
+            return counted("Fenced", "cannot go on: another pod holds the attempt")
+        case ExitCode.PERMANENT:
+            return counted("PermanentError", "the runner reported a permanent error without saying which", retryable=False)
+        case None:
+            return counted("PodFailed", f"cannot run the pod of Job {job.name}: {pod.message or job.failure_message}")
+        case code:
+            return counted("ContainerFailed", f"the runner ended with exit code {code} without saying why; see its log")
+
+
+def _succeeded(outcome: AttemptOutcome) -> bool:
+    return outcome.outcome is Outcome.SUCCEEDED
+
+
+def _belongs(result: StoredOutcome, *, job: JobState, pods: Sequence[PodReport]) -> bool:
+    """Whether a stored outcome is that of this Job, and not of one of the same number that was given back before."""
+    if _succeeded(result.outcome) or result.holder in {pod.uid for pod in pods}:
+        return True
+    return job.created_at is not None and result.created_at >= job.created_at
+
+
+def wait_for_store(store: Store, *, now: datetime, policy: Policy) -> bool:
+    """Whether PostgreSQL is down, but not yet for so long that an end is judged without it."""
+    return store.down_since is not None and now - store.down_since < policy.store_patience
