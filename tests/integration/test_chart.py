@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
-from devstack import tools
+from devstack import Endpoints, tools
 from task_contract.models import parse_manifest
 from task_operator.settings import load_settings
+from tests.support.devstack import Kubectl
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm/processing-tasks"
@@ -38,7 +39,7 @@ def helm() -> Helm:
     binary = tools.helm()
 
     def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([binary, *arguments], capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run([binary, *arguments], capture_output=True, text=True, timeout=150, check=False)
 
     return run
 
@@ -419,3 +420,66 @@ def test_notes_give_manifests_that_are_valid(helm: Helm, tmp_path: Path) -> None
     assert "kubectl -n processing-tasks-system rollout status deployment/processing-tasks-operator" in notes
     blocks = [block.split("\n   END")[0] for block in notes.split("<<'END'\n")[1:]]
     assert [parse_manifest(yaml.safe_load(block)).metadata.name for block in blocks] == ["health", "handbook"]
+
+
+# ------------------------------------------------------------------------------------------------------------- API server
+
+
+def rules(kubectl: Kubectl, account: str, namespace: str) -> dict[tuple[str, str], set[str]]:
+    """Ask the API server what ACCOUNT may do in NAMESPACE; without reviews of itself, which everybody may make."""
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectRulesReview",
+        "spec": {"namespace": namespace},
+    }
+    answer = kubectl("create", "-f=-", "-o=json", "--validate=false", "--as", account, stdin=json.dumps(review))
+    found: dict[tuple[str, str], set[str]] = {}
+    for rule in json.loads(answer)["status"]["resourceRules"]:
+        for group in rule["apiGroups"]:
+            for resource in rule["resources"]:
+                found.setdefault((group, resource), set()).update(rule["verbs"])
+    return {identity: verbs for identity, verbs in found.items() if not identity[1].startswith("self")}
+
+
+def test_release_comes_up_under_pod_security_and_leaves_nothing(
+    helm: Helm, cluster: Endpoints, namespace: str, tmp_path: Path
+) -> None:
+    """On a real API server: every object is accepted, the pod is admitted, the account may do what is documented and no
+    more, and uninstalling takes it all away."""
+    kubectl = Kubectl(cluster)
+    release = namespace  # of the same length and as unique: cluster-wide objects are named after it
+    tasks = f"{namespace}-tasks"
+    values = tmp_path / "values.json"
+    values.write_text(
+        json.dumps(
+            {
+                "crds": {"enabled": False},  # the cluster's CRD belongs to the tests, not to one release
+                "taskNamespaces": [{"name": tasks, "create": True}],
+                "stores": {"postgres": {"url": "postgresql://tasks:secret@postgres:5432/tasks"}},
+                "documents": {"storageClassName": "none-such"},
+            }
+        )
+    )
+    where = ("--kubeconfig", cluster.kubeconfig, "-n", namespace)
+    prefix = f"{release}-processing-tasks"[:40].rstrip("-")
+    try:
+        installed = helm("install", release, CHART, "--values", values, *where)
+        assert installed.returncode == 0, installed.stderr
+        assert f"rollout status deployment/{prefix}-operator" in installed.stdout
+        upgraded = helm("upgrade", release, CHART, "--values", values, *where)
+        assert upgraded.returncode == 0, upgraded.stderr
+
+        operator = "app.kubernetes.io/component=operator"
+        kubectl("wait", f"-n={namespace}", "--for=create", "--timeout=30s", "pod", f"--selector={operator}")
+
+        account = f"system:serviceaccount:{namespace}:{prefix}-operator"
+        assert rules(kubectl, account, tasks) == {identity: set(verbs) for identity, verbs in PERMISSIONS.items()}
+        assert rules(kubectl, account, namespace) == {}
+        assert rules(kubectl, f"system:serviceaccount:{tasks}:processing-task-runner", tasks) == {}
+    finally:
+        removed = helm("uninstall", release, "--wait", "--timeout", "120s", *where)
+    assert removed.returncode == 0, removed.stderr
+    selector = f"--selector=app.kubernetes.io/instance={release}"
+    assert kubectl("get", "namespaces,priorityclasses,clusterroles,clusterrolebindings", selector, "-o=name") == ""
+    inside = "deployments,services,roles,rolebindings,secrets,serviceaccounts,persistentvolumeclaims"
+    assert kubectl("get", inside, f"-n={namespace}", selector, "-o=name") == ""

@@ -45,10 +45,13 @@ def test_names_are_unique_so_that_all_can_be_applied_together() -> None:
 def test_full_example_shows_every_field_of_the_spec() -> None:
     path = ROOT / "manifests/examples/document-full.yaml"
     text = path.read_text(encoding="utf-8")
-    shown = yaml.safe_load(text)["spec"]
-    assert set(shown) == {str(field.alias) for field in Spec.model_fields.values()}
-    payload = {str(field.alias) for field in type(task(path).spec.payload).model_fields.values()}
-    assert [field for field in sorted(payload) if f" {field}:" not in text] == []
+    fields = {str(field.alias) for field in Spec.model_fields.values()}
+    fields |= {str(field.alias) for field in type(task(path).spec.payload).model_fields.values()}
+    assert [field for field in sorted(fields) if f" {field}:" not in text] == []
+    # Refused by this version: it stands there as a comment.
+    assert fields & set(yaml.safe_load(text)["spec"]) == {str(field.alias) for field in Spec.model_fields.values()} - {
+        "callback"
+    }
 
 
 def test_kustomization_lists_only_files_that_exist() -> None:
