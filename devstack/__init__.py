@@ -113,11 +113,12 @@ def _stores() -> Any:
     import importlib
     import importlib.util
 
-    if importlib.util.find_spec("devstack.stores") is None:
+    found = importlib.import_module("devstack.stores") if importlib.util.find_spec("devstack.stores") else None
+    if not hasattr(found, "NAMES"):
         import types
 
-        return types.SimpleNamespace(NAMES=("none",), up=lambda: {}, down=lambda: None)
-    return importlib.import_module("devstack.stores")
+        return types.SimpleNamespace(NAMES=("none",), up=dict, down=lambda: None)
+    return found
 
 
 def _lock_path() -> Path:

@@ -56,7 +56,7 @@ def up() -> None:
 
         for control_group in _control_groups():
             control_group.mkdir(exist_ok=True)
-        fresh = None if running("kubelet") else datetime.now(UTC).replace(microsecond=0)
+        restarted = None if running("kubelet") or not _registered() else datetime.now(UTC).replace(microsecond=0)
         kubeconfigs = cluster.kubeconfigs()
         start(
             "dns",
@@ -91,7 +91,7 @@ def up() -> None:
                 "--conntrack-tcp-timeout-close-wait=0s",
             ],
         )
-        wait_until("a Ready node", lambda: _ready(fresh), seconds=90, processes=NAMES)
+        wait_until("a Ready node", lambda: _ready(restarted), seconds=90, processes=NAMES)
         wait_until("an answer from the cluster's DNS", _dns_answers, seconds=20, processes=NAMES)
         wait_until("a way to the Services", _services_reachable, seconds=20, processes=NAMES)
 
@@ -265,6 +265,10 @@ def _ctr(*arguments: str) -> str:
     socket_path = str(state_dir() / "containerd.sock")
     command = ["ctr", "--address", socket_path, "--namespace", _CONTAINER_NAMESPACE, *arguments]
     return run(command, doing=f"reach containerd ({arguments[0]})")
+
+
+def _registered() -> bool:
+    return any(node["metadata"]["name"] == NAME for node in cluster.get("/api/v1/nodes")["items"])
 
 
 def _ready(since: datetime | None) -> bool:

@@ -110,18 +110,22 @@ def test_document_volume_serves_a_second_claim_after_the_first(
     assert uids[0] != uids[1]
 
 
+@pytest.fixture(scope="module")
+def endpoints() -> Endpoints:
+    """The control plane with its node, without stores."""
+    return bring_up(["node"])
+
+
+@pytest.fixture(scope="module")
+def base(endpoints: Endpoints) -> Image:
+    """The base image, loaded into the node."""
+    image = images.base()
+    images.import_image(image)
+    return image
+
+
 class TestNode:
     """Pods really run."""
-
-    @pytest.fixture(scope="class")
-    def endpoints(self) -> Endpoints:
-        return bring_up(["node"])
-
-    @pytest.fixture(scope="class")
-    def base(self, endpoints: Endpoints) -> Image:
-        image = images.base()
-        images.import_image(image)
-        return image
 
     def test_restricted_pod_runs_to_completion(self, endpoints: Endpoints, base: Image, namespace: str) -> None:
         kubectl = Kubectl(endpoints, namespace)
@@ -150,12 +154,12 @@ class TestNode:
         kubectl.apply(job("it", pod_spec(base.reference, "python3", "-c", code, *names)))
         kubectl("wait", "--for=condition=Complete", "job/it", "--timeout=60s")
         answers = kubectl("logs", "job/it").split()
-        assert answers == [address, address, control_plane.SERVICE_ADDRESS, "True", address, "True"]
+        assert answers == [address, address, address, control_plane.SERVICE_ADDRESS, "True", "True"]
 
     def test_pods_reach_each_other_by_service(self, endpoints: Endpoints, base: Image, namespace: str) -> None:
         kubectl = Kubectl(endpoints, namespace)
         server = pod_spec(base.reference, "python3", "-m", "http.server", "--directory", "/etc/alternatives", "8000")
-        labels = {"name": "web", "labels": {"app": "web"}}
+        labels = {"name": "server", "labels": {"app": "web"}}
         kubectl.apply(
             {"apiVersion": "v1", "kind": "Pod", "metadata": labels, "spec": server},
             {
@@ -165,7 +169,7 @@ class TestNode:
                 "spec": {"selector": {"app": "web"}, "ports": [{"port": 80, "targetPort": 8000}]},
             },
         )
-        kubectl("wait", "--for=condition=Ready", "pod/web", "--timeout=60s")
+        kubectl("wait", "--for=condition=Ready", "pod/server", "--timeout=60s")
         code = (
             "import time, urllib.request\n"
             "for _ in range(100):\n"
@@ -173,7 +177,7 @@ class TestNode:
             "    except OSError: time.sleep(0.1)\n"
         )
         # From another pod, and from the server itself by way of the Service.
-        assert kubectl("exec", "web", "--", "python3", "-c", code) == "200\n"
+        assert kubectl("exec", "server", "--", "python3", "-c", code) == "200\n"
         kubectl.apply(job("it", pod_spec(base.reference, "python3", "-c", code)))
         kubectl("wait", "--for=condition=Complete", "job/it", "--timeout=60s")
         assert kubectl("logs", "job/it") == "200\n"
@@ -181,7 +185,7 @@ class TestNode:
     def test_memory_limit_kills(self, endpoints: Endpoints, base: Image, namespace: str) -> None:
         kubectl = Kubectl(endpoints, namespace)
         limits = {"resources": {"limits": {"memory": "64Mi"}}}
-        spec = pod_spec(base.reference, "python3", "-c", "x = bytes(1 << 30); print(len(x))", main=limits)
+        spec = pod_spec(base.reference, "python3", "-c", "x = b'x' * (1 << 30)", main=limits)
         kubectl.apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "it"}, "spec": spec})
         kubectl("wait", "--for=jsonpath={.status.phase}=Failed", "pod/it", "--timeout=60s")
         (container,) = kubectl.get("pod", "it")["status"]["containerStatuses"]
