@@ -23,7 +23,7 @@ def status_in(task: ProcessingTask, phase: Phase, *, reason: str, message: str, 
         "conditions": list(
             conditions(
                 phase,
-                reason=reason,
+                reason=_condition_reason(reason),
                 message=clip(message),
                 generation=task.metadata.generation,
                 now=to_second(now),
@@ -38,7 +38,7 @@ def queued(task: ProcessingTask, queue: QueueStatus | None, *, now: datetime, **
     """Return the status of a task that waits, and why if there is more to say than that."""
     reason = "Queued" if queue is None else queue.reason
     message = "waiting to run" if queue is None else queue.message or queue.reason
-    return status_in(task, Phase.QUEUED, reason=_condition_reason(reason), message=message, now=now, queue=queue, **changes)
+    return status_in(task, Phase.QUEUED, reason=reason, message=message, now=now, queue=queue, **changes)
 
 
 def given_back(task: ProcessingTask, view: View, *, now: datetime) -> dict[str, Any]:
@@ -61,12 +61,12 @@ def given_back(task: ProcessingTask, view: View, *, now: datetime) -> dict[str, 
 def completed(
     task: ProcessingTask, view: View, outcome: AttemptOutcome, started_at: datetime | None, *, now: datetime
 ) -> Status:
-    """Return the status of a task whose work is done. ``started_at`` is when the last container started, if that is known."""
+    """Return the status of a task whose work is done. ``started_at``: of the last container, if known."""
     status = task.status
     return status_in(
         task,
         Phase.COMPLETED,
-        reason=_condition_reason(outcome.reason),
+        reason=outcome.reason,
         message="",
         now=now,
         attempt=view.attempt,
@@ -106,7 +106,7 @@ def failed(
     return status_in(
         task,
         Phase.FAILED,
-        reason=_condition_reason(failure.reason),
+        reason=failure.reason,
         message=failure.message,
         now=now,
         stage=None,
