@@ -3,7 +3,6 @@
 import copy
 import json
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,20 @@ import pytest
 import yaml
 
 from task_contract import names
+from tests.support.devstack import Kubectl
 
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT: dict[str, Any] = {"type": "document_processing", "kbId": "kb-1", "payload": {"filePath": "/data/a.pdf"}}
 
-Kubectl = Callable[..., subprocess.CompletedProcess[str]]
-
 
 def task(spec: dict[str, Any], *, name: str = "a") -> dict[str, Any]:
     return {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": name}, "spec": spec}
+
+
+def create(kubectl: Kubectl, namespace: str, manifest: object, *options: str) -> subprocess.CompletedProcess[str]:
+    return kubectl.attempt("create", "-n", namespace, "-f", "-", *options, stdin=json.dumps(manifest))
 
 
 def with_payload(**payload: Any) -> dict[str, Any]:
@@ -117,7 +119,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 def test_a_bad_manifest_is_refused_with_the_name_of_the_field(
     kubectl: Kubectl, namespace: str, bad: dict[str, Any], message: str
 ) -> None:
-    answer = kubectl("create", "-n", namespace, "--validate=strict", "--dry-run=server", "-f", "-", stdin=task(bad))
+    answer = create(kubectl, namespace, task(bad), "--validate=strict", "--dry-run=server")
     assert answer.returncode != 0, answer.stdout
     assert message in answer.stderr
 
@@ -125,7 +127,7 @@ def test_a_bad_manifest_is_refused_with_the_name_of_the_field(
 def test_a_manifest_without_spec_is_refused(kubectl: Kubectl, namespace: str) -> None:
     manifest = task(DOCUMENT)
     del manifest["spec"]
-    answer = kubectl("create", "-n", namespace, "-f", "-", stdin=manifest)
+    answer = create(kubectl, namespace, manifest)
     assert "spec: Required value" in answer.stderr
 
 
@@ -143,7 +145,7 @@ def test_every_example_is_accepted(kubectl: Kubectl, namespace: str, path: Path)
         document["metadata"].pop("namespace", None)
         documents.append(document)
     everything = {"apiVersion": "v1", "kind": "List", "items": documents}
-    answer = kubectl("create", "-n", namespace, "--validate=strict", "--dry-run=server", "-f", "-", stdin=everything)
+    answer = create(kubectl, namespace, everything, "--validate=strict", "--dry-run=server")
     assert answer.returncode == 0, answer.stderr
 
 
@@ -162,47 +164,47 @@ IMMUTABLE: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("patch", "message"), [case[1:] for case in IMMUTABLE], ids=[case[0] for case in IMMUTABLE])
 def test_what_the_task_is_cannot_be_changed(kubectl: Kubectl, namespace: str, patch: dict[str, Any], message: str) -> None:
-    kubectl("create", "-n", namespace, "-f", "-", stdin=task(DOCUMENT, name="fixed"))
-    answer = kubectl("patch", "ptask", "fixed", "-n", namespace, "--type=merge", "-p", json.dumps({"spec": patch}))
+    create(kubectl, namespace, task(DOCUMENT, name="fixed"))
+    answer = kubectl.attempt("patch", "ptask", "fixed", "-n", namespace, "--type=merge", "-p", json.dumps({"spec": patch}))
     assert answer.returncode != 0, answer.stdout
     assert message in answer.stderr
 
 
 def test_a_new_task_has_its_defaults_and_is_queued_without_a_write(kubectl: Kubectl, namespace: str) -> None:
-    created = kubectl("create", "-n", namespace, "-o", "json", "-f", "-", stdin=task(DOCUMENT))
+    created = create(kubectl, namespace, task(DOCUMENT), "-o", "json")
     found = json.loads(created.stdout)
     assert found["spec"]["priority"] == "normal"
     assert found["spec"]["retry"] == {"limit": 3, "initialDelay": "10s", "factor": 2, "maxDelay": "10m", "jitter": 0.2}
     assert found["spec"]["payload"] == DOCUMENT["payload"]
     assert found["status"]["phase"] == "Queued"
     assert found["status"]["conditions"][0]["reason"] == "Queued"
-    table = kubectl("get", "ptask", "-n", namespace).stdout.splitlines()
+    table = kubectl.attempt("get", "ptask", "-n", namespace).stdout.splitlines()
     assert table[0].split() == ["NAME", "TYPE", "KB", "PRIORITY", "PHASE", "STAGE", "PROGRESS", "ATTEMPT", "AGE"]
-    wide = kubectl("get", "ptask", "-n", namespace, "-o", "wide").stdout.splitlines()
+    wide = kubectl.attempt("get", "ptask", "-n", namespace, "-o", "wide").stdout.splitlines()
     assert wide[0].split()[-3:] == ["CHUNKS", "REASON", "JOB"]
 
 
 def test_tasks_are_selected_by_type_knowledge_base_priority_and_phase(kubectl: Kubectl, namespace: str) -> None:
-    kubectl("create", "-n", namespace, "-f", "-", stdin=task(DOCUMENT | {"priority": "high"}, name="one"))
-    kubectl("create", "-n", namespace, "-f", "-", stdin=task(DOCUMENT | {"kbId": "kb-2"}, name="two"))
-    kubectl("create", "-n", namespace, "-f", "-", stdin=task({"type": "health_check"}, name="three"))
+    create(kubectl, namespace, task(DOCUMENT | {"priority": "high"}, name="one"))
+    create(kubectl, namespace, task(DOCUMENT | {"kbId": "kb-2"}, name="two"))
+    create(kubectl, namespace, task({"type": "health_check"}, name="three"))
     for selector, expected in [
         ("spec.type=health_check", ["three"]),
         ("spec.kbId=kb-2", ["two"]),
         ("spec.priority=high", ["one"]),
         ("status.phase=Queued", ["one", "three", "two"]),
     ]:
-        answer = kubectl("get", "ptask", "-n", namespace, "--field-selector", selector, "-o", "name")
+        answer = kubectl.attempt("get", "ptask", "-n", namespace, "--field-selector", selector, "-o", "name")
         assert sorted(line.split("/")[1] for line in answer.stdout.split()) == expected, selector
 
 
 def test_cancel_suspend_ttl_and_priority_can_be_changed_while_queued_and_cancel_is_one_way(
     kubectl: Kubectl, namespace: str
 ) -> None:
-    kubectl("create", "-n", namespace, "-f", "-", stdin=task(copy.deepcopy(DOCUMENT)))
+    create(kubectl, namespace, task(copy.deepcopy(DOCUMENT)))
 
     def patch(body: dict[str, Any], *more: str) -> subprocess.CompletedProcess[str]:
-        return kubectl("patch", "ptask", "a", "-n", namespace, "--type=merge", "-p", json.dumps(body), *more)
+        return kubectl.attempt("patch", "ptask", "a", "-n", namespace, "--type=merge", "-p", json.dumps(body), *more)
 
     changes = {"suspend": True, "priority": "low", "ttlSecondsAfterFinished": 60, "cancel": True}
     assert patch({"spec": changes}).returncode == 0

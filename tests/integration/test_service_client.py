@@ -1,9 +1,7 @@
 """The client for services, on a real API server."""
 
 import json
-import subprocess
 import threading
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 from devstack import Endpoints
 from service_client import TaskClient, TaskConflict, TaskNotFound, TaskRefused, TaskTimeout
 from task_contract.models import Payload, Phase, ProcessingTask, Spec, TaskType
+from tests.support.devstack import Kubectl
 
 pytestmark = pytest.mark.integration
 
@@ -21,7 +20,7 @@ SPEC: dict[str, Any] = {"type": "document_processing", "kbId": "kb", "payload": 
 
 
 @pytest.fixture
-def client(cluster: Endpoints, namespace: str, kubectl: Callable[..., subprocess.CompletedProcess[str]]) -> TaskClient:
+def client(cluster: Endpoints, namespace: str, kubectl: Kubectl) -> TaskClient:
     api = kubernetes.config.new_client_from_config(str(cluster.kubeconfig))
     return TaskClient(kubernetes.client.CustomObjectsApi(api), namespace=namespace)
 
@@ -61,7 +60,7 @@ def test_an_absent_task_is_not_found(client: TaskClient) -> None:
 
 
 def test_waiting_sees_each_change_and_returns_the_finished_task(
-    client: TaskClient, namespace: str, kubectl: Callable[..., subprocess.CompletedProcess[str]]
+    client: TaskClient, namespace: str, kubectl: Kubectl
 ) -> None:
     client.submit(SPEC, name="one")
     seen: list[str] = []
@@ -69,7 +68,7 @@ def test_waiting_sees_each_change_and_returns_the_finished_task(
 
     def patch(status: dict[str, Any]) -> None:
         body = json.dumps({"status": status})
-        kubectl("patch", "ptask", "one", "-n", namespace, "--subresource=status", "--type=merge", "-p", body)
+        kubectl.attempt("patch", "ptask", "one", "-n", namespace, "--subresource=status", "--type=merge", "-p", body)
 
     def finish() -> None:
         patch({"phase": "Processing", "progress": 40})
