@@ -55,6 +55,8 @@ lock: $(READY) ## Pin all dependencies anew within the bounds of pyproject.toml
 	  $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	    --no-header --extra $$extra pyproject.toml -o requirements/$$extra.txt; \
 	done
+	@echo hatchling | $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-header --no-annotate - -o requirements/build.txt
 
 images: $(READY) ## Build both images and print their sizes by package
 	@$(BIN)/python -m devstack images

@@ -32,7 +32,9 @@ def install(endpoints: Endpoints) -> Path:
     file.write_text(json.dumps(values(endpoints, references)))
     with step(f"installing the chart as release {RELEASE} in {SYSTEM_NAMESPACE}"):
         _clear_interrupted(endpoints)
-        helm(endpoints, "upgrade", "--install", RELEASE, str(_CHART), "--values", str(file), "--wait", "--timeout", _TIMEOUT)
+        # Tests put the CRD into the cluster by hand; the release takes it over.
+        options = ["--values", str(file), "--take-ownership", "--wait", "--timeout", _TIMEOUT]
+        helm(endpoints, "upgrade", "--install", RELEASE, str(_CHART), *options)
     return documents
 
 
