@@ -113,6 +113,14 @@ def stopped(name: str) -> bool:
     return not process.running(name)
 
 
+def kill(name: str) -> None:
+    """Kill the process NAME, as the kernel does when memory is short."""
+    server = process.find(name)
+    assert server is not None
+    os.kill(server.pid, signal.SIGKILL)
+    process.wait_until(f"the end of {name}", partial(stopped, name), seconds=10)
+
+
 def leaves_nothing() -> None:
     """Up, up again at once from two sides, a pod, down, down again; with a firewall that drops what it does not know."""
     for chain in ("INPUT", "FORWARD"):
@@ -152,14 +160,10 @@ def survives_kills() -> None:
     devstack.up(["node"])
     assert_pod_runs()
     for name in ("scheduler", "containerd", "kubelet", "apiserver"):
-        server = process.find(name)
-        assert server is not None
-        os.kill(server.pid, signal.SIGKILL)
+        kill(name)
     devstack.up(["node"])
     assert_pod_runs()
-    containerd = process.find("containerd")
-    assert containerd is not None
-    os.kill(containerd.pid, signal.SIGKILL)
+    kill("containerd")
     for name in ("kubelet", "containerd", "apiserver"):
         killed(["down"], partial(stopped, name))
     devstack.down()

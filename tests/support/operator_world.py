@@ -1,0 +1,367 @@
+"""A small Kubernetes and PostgreSQL in memory, with the rules that matter, and with crashes: where the controller is tried.
+
+It knows preconditions, AlreadyExists, background deletion, commits under the fence, and time that moves when told to.
+Nothing in it sleeps. What it cannot show, real servers do, in the integration tests.
+"""
+
+import copy
+import random
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from task_contract.lifecycle import ARROWS
+from task_contract.messages import AttemptOutcome, Outcome
+from task_contract.models import Phase
+from task_operator.cluster import Conflict, NotFound, Page
+from task_operator.controller import Controller
+from task_operator.jobs import RunnerTemplate
+from task_operator.metrics import Metrics
+from task_operator.observation import Fence, FenceState, StoredOutcome
+from task_operator.projection import DatabaseUnavailable
+from tests.support.operator_values import T0, failure, handed_back, manifest, success
+
+KEY = ("knowledge", "handbook")
+
+
+class Crash(BaseException):
+    """The process is killed here: nothing that follows in it happens."""
+
+
+def _stamp(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclass
+class World:
+    """The API server, the Job controller, one node and PostgreSQL; also the API of the controller under test."""
+
+    now: datetime = T0
+    version: int = 100
+    tasks: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    results: dict[tuple[str, int], StoredOutcome] = field(default_factory=dict)
+    fences: set[str] = field(default_factory=set)
+    published: set[str] = field(default_factory=set)
+    database_up: bool = True
+    down_since: datetime | None = None
+    crash_in: int | None = None
+    """Number of half-writes until the crash: 0 is before the next write, 1 after it, 2 before the one after."""
+    writes: list[str] = field(default_factory=list)
+    phases: list[str] = field(default_factory=list)
+    created: int = 0
+    commits: int = 0
+    events: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
+
+    # ------------------------------------------------------------------------------------------------- API of tasks
+
+    def add_task(self, **parts: Any) -> None:
+        task = manifest(**parts)
+        task["metadata"]["resourceVersion"] = str(self._next())
+        self.tasks[KEY] = task
+        self.phases.append(task["status"]["phase"])
+
+    def edit(self, **spec: Any) -> None:
+        task = self.tasks.get(KEY)
+        if task is not None:
+            task["spec"] |= spec
+            task["metadata"]["generation"] += 1
+            self._touch("task", "MODIFIED", task)
+
+    @property
+    def status(self) -> dict[str, Any]:
+        status: dict[str, Any] = self.tasks[KEY]["status"]
+        return status
+
+    async def list_tasks(self, namespace: str | None) -> AsyncIterator[Page]:
+        yield Page(items=copy.deepcopy(list(self.tasks.values())), resource_version=self.version)
+
+    async def list_jobs(self, namespace: str | None) -> AsyncIterator[Page]:
+        yield Page(items=copy.deepcopy(list(self.jobs.values())), resource_version=self.version)
+
+    async def list_pods(self, namespace: str, *, task_uid: str) -> list[dict[str, Any]]:
+        return copy.deepcopy(list(self.pods.values()))
+
+    async def get_task(self, namespace: str, name: str) -> dict[str, Any]:
+        return copy.deepcopy(_found(self.tasks, (namespace, name)))
+
+    async def get_job(self, namespace: str, name: str) -> dict[str, Any]:
+        return copy.deepcopy(_found(self.jobs, name))
+
+    async def patch_status(
+        self, namespace: str, name: str, *, uid: str, resource_version: int, patch: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        self._half_write("patch status")
+        task = _found(self.tasks, (namespace, name))
+        if task["metadata"]["resourceVersion"] != str(resource_version) or task["metadata"]["uid"] != uid:
+            raise Conflict("cannot PATCH: the object has been modified")
+        before = Phase(task["status"]["phase"])
+        task["status"] = _merge(task["status"], patch)
+        after = Phase(task["status"]["phase"])
+        assert after is before or after in ARROWS[before], f"{before} → {after}"
+        if after is not before:
+            self.phases.append(str(after))
+        self._touch("task", "MODIFIED", task)
+        self._half_write(f"patched status {patch.get('phase', '')}")
+        return copy.deepcopy(task)
+
+    async def delete_task(self, namespace: str, name: str, *, uid: str, resource_version: int) -> None:
+        self._half_write("delete task")
+        task = self.tasks.pop((namespace, name), None)
+        if task is not None:
+            self._touch("task", "DELETED", task)
+        self._half_write("deleted task")
+
+    # -------------------------------------------------------------------------------------------------- API of Jobs
+
+    async def create_job(self, job: dict[str, Any]) -> dict[str, Any]:
+        self._half_write("create Job")
+        name = job["metadata"]["name"]
+        if name in self.jobs:
+            raise Conflict("cannot POST: already exists", reason="AlreadyExists")
+        running = [other for other, one in self.jobs.items() if not one["status"].get("conditions")]
+        assert not running, f"a second Job beside {running}"
+        self.created += 1
+        stored = copy.deepcopy(job)
+        stored["metadata"] |= {"uid": f"job-{self.created}", "creationTimestamp": _stamp(self.now)}
+        stored["status"] = {}
+        self.jobs[name] = stored
+        self._touch("job", "ADDED", stored)
+        self._half_write("created Job")
+        return copy.deepcopy(stored)
+
+    async def delete_job(self, namespace: str, name: str, *, uid: str) -> None:
+        self._half_write("delete Job")
+        job = self.jobs.get(name)
+        if job is not None and job["metadata"]["uid"] == uid:
+            self.remove_job(name)
+        self._half_write("deleted Job")
+
+    def remove_job(self, name: str) -> None:
+        """Delete a Job in the background: it is gone at once, its pods stop after it."""
+        job = self.jobs.pop(name)
+        self._touch("job", "DELETED", job)
+        uid = job["metadata"]["uid"]
+        for pod_name, pod in list(self.pods.items()):
+            if pod["metadata"]["ownerReferences"][0]["uid"] == uid:
+                if pod["status"]["phase"] == "Running":
+                    self.results.setdefault(_attempt(job), self._stored(handed_back("HandedBack"), pod))
+                del self.pods[pod_name]
+
+    # ------------------------------------------------------------------------------------------------- node and pods
+
+    def run_pod(self) -> bool:
+        """Start the pod of a Job that has none."""
+        for name, job in self.jobs.items():
+            uid = job["metadata"]["uid"]
+            owners = {pod["metadata"]["ownerReferences"][0]["uid"] for pod in self.pods.values()}
+            if uid not in owners and not job["status"].get("conditions"):
+                self.pods[name] = {
+                    "metadata": {
+                        "name": name,
+                        "uid": f"pod-of-{uid}",
+                        "ownerReferences": [{"kind": "Job", "uid": uid, "controller": True}],
+                    },
+                    "status": {
+                        "phase": "Running",
+                        "containerStatuses": [_container({"running": {"startedAt": _stamp(self.now)}})],
+                    },
+                }
+                job["status"] = {"active": 1, "ready": 1}
+                self._touch("job", "MODIFIED", job)
+                return True
+        return False
+
+    def end_pod(self, outcome: AttemptOutcome, *, message: bool = True) -> bool:
+        """End a running pod as its runner would: a success is a commit, which the fence may refuse."""
+        for name, pod in self.pods.items():
+            job = self.jobs.get(name)
+            if pod["status"]["phase"] != "Running" or job is None:
+                continue
+            task_uid, attempt = _attempt(job)
+            if outcome.outcome is Outcome.SUCCEEDED:
+                if task_uid in self.fences:
+                    outcome = AttemptOutcome(outcome=Outcome.FENCED, attempt=attempt, reason="Fenced")
+                else:
+                    self.commits += task_uid not in self.published
+                    self.published.add(task_uid)
+            outcome = outcome.model_copy(update={"attempt": attempt})
+            self.results[(task_uid, attempt)] = self._stored(outcome, pod)
+            good = outcome.outcome is Outcome.SUCCEEDED
+            ended = {"startedAt": _stamp(self.now), "finishedAt": _stamp(self.now), "exitCode": 0 if good else 75}
+            if message:
+                ended["message"] = outcome.termination_message()
+            pod["status"] = {
+                "phase": "Succeeded" if good else "Failed",
+                "containerStatuses": [_container({"terminated": ended})],
+            }
+            kind = "Complete" if good else "Failed"
+            job["status"] = {
+                "conditions": [{"type": kind, "status": "True", "reason": kind, "lastTransitionTime": _stamp(self.now)}]
+            }
+            self._touch("job", "MODIFIED", job)
+            return True
+        return False
+
+    def _stored(self, outcome: AttemptOutcome, pod: Mapping[str, Any]) -> StoredOutcome:
+        return StoredOutcome(outcome=outcome, holder=pod["metadata"]["uid"], created_at=self.now)
+
+    # ------------------------------------------------------------------------------------------------------ PostgreSQL
+
+    def submit(self, manifest: Mapping[str, Any], *, deleted: bool = False) -> None:
+        """Take a row: at once."""
+
+    def acknowledged(self, uid: str) -> int | None:
+        return self.version
+
+    def fence_later(self, uid: str, *, reason: str) -> None:
+        self.fences.add(uid)
+
+    async def result(self, uid: str, *, attempt: int) -> StoredOutcome | None:
+        self._ask_database()
+        return self.results.get((uid, attempt))
+
+    async def raise_fence(self, uid: str, *, reason: str) -> Fence:
+        self._half_write("raise fence")
+        self._ask_database()
+        if uid in self.published:
+            found = [one.outcome for (of, _), one in self.results.items() if of == uid]
+            return Fence(FenceState.COMMITTED, next((one for one in found if one.outcome is Outcome.SUCCEEDED), None))
+        self.fences.add(uid)
+        self._half_write("raised fence")
+        return Fence(FenceState.RAISED)
+
+    async def absent(self, **_: Any) -> int:
+        return 0
+
+    def _ask_database(self) -> None:
+        if not self.database_up:
+            self.down_since = self.down_since or self.now
+            raise DatabaseUnavailable("cannot use PostgreSQL")
+        self.down_since = None
+
+    # ----------------------------------------------------------------------------------------------------- the rest
+
+    def _half_write(self, what: str) -> None:
+        self.writes.append(what)
+        if self.crash_in is not None:
+            if self.crash_in == 0:
+                self.crash_in = None
+                raise Crash
+            self.crash_in -= 1
+
+    def _next(self) -> int:
+        self.version += 1
+        return self.version
+
+    def _touch(self, kind: str, event: str, thing: dict[str, Any]) -> None:
+        thing["metadata"]["resourceVersion"] = str(self._next())
+        self.events.append((kind, event, copy.deepcopy(thing)))
+
+
+class Operator:
+    """The controller under test in a world: its process can be killed, its events can be lost, and it starts again."""
+
+    def __init__(self, world: World, *, database: bool = True) -> None:
+        self.world = world
+        self.database = database
+        self.crashes = 0
+        self._controller: Controller | None = None
+        self._seen = 0
+
+    async def _start(self) -> Controller:
+        if self._controller is None:
+            world: Any = self.world
+            self._controller = Controller(
+                api=world,
+                template=RunnerTemplate(image="runner:1"),
+                metrics=Metrics(),
+                database=world if self.database else None,
+                clock=lambda: self.world.now,
+                random=random.Random(1).random,
+            )
+            self._seen = len(self.world.events)
+            await self._controller._resync()
+        return self._controller
+
+    def deliver(self, *, lose: bool = False) -> None:
+        """Hand over the watch events since the last time, or lose them."""
+        news, self._seen = self.world.events[self._seen :], len(self.world.events)
+        if self._controller is None or lose:
+            return
+        for kind, event, thing in news:
+            (self._controller.on_task if kind == "task" else self._controller.on_job)(event, thing)
+
+    async def look(self, *, resync: bool = False) -> None:
+        """Look at the task once, as a worker does; a crash in it kills the process."""
+        try:
+            controller = await self._start()
+            if resync:
+                await controller._resync()
+            await controller._look(KEY)
+        except Conflict:
+            return
+        except Crash:
+            self.crashes += 1
+            self._controller = None
+
+    async def settle(self, *, rounds: int = 8) -> None:
+        """Look until nothing is written any more."""
+        for _ in range(rounds):
+            before = len(self.world.writes)
+            self.deliver()
+            await self.look()
+            if len(self.world.writes) == before:
+                return
+
+    async def finish(self, *, hours: float = 2) -> None:
+        """Let everything go well from here on: pods run and succeed, time passes, the operator looks."""
+        self.world.crash_in = None
+        self.world.database_up = True
+        self.world.edit(suspend=False)
+        step = timedelta(seconds=15)
+        for _ in range(int(hours * 3600 / step.total_seconds())):
+            await self.look(resync=True)
+            await self.settle()
+            if KEY not in self.world.tasks or Phase(self.world.status["phase"]).finished:
+                return
+            self.world.run_pod() or self.world.end_pod(success())
+            self.world.now += step
+        raise AssertionError(f"the task does not end: {self.world.status}")
+
+
+def _container(state: dict[str, Any]) -> dict[str, Any]:
+    return {"name": "runner", "state": state}
+
+
+def _attempt(job: Mapping[str, Any]) -> tuple[str, int]:
+    labels = job["metadata"]["labels"]
+    return labels["tasks.zzdsj.io/task-uid"], int(labels["tasks.zzdsj.io/attempt"])
+
+
+def _found(things: Mapping[Any, dict[str, Any]], key: Any) -> dict[str, Any]:
+    if key not in things:
+        raise NotFound(f"cannot find {key}")
+    return things[key]
+
+
+def _merge(target: Any, patch: Any) -> Any:
+    if not isinstance(patch, Mapping):
+        return copy.deepcopy(patch)
+    merged = dict(target) if isinstance(target, Mapping) else {}
+    for key, value in patch.items():
+        if value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = _merge(merged.get(key), value)
+    return merged
+
+
+OUTCOMES: dict[str, AttemptOutcome] = {
+    "success": success(),
+    "failure": failure(),
+    "permanent": failure("DocumentUnreadable", retryable=False),
+    "given back": handed_back(),
+}

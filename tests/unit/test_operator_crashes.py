@@ -1,0 +1,245 @@
+"""Whatever happens in whatever order, with the process killed before or after any write: the task ends, once."""
+
+import asyncio
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from task_contract.models import Phase
+from tests.support.operator_values import UID, failure, name_of, success
+from tests.support.operator_world import OUTCOMES, Operator, World
+
+STEPS = st.one_of(
+    st.tuples(st.just("look"), st.integers(0, 7)),
+    st.tuples(st.just("look"), st.none()),
+    st.tuples(st.just("end"), st.sampled_from(sorted(OUTCOMES))),
+    st.tuples(st.just("end silently"), st.sampled_from(sorted(OUTCOMES))),
+    st.tuples(st.sampled_from(["run", "lose events", "resync", "suspend", "resume", "restart"]), st.none()),
+    st.tuples(st.sampled_from(["run", "delete Job", "cancel", "database down", "database up"]), st.none()),
+    st.tuples(st.just("wait"), st.sampled_from([1, 4, 15, 90, 400])),
+)
+
+
+async def _play(world: World, operator: Operator, steps: list[tuple[str, Any]]) -> None:
+    ended: dict[str, Any] | None = None
+    for step, argument in steps:
+        match step:
+            case "look":
+                world.crash_in = argument
+                operator.deliver()
+                await operator.settle(rounds=3)
+                world.crash_in = None
+            case "resync":
+                await operator.look(resync=True)
+            case "run":
+                world.run_pod()
+            case "end":
+                world.end_pod(OUTCOMES[argument])
+            case "end silently":
+                world.end_pod(OUTCOMES[argument], message=False)
+            case "lose events":
+                operator.deliver(lose=True)
+            case "delete Job":
+                for name in list(world.jobs)[:1]:
+                    world.remove_job(name)
+            case "suspend" | "resume":
+                world.edit(suspend=step == "suspend")
+            case "cancel":
+                world.edit(cancel=True)
+            case "database down" | "database up":
+                world.database_up = step == "database up"
+            case "restart":
+                operator._controller = None
+            case "wait":
+                world.now += timedelta(seconds=argument)
+        if ended is not None:
+            assert _lasting(world.status) == ended, "a finished task has changed"
+        elif Phase(world.status["phase"]).finished:
+            ended = _lasting(world.status)
+    await operator.finish()
+    assert ended is None or _lasting(world.status) == ended
+
+
+def _lasting(status: dict[str, Any]) -> dict[str, Any]:
+    conditions = [
+        {key: value for key, value in condition.items() if key != "observedGeneration"} for condition in status["conditions"]
+    ]
+    return {key: value for key, value in status.items() if key != "observedGeneration"} | {"conditions": conditions}
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(steps=st.lists(STEPS, max_size=25), database=st.booleans())
+def test_every_history_converges(steps: list[tuple[str, Any]], database: bool) -> None:
+    world = World()
+    world.add_task()
+    operator = Operator(world, database=database)
+
+    asyncio.run(_play(world, operator, steps))
+
+    status = world.status
+    phase = Phase(status["phase"])
+    assert phase.finished
+    numbers = [attempt["number"] for attempt in status.get("attempts", [])]
+    assert numbers == sorted(set(numbers)), "an attempt is counted twice"
+    assert len(numbers) <= 4, "more attempts than the policy allows"
+    assert status["attempt"] <= 4
+    assert all(job["status"].get("conditions") for job in world.jobs.values()), "a Job runs for a finished task"
+    assert len(world.jobs) <= 1
+    if database and phase is Phase.CANCELED and UID in world.published:
+        # Only when PostgreSQL was down for the whole of it may a cancel not know of the commit.
+        assert any(step == "database down" for step, _ in steps)
+    if phase is Phase.COMPLETED:
+        assert UID in world.published
+    if database:
+        assert world.commits <= 1
+
+
+async def _success_path(world: World, operator: Operator) -> None:
+    await operator.settle()
+    world.run_pod()
+    await operator.settle()
+    world.end_pod(success())
+    await operator.settle()
+
+
+async def _retry_path(world: World, operator: Operator) -> None:
+    await operator.settle()
+    world.run_pod()
+    await operator.settle()
+    world.end_pod(failure())
+    await operator.settle()
+    world.now += timedelta(seconds=20)
+    await operator.settle()
+    world.run_pod()
+    await operator.settle()
+    world.end_pod(success())
+    await operator.settle()
+
+
+async def _give_back_path(world: World, operator: Operator) -> None:
+    await operator.settle()
+    world.run_pod()
+    await operator.settle()
+    world.end_pod(OUTCOMES["given back"])
+    await operator.settle()
+    world.now += timedelta(seconds=20)
+    await operator.settle()
+    world.run_pod()
+    await operator.settle()
+    world.end_pod(success())
+    await operator.settle()
+
+
+async def _cancel_path(world: World, operator: Operator) -> None:
+    await operator.settle()
+    world.run_pod()
+    await operator.settle()
+    world.edit(cancel=True)
+    await operator.settle()
+
+
+PATHS = {"success": _success_path, "retry": _retry_path, "give back": _give_back_path, "cancel": _cancel_path}
+
+
+def _end(world: World) -> dict[str, Any]:
+    status = world.status
+    return {
+        "phase": status["phase"],
+        "attempt": status["attempt"],
+        "attempts": [(one["number"], one["reason"]) for one in status["attempts"]],
+        "conditions": [(one["type"], one["status"], one["reason"]) for one in status["conditions"]],
+        "jobs made": world.created,
+        "jobs left": sorted(world.jobs),
+        "commits": world.commits,
+    }
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_kill_at_any_write_changes_nothing_in_the_end(path: str) -> None:
+    undisturbed = World()
+    undisturbed.add_task()
+    await PATHS[path](undisturbed, Operator(undisturbed))
+    half_writes = len(undisturbed.writes)
+    assert half_writes >= 6
+
+    for crash_in in range(half_writes):
+        world = World()
+        world.add_task()
+        world.crash_in = crash_in
+        operator = Operator(world)
+        await PATHS[path](world, operator)
+        await operator.settle()
+        assert operator.crashes == 1
+        assert _end(world) == _end(undisturbed), f"killed at {undisturbed.writes[crash_in]}"
+
+
+async def test_a_task_that_is_done_costs_three_writes() -> None:
+    world = World()
+    world.add_task()
+    await _success_path(world, Operator(world))
+    assert [write for write in world.writes if write.startswith(("created", "patched", "deleted"))] == [
+        "created Job",
+        "patched status Processing",
+        "patched status Completed",
+    ]
+    assert world.phases == ["Queued", "Processing", "Completed"]
+
+
+async def test_a_task_that_ends_before_anyone_looks_costs_two() -> None:
+    world = World()
+    world.add_task()
+    operator = Operator(world)
+    await operator.settle()
+    world.run_pod()
+    world.end_pod(success())
+    await operator.settle()
+    assert world.phases == ["Queued", "Completed"]
+
+
+async def test_a_job_of_a_task_that_is_gone_is_deleted() -> None:
+    world = World()
+    world.add_task()
+    operator = Operator(world)
+    await operator.settle()
+    del world.tasks[("knowledge", "handbook")]
+    await operator.look(resync=True)
+    assert world.jobs == {}
+
+
+async def test_a_job_of_an_earlier_task_of_the_same_name_is_deleted_and_the_new_task_runs() -> None:
+    world = World()
+    world.add_task()
+    operator = Operator(world)
+    await operator.settle()
+    old = name_of(1)
+    world.add_task(uid="11111111-1111-4111-8111-111111111111")
+    await operator.look(resync=True)
+    await operator.settle()
+    assert old not in world.jobs
+    assert len(world.jobs) == 1
+
+
+async def test_a_job_of_our_name_that_another_owner_has_ends_the_task_with_a_reason() -> None:
+    world = World()
+    world.add_task()
+    operator = Operator(world)
+    foreign = {"metadata": {"name": name_of(1), "namespace": "knowledge", "uid": "x", "resourceVersion": "1"}, "status": {}}
+    world.jobs[name_of(1)] = foreign
+    await operator.settle()
+    assert world.status["phase"] == "Failed"
+    assert world.status["error"]["reason"] == "JobConflict"
+    assert world.jobs == {name_of(1): foreign}
+
+
+async def test_a_task_that_cannot_be_parsed_fails_and_blocks_nobody() -> None:
+    world = World()
+    world.add_task(spec={"payload": {"chunkSize": "many"}})
+    operator = Operator(world)
+    await operator.settle()
+    assert world.status["phase"] == "Failed"
+    assert world.status["error"]["reason"] == "InvalidTask"
+    assert "spec.payload.chunkSize" in world.status["error"]["message"]
+    assert world.created == 0
