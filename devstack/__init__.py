@@ -17,9 +17,8 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from devstack import cluster, machine, network, node, tools
+from devstack import cluster, machine, network, node, stores, tools
 from devstack.cache import locked, state_dir
 from devstack.process import boot_id, running
 from devstack.progress import DevstackError, step
@@ -54,51 +53,46 @@ def up(parts: Iterable[str] = PARTS) -> Endpoints:
         raise DevstackError(f"cannot bring up {', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
     if "node" in wanted:
         wanted.add("cluster")
-    machine.require([part for part in PARTS if part in wanted])
+    machine.require_root()
     with _lock():
+        machine.require([part for part in PARTS if part in wanted])
         _forget_earlier_boot()
         if wanted & {"cluster", "node"}:
             tools.kube()  # builds before anything starts
         network.up()
-        stores = _Background(_stores().up) if "stores" in wanted else None
+        starting_stores = _Background(stores.up) if "stores" in wanted else None
         if "cluster" in wanted:
             cluster.up()
         if "node" in wanted:
             node.up()
-        if stores is not None:
-            stores.join()
-        return _endpoints(introduce=True)
+        if starting_stores is not None:
+            starting_stores.join()
+        found = endpoints()
+        if found.pod_urls and running("apiserver"):
+            cluster.apply(stores.services())
+        return found
 
 
 def down() -> None:
     """End everything that `up` started, in whatever state it is, and put the machine back as it was."""
-    with _lock():
-        stores = _stores()
-        with step("ending the devstack"):
-            stores.down()
-            node.down()
-            cluster.down()
-            network.down()
-            lock = _lock_path()
-            for entry in state_dir().iterdir():
-                if entry == lock:
-                    continue  # others may wait on it
-                if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry)
-                else:
-                    entry.unlink()
+    with _lock(), step("ending the devstack"):
+        stores.down(purge=True)
+        node.down()
+        cluster.down()
+        network.down()
+        lock = _lock_path()
+        for entry in state_dir().iterdir():
+            if entry == lock:
+                continue  # others may wait on it
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
 
 def endpoints() -> Endpoints:
     """Return where the parts that run are reached, without starting anything."""
-    return _endpoints(introduce=False)
-
-
-def _endpoints(*, introduce: bool) -> Endpoints:
-    stores = _stores()
     stores_run = all(running(name) for name in stores.NAMES)
-    if introduce and stores_run and running("apiserver"):
-        cluster.apply(stores.services())
     return Endpoints(
         kubeconfig=cluster.kubeconfig(),
         kubectl=tools.kubectl(),
@@ -106,19 +100,6 @@ def _endpoints(*, introduce: bool) -> Endpoints:
         pod_urls=stores.pod_urls() if stores_run else {},
         document_root=cluster.document_root(),
     )
-
-
-def _stores() -> Any:
-    # Here and not at the top: the cluster alone must work without what the stores import.
-    import importlib
-    import importlib.util
-
-    found = importlib.import_module("devstack.stores") if importlib.util.find_spec("devstack.stores") else None
-    if not hasattr(found, "NAMES"):
-        import types
-
-        return types.SimpleNamespace(NAMES=("none",), up=dict, down=lambda: None)
-    return found
 
 
 def _lock_path() -> Path:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import devstack
-from devstack import cluster, images, node, tools
+from devstack import cluster, images, node, stores, tools
 from devstack.cache import cache_dir, state_dir
 from devstack.process import Process, find, log_path
 from devstack.progress import DevstackError, say
@@ -43,7 +43,6 @@ class Row:
 
 def rows() -> list[Row]:
     """Return the processes of all parts, running or not."""
-    stores = devstack._stores()
     parts = {"cluster": cluster.NAMES, "node": node.NAMES, "stores": stores.NAMES}
     return [Row(part, name, find(name)) for part, names in parts.items() for name in names]
 

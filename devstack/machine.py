@@ -38,7 +38,7 @@ _NEEDS: Mapping[str, tuple[str, ...]] = {
     "cluster": ("iproute2", "openssl", "nftables", "iptables"),
     "node": ("containerd", "runc", "containernetworking-plugins", "conntrack"),
     "images": ("buildah", "mmdebstrap"),
-    "stores": ("iproute2", "openssl", "maven", "openjdk-21-jdk-headless"),
+    "stores": ("iproute2", "openssl", "nftables", "maven", "openjdk-21-jdk-headless"),
 }
 
 
@@ -46,16 +46,10 @@ def require(parts: Iterable[str]) -> None:
     """Make sure that the machine has what PARTS (cluster, node, images, stores) need, installing what it can.
 
     Installs with apt-get as root, saying what before. Raises DevstackError that names what is missing and how to get
-    it when there is no apt-get, we are not root, or apt-get has no such package.
+    it when there is no apt-get or it has no such package.
     """
     packages = [package for part in parts for package in _NEEDS[part]]
     missing = missing_packages(packages)
-    if os.geteuid() != 0:
-        also = f", and install {' '.join(missing)} first" if missing else ""
-        raise DevstackError(
-            "cannot set up bridges, mounts and containers as an ordinary user: run this as root (`sudo`), on a machine "
-            f"that may be changed{also}"
-        )
     if not missing:
         return
     command = f"apt-get install -y --no-install-recommends {' '.join(missing)}"
@@ -75,6 +69,18 @@ def require(parts: Iterable[str]) -> None:
         run(install, doing=f"install {' '.join(missing)}", env=environment)
     if left := missing_packages(packages):
         raise DevstackError(f"cannot find what {' '.join(left)} should have installed: look at `{command}`")
+
+
+def require_root() -> None:
+    """Raise DevstackError for an ordinary user, naming the packages that root would install."""
+    if os.geteuid() == 0:
+        return
+    missing = missing_packages(package for packages in _NEEDS.values() for package in packages)
+    also = f"; it will install {' '.join(missing)}" if missing else ""
+    raise DevstackError(
+        "cannot set up bridges, mounts and containers as an ordinary user: run this as root (`sudo`), on a machine that "
+        f"may be changed{also}"
+    )
 
 
 def missing_packages(packages: Iterable[str]) -> list[str]:

@@ -27,7 +27,6 @@ from devstack.progress import step
 NAME = cluster.NODE
 NAMES = ("containerd", "dns", "kubelet", "kube-proxy")
 PAUSE_IMAGE = "localhost/pause:1"
-CNI_NETWORK = "processing-tasks-devstack"
 # Made by the kubelet, containerd and CNI whatever their roots are; they go when nothing is in them.
 _LEFT_FOLDERS = (
     "/run/containerd/s",
@@ -114,14 +113,14 @@ def down() -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
     # Places outside our folder that cannot be configured away: only entries of ours go.
     results = Path("/var/lib/cni/results")
-    for ours in results.glob(f"{CNI_NETWORK}-*"):
-        container = ours.name.removeprefix(f"{CNI_NETWORK}-").split("-")[0]
+    for ours in results.glob(f"{_own_name()}-*"):
+        container = ours.name.removeprefix(f"{_own_name()}-").split("-")[0]
         for left in [*results.glob(f"cni-loopback-{container}-*"), ours]:
             left.unlink(missing_ok=True)
     for link in Path("/var/log/containers").glob("*.log"):
         if link.is_symlink() and str(folder) in str(link.readlink()):
             link.unlink(missing_ok=True)
-    for left in Path("/run/containerd/s").glob("*"):
+    for left in [*Path("/run/containerd/s").glob("*"), *Path("/var/lib/kubelet/device-plugins").glob("*.sock")]:
         if _nobody_listens(left):
             left.unlink(missing_ok=True)
     for empty in _LEFT_FOLDERS:
@@ -225,11 +224,11 @@ def kubelet_configuration(folder: Path, pki: Path, control_group: str) -> dict[s
     }
 
 
-def cni_configuration(folder: Path) -> dict[str, Any]:
-    """Return the network list that puts pods on the bridge, with addresses kept under FOLDER."""
+def cni_configuration(folder: Path, name: str) -> dict[str, Any]:
+    """Return the network list NAME that puts pods on the bridge, with addresses kept under FOLDER."""
     return {
         "cniVersion": "1.0.0",
-        "name": CNI_NETWORK,
+        "name": name,
         "plugins": [
             {
                 "type": "bridge",
@@ -252,8 +251,8 @@ def _write_configuration(folder: Path) -> None:
     restrict = not machine.may_raise_limits()
     containerd = containerd_configuration(folder, machine.cni_folder(), restrict_oom_score=restrict)
     (folder / "containerd.toml").write_text(containerd)
-    (folder / "cni" / "10-pods.conflist").write_text(json.dumps(cni_configuration(folder)))
-    kubelet = kubelet_configuration(folder, cluster.pki(), _control_group_name())
+    (folder / "cni" / "10-pods.conflist").write_text(json.dumps(cni_configuration(folder, _own_name())))
+    kubelet = kubelet_configuration(folder, cluster.pki(), _own_name())
     (folder / "kubelet.json").write_text(json.dumps(kubelet, indent=1))
 
 
@@ -302,7 +301,8 @@ def _services_reachable() -> bool:
         return True
 
 
-def _control_group_name() -> str:
+def _own_name() -> str:
+    """Return the name of our control group and pod network."""
     default = "processing-tasks-devstack"
     if state_dir().name == default:
         return default
@@ -313,8 +313,8 @@ def _control_groups() -> list[Path]:
     """Return our group in each hierarchy: one folder for version 2, one for each controller for version 1."""
     root = Path("/sys/fs/cgroup")
     if (root / "cgroup.controllers").exists():
-        return [root / _control_group_name()]
-    return [folder / _control_group_name() for folder in sorted(root.iterdir()) if (folder / "cgroup.procs").exists()]
+        return [root / _own_name()]
+    return [folder / _own_name() for folder in sorted(root.iterdir()) if (folder / "cgroup.procs").exists()]
 
 
 def _kill_containers() -> None:
@@ -349,7 +349,7 @@ def _shims() -> set[int]:
 
 
 def _nobody_listens(path: Path) -> bool:
-    """Whether PATH is a socket whose process has gone, such as a killed shim's."""
+    """Whether PATH is a socket whose process has gone, such as a killed shim's or kubelet's."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
         try:
             asking.connect(str(path))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from devstack import Endpoints, images, network, tools
+from devstack import PARTS, Endpoints, images, network, tools
 from devstack import cluster as control_plane
 from devstack.images import Image
 from tests.support.devstack import Kubectl, bring_up, fresh_namespace, in_private_machine
@@ -269,15 +269,11 @@ def send(message: bytes) -> tuple[int, int]:
     return flags & 0xF, answers
 
 
-PRIVATE_FILES = (
-    "mount -t tmpfs tmpfs /run",
-    "mkdir /run/upper /run/work",
-    "mount -t overlay overlay -o lowerdir=/var,upperdir=/run/upper,workdir=/run/work /var",
-)
+PRIVATE_FILES = [f"mount -t tmpfs tmpfs {folder}" for folder in ("/run", "/var/lib", "/var/log")]
 
 
 def play(scenario: str, state: Path, *mounts: str) -> None:
-    tools.kube()  # outside: there is no network in there to build with
+    bring_up(PARTS)  # builds what there is to build: in there is no network
     done = in_private_machine(
         f"{sys.executable} -m tests.support.private_machine {scenario}", state=state, mounts=[*PRIVATE_FILES, *mounts]
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import devstack
-from devstack import cluster, node, process
+from devstack import cluster, node, process, stores
 from devstack.cache import state_dir
 from tests.support.devstack import Kubectl
 
@@ -129,13 +129,13 @@ def leaves_nothing() -> None:
     before = machine()
     devstack.down()
     assert_as(before)
-    both = [command("up", "--parts", "node") for _ in range(2)]
+    both = [command("up") for _ in range(2)]
     assert [running.wait(120) for running in both] == [0, 0]
     assert subprocess.run(["iptables", "-S"], capture_output=True, text=True, check=True).stdout.count("cni0") == 3
-    first = {name: process.find(name) for name in (*cluster.NAMES, *node.NAMES)}
+    first = {name: process.find(name) for name in (*cluster.NAMES, *node.NAMES, *stores.NAMES)}
     assert None not in first.values()
     began = time.monotonic()
-    devstack.up(["node"])
+    devstack.up()
     assert time.monotonic() - began < 5, "a second up takes seconds at most"
     assert {name: process.find(name) for name in first} == first
     assert_pod_runs()

@@ -35,7 +35,9 @@ def test_kubelet_keeps_to_our_folder_and_control_group() -> None:
 
 
 def test_pods_get_the_bridge_and_its_addresses() -> None:
-    (plugin,) = node.cni_configuration(FOLDER)["plugins"]
+    written = node.cni_configuration(FOLDER, "ours")
+    assert written["name"] == "ours"
+    (plugin,) = written["plugins"]
     assert (plugin["type"], plugin["bridge"]) == ("bridge", network.BRIDGE)
     assert plugin["ipam"]["ranges"] == [[{"subnet": network.PODS, "gateway": network.ADDRESS}]]
 
