@@ -1,0 +1,60 @@
+"""Fixtures of the end-to-end tests: the product installed with its chart, as a user installs it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import kubernetes.client
+import kubernetes.config
+import pytest
+
+from devstack import DevstackError, Endpoints, installation
+from devstack.demo import put_documents
+from service_client import TaskClient
+from tests.support.devstack import Kubectl
+
+
+@dataclass(frozen=True)
+class Installed:
+    """The installation under test."""
+
+    endpoints: Endpoints
+    kubectl: Kubectl
+    """In the task namespace."""
+    client: TaskClient
+    documents: Path
+    """The host's side of the document volume."""
+
+
+@pytest.fixture(scope="session")
+def installed(devstack_node: Endpoints) -> Installed:
+    """The release, installed or upgraded to this tree."""
+    try:
+        documents = installation.install(devstack_node)
+    except DevstackError as error:
+        pytest.exit(f"{error}", returncode=4)
+    put_documents(documents)
+    api = kubernetes.config.new_client_from_config(str(devstack_node.kubeconfig))
+    return Installed(
+        endpoints=devstack_node,
+        kubectl=Kubectl(devstack_node, installation.TASK_NAMESPACE),
+        client=TaskClient(kubernetes.client.CustomObjectsApi(api), namespace=installation.TASK_NAMESPACE),
+        documents=documents,
+    )
+
+
+@pytest.fixture(autouse=True)
+def told_when_it_fails(request: pytest.FixtureRequest, installed: Installed) -> Iterator[None]:
+    """After a failed test, print the tasks, the pods' logs and the operator's."""
+    failed_before = request.session.testsfailed
+    yield
+    if request.session.testsfailed == failed_before:
+        return
+    for command in (
+        ["get", "ptask,job,pod", "-o", "wide"],
+        ["get", "ptask", "-o", "yaml"],
+        ["logs", "--tail=40", "--prefix", "-l", "app.kubernetes.io/managed-by=processing-tasks"],
+        ["logs", "--tail=60", "-n", installation.SYSTEM_NAMESPACE, f"deploy/{installation.RELEASE}-operator"],
+    ):
+        answer = installed.kubectl.attempt(*command)
+        print(f"\n$ kubectl {' '.join(command)}\n{answer.stdout}{answer.stderr}")
