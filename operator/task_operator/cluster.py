@@ -130,9 +130,13 @@ class Access:
         if "exec" in user or "auth-provider" in user:
             raise KubeconfigError(f"cannot use {path}: credential plugins are not supported; give a token or certificate")
         folder = path.resolve().parent
+        try:
+            tls = _tls(cluster, user, folder=folder) if server.startswith("https:") else None
+        except (OSError, ValueError, KeyError) as error:
+            raise KubeconfigError(f"cannot use {path}: {error!r}; are its certificates complete?") from error
         return cls(
             server=server,
-            ssl=_tls(cluster, user, folder=folder) if server.startswith("https:") else None,
+            ssl=tls,
             token_file=folder / user["tokenFile"] if "tokenFile" in user else None,
             token=user.get("token"),
             namespace=context.get("namespace"),

@@ -1,0 +1,331 @@
+"""The client of the Kubernetes API against a server that answers what a test tells it to, over a real socket."""
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import yaml
+from aiohttp import web
+
+from task_operator import cluster as cluster_module
+from task_operator.cluster import (
+    Access,
+    Cluster,
+    ClusterError,
+    Conflict,
+    Forbidden,
+    Gone,
+    Invalid,
+    KubeconfigError,
+    NotFound,
+    Unavailable,
+    WatchAges,
+    is_quota,
+    open_session,
+)
+
+Answer = Callable[[web.Request], web.StreamResponse]
+
+
+@dataclass
+class Server:
+    """What was asked, and what is answered."""
+
+    url: str = ""
+    asked: list[tuple[str, str, Any, dict[str, str]]] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+
+    def says(self, status: int, body: Any, **headers: str) -> None:
+        self.answers.append(lambda _: web.Response(status=status, body=orjson.dumps(body), headers=headers))
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        data = await request.read()
+        self.asked.append((request.method, request.path_qs, orjson.loads(data) if data else None, dict(request.headers)))
+        return self.answers.pop(0)(request)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    server = Server()
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", server.handle)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    server.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    yield server
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def client(server: Server) -> AsyncIterator[Cluster]:
+    client = Cluster(Access(server=server.url, ssl=None))
+    await client.warm_up()
+    yield client
+    await client.aclose()
+
+
+def _status(reason: str, message: str) -> dict[str, Any]:
+    return {"kind": "Status", "reason": reason, "message": message}
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "expected"),
+    [
+        (400, "BadRequest", Invalid),
+        (401, "Unauthorized", Unavailable),
+        (403, "Forbidden", Forbidden),
+        (404, "NotFound", NotFound),
+        (409, "AlreadyExists", Conflict),
+        (410, "Expired", Gone),
+        (413, "RequestEntityTooLarge", Invalid),
+        (422, "Invalid", Invalid),
+        (429, "TooManyRequests", Unavailable),
+        (500, "InternalError", Unavailable),
+        (503, "ServiceUnavailable", Unavailable),
+    ],
+)
+async def test_a_refusal_becomes_a_typed_error_in_the_servers_words(
+    server: Server, client: Cluster, status: int, reason: str, expected: type[ClusterError]
+) -> None:
+    server.says(status, _status(reason, "jobs.batch is out of order"))
+    with pytest.raises(expected) as caught:
+        await client.get_job("knowledge", "handbook-1")
+    assert type(caught.value) is expected
+    assert caught.value.reason == reason
+    assert caught.value.status == status
+    assert caught.value.message.startswith("cannot GET /apis/batch/v1/namespaces/knowledge/jobs/handbook-1: ")
+    assert "jobs.batch is out of order" in caught.value.message
+
+
+async def test_a_server_that_asks_to_wait_is_heard(server: Server, client: Cluster) -> None:
+    server.says(429, _status("TooManyRequests", "slow down"), **{"Retry-After": "7"})
+    with pytest.raises(Unavailable) as caught:
+        await client.get_job("knowledge", "handbook-1")
+    assert caught.value.retry_after == 7
+
+
+async def test_a_proxys_page_is_an_error_like_any_other(server: Server, client: Cluster) -> None:
+    server.answers.append(lambda _: web.Response(status=502, text="<html>bad gateway</html>"))
+    with pytest.raises(Unavailable, match="bad gateway"):
+        await client.get_job("knowledge", "handbook-1")
+    server.answers.append(lambda _: web.Response(status=200, text="<html>welcome</html>"))
+    with pytest.raises(Unavailable, match="is this an API server"):
+        await client.get_job("knowledge", "handbook-1")
+
+
+async def test_a_cut_connection_says_nothing_about_the_write(server: Server, client: Cluster) -> None:
+    def cut(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+
+    server.answers.append(cut)
+    with pytest.raises(Unavailable, match="cannot POST"):
+        await client.create_job({"metadata": {"namespace": "knowledge", "name": "handbook-1"}})
+    assert server.asked[0][2] == {"metadata": {"namespace": "knowledge", "name": "handbook-1"}}
+
+
+async def test_a_server_that_is_not_there_is_unavailable() -> None:
+    client = Cluster(Access(server="http://127.0.0.1:1", ssl=None))
+    await client.warm_up()
+    with pytest.raises(Unavailable, match="is the API server reachable"):
+        await client.get_task("knowledge", "handbook")
+    await client.aclose()
+
+
+async def test_a_server_that_does_not_answer_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_module, "_REQUEST_TIMEOUT", 0.2)
+    hangs = asyncio.Event()
+
+    async def hang(_: web.Request) -> web.StreamResponse:
+        await hangs.wait()
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", hang)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    client = Cluster(Access(server=f"http://127.0.0.1:{runner.addresses[0][1]}", ssl=None))
+    await client.warm_up()
+    with pytest.raises(Unavailable, match="TimeoutError"):
+        await client.get_task("knowledge", "handbook")
+    hangs.set()
+    await client.aclose()
+    await runner.cleanup()
+
+
+async def test_a_status_write_names_the_version_it_was_decided_upon(server: Server, client: Cluster) -> None:
+    server.says(200, {"metadata": {"name": "handbook"}})
+    await client.patch_status("knowledge", "handbook", uid="u", resource_version=41, patch={"phase": "Completed"})
+    method, path, body, headers = server.asked[0]
+    assert (method, path) == ("PATCH", "/apis/tasks.zzdsj.io/v1/namespaces/knowledge/processingtasks/handbook/status")
+    assert body == {"metadata": {"uid": "u", "resourceVersion": "41"}, "status": {"phase": "Completed"}}
+    assert headers["Content-Type"] == "application/merge-patch+json"
+
+
+async def test_a_deletion_names_the_object_it_means(server: Server, client: Cluster) -> None:
+    server.says(200, {})
+    await client.delete_job("knowledge", "handbook-1", uid="u")
+    assert server.asked[0][:3] == (
+        "DELETE",
+        "/apis/batch/v1/namespaces/knowledge/jobs/handbook-1",
+        {
+            "apiVersion": "v1",
+            "kind": "DeleteOptions",
+            "preconditions": {"uid": "u"},
+            "propagationPolicy": "Background",
+        },
+    )
+
+
+async def test_what_is_gone_already_need_not_be_deleted(server: Server, client: Cluster) -> None:
+    server.says(404, _status("NotFound", "gone"))
+    await client.delete_job("knowledge", "handbook-1", uid="u")
+    server.says(409, _status("Conflict", "the UID in the precondition does not match"))
+    await client.delete_job("knowledge", "handbook-1", uid="u")
+
+
+async def test_a_task_that_has_changed_is_not_deleted(server: Server, client: Cluster) -> None:
+    server.says(409, _status("Conflict", "the resourceVersion in the precondition does not match"))
+    with pytest.raises(Conflict):
+        await client.delete_task("knowledge", "handbook", uid="u", resource_version=5)
+
+
+async def test_lists_come_in_pages(server: Server, client: Cluster) -> None:
+    server.says(200, {"metadata": {"resourceVersion": "9", "continue": "next"}, "items": [{"a": 1}]})
+    server.says(200, {"metadata": {"resourceVersion": "9"}, "items": None})
+    pages = [page async for page in client.list_jobs("knowledge")]
+    assert [(page.items, page.resource_version) for page in pages] == [([{"a": 1}], 9), ([], 9)]
+    assert "labelSelector=app.kubernetes.io/managed-by%3Dprocessing-tasks" in server.asked[0][1]
+    assert "continue=next" in server.asked[1][1]
+
+
+async def test_a_list_whose_position_is_forgotten_is_gone(server: Server, client: Cluster) -> None:
+    server.says(200, {"metadata": {"resourceVersion": "9", "continue": "next"}, "items": []})
+    server.says(410, _status("Expired", "the provided continue parameter is too old"))
+    with pytest.raises(Gone):
+        async for _ in client.list_tasks(None):
+            pass
+    assert server.asked[0][1].startswith("/apis/tasks.zzdsj.io/v1/processingtasks?")
+
+
+def test_a_quota_is_told_from_missing_rights() -> None:
+    assert is_quota(Forbidden('jobs.batch "a" is forbidden: exceeded quota: pods, requested: 1'))
+    assert not is_quota(Forbidden("jobs.batch is forbidden: User cannot create resource"))
+
+
+async def test_the_token_is_read_anew_each_minute(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(cluster_module.time, "monotonic", lambda: now)
+    token = tmp_path / "token"
+    token.write_text("first\n")
+    client = Cluster(Access(server=server.url, ssl=None, token_file=token))
+    await client.warm_up()
+    for _ in range(3):
+        server.says(200, {})
+        await client.get_task("knowledge", "handbook")
+        token.write_text("second\n")
+        now += 31
+    await client.aclose()
+    assert [asked[3]["Authorization"] for asked in server.asked] == ["Bearer first", "Bearer first", "Bearer second"]
+
+
+async def test_each_byte_of_a_watch_is_noted_and_none_of_another_answer(server: Server) -> None:
+    now = 10.0
+    ages = WatchAges(clock=lambda: now)
+    more = asyncio.Event()
+    app = web.Application()
+
+    async def watch(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b'{"type":"BOOKMARK"}\n')
+        await more.wait()
+        await response.write(b'{"type":"BOOKMARK"}\n')
+        return response
+
+    app.router.add_get("/tasks", watch)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    session = open_session(Access(server=url, ssl=None), ages=ages)
+
+    server.says(200, {})
+    async with session.get(f"{server.url}/list") as response:
+        await response.read()
+    assert ages.oldest() is None
+
+    async with session.get(f"{url}/tasks", params={"watch": "true"}) as response:
+        assert ages.oldest() == 0
+        stream = response.content.iter_chunked(1024)
+        assert b"BOOKMARK" in await anext(stream)
+        now = 70.0
+        assert ages.oldest() == 60
+        more.set()
+        assert b"BOOKMARK" in await anext(stream)
+        assert ages.oldest() == 0
+    await session.close()
+    await runner.cleanup()
+
+
+# ---------------------------------------------------------------------------------------------------------- kubeconfig
+
+
+def _kubeconfig(tmp_path: Path, *, cluster: dict[str, Any], user: dict[str, Any]) -> Path:
+    path = tmp_path / "config"
+    config = {
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u", "namespace": "knowledge"}}],
+        "current-context": "x",
+        "clusters": [{"name": "c", "cluster": cluster}],
+        "users": [{"name": "u", "user": user}],
+    }
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_a_kubeconfig_with_a_token_is_enough(tmp_path: Path) -> None:
+    path = _kubeconfig(tmp_path, cluster={"server": "http://api/"}, user={"token": "t"})
+    access = Access.from_environment({"KUBECONFIG": str(path)})
+    assert (access.server, access.token, access.namespace, access.ssl) == ("http://api", "t", "knowledge", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "give a kubeconfig with a current context"),
+        ("][", "give a kubeconfig with a current context"),
+    ],
+)
+def test_a_kubeconfig_that_is_none_says_so(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "config"
+    path.write_text(text)
+    with pytest.raises(KubeconfigError, match=message):
+        Access.from_kubeconfig(path)
+
+
+def test_a_credential_plugin_is_refused(tmp_path: Path) -> None:
+    path = _kubeconfig(tmp_path, cluster={"server": "https://api"}, user={"exec": {"command": "aws"}})
+    with pytest.raises(KubeconfigError, match="credential plugins are not supported"):
+        Access.from_kubeconfig(path)
+
+
+def test_without_any_way_to_the_api_server_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(KubeconfigError, match="set KUBECONFIG, or run in a pod"):
+        Access.from_environment({})
+
+
+def test_a_certificate_that_is_damaged_is_noticed_at_start(tmp_path: Path) -> None:
+    broken = base64.b64encode(b"no certificate").decode()
+    path = _kubeconfig(tmp_path, cluster={"server": "https://api", "certificate-authority-data": broken}, user={})
+    with pytest.raises(KubeconfigError, match="cannot use"):
+        Access.from_kubeconfig(path)

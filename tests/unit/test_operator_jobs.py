@@ -1,0 +1,264 @@
+"""Jobs against whole expected objects; pods and Jobs as the API server hands them out, and what is read from them."""
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from task_contract.models import Priority, ProcessingTask, parse_manifest
+from task_operator.jobs import (
+    JobState,
+    PodReport,
+    RunnerTemplate,
+    Waiting,
+    build_job,
+    current_attempt,
+    pod_report,
+    pods_of,
+    queue_stamp,
+    task_document,
+)
+from tests.support.operator_values import (
+    UID,
+    at,
+    ended_attempt,
+    given_back,
+    job,
+    name_of,
+    pod,
+    processing,
+    retrying,
+    success,
+    task,
+)
+
+DATA = Path(__file__).parent.parent / "data" / "operator"
+
+FULL = RunnerTemplate(
+    image="registry.example/runner:1.2.3",
+    image_pull_policy="Always",
+    service_account="runner",
+    stores_secret="stores",
+    documents_claim="documents",
+    priority_classes={Priority.HIGH: "tasks-high"},
+    resources={"requests": {"cpu": "1", "memory": "1Gi"}, "limits": {"memory": "4Gi"}},
+    node_selector={"pool": "tasks"},
+    tolerations=({"key": "tasks", "operator": "Exists", "effect": "NoSchedule"},),
+    image_pull_secrets=("registry",),
+)
+HEALTH_CHECK = {"type": "health_check", "kbId": None, "payload": {"components": ["postgres"]}, "retry": {"limit": 0}}
+
+
+@pytest.mark.parametrize(
+    ("golden", "given", "attempt", "template"),
+    [
+        ("job-document.yaml", task(spec={"priority": "high", "timeout": "10m"}), 1, FULL),
+        (
+            "job-health-check.yaml",
+            task(spec=HEALTH_CHECK, status=given_back(2, queued_at=90)),
+            2,
+            RunnerTemplate(image="runner:1", documents_claim=None),
+        ),
+    ],
+)
+def test_the_job_of_an_attempt_is_exactly_this(
+    golden: str, given: ProcessingTask, attempt: int, template: RunnerTemplate
+) -> None:
+    expected = yaml.safe_load((DATA / golden).read_text())
+    assert build_job(given, attempt=attempt, template=template) == expected
+
+
+def test_equal_arguments_make_equal_jobs() -> None:
+    one, two = (build_job(task(), attempt=1, template=FULL) for _ in range(2))
+    assert json.dumps(one) == json.dumps(two)
+
+
+def test_the_pod_reads_its_task_as_a_manifest_that_parses_again() -> None:
+    given = task(spec={"payload": {"filePath": "/data/手册.md", "metadata": {"作者": "王"}}, "timeout": "90s"})
+    document = task_document(given)
+    read = parse_manifest(json.loads(document))
+    assert read.spec == given.spec
+    assert read.metadata.uid == UID
+    assert read.metadata.creation_timestamp == at(0)
+    assert "手册" in document
+
+
+def test_a_task_of_the_largest_size_fits_into_the_annotations_of_a_pod() -> None:
+    labels = {f"{'k' * 60}{number:03}": "数" * 300 for number in range(32)}
+    document = task_document(task(spec={"payload": {"filePath": "/data/a.pdf", "metadata": labels}}))
+    assert len(document.encode()) < 200 * 1024
+
+
+def test_a_job_needs_a_task_that_the_api_server_knows() -> None:
+    with pytest.raises(ValueError, match="it has no uid"):
+        build_job(task(uid=None), attempt=1, template=FULL)
+
+
+@pytest.mark.parametrize(
+    ("status", "attempt"),
+    [
+        (None, 1),
+        (processing(1), 1),
+        (processing(3), 3),
+        (retrying(1), 2),
+        (given_back(2), 2),
+        (retrying(8) | {"attempts": [ended_attempt(number) for number in range(4, 9)]}, 9),
+    ],
+)
+def test_the_current_attempt_follows_from_the_status(status: dict[str, Any] | None, attempt: int) -> None:
+    assert current_attempt(task(status=status).status) == attempt
+
+
+def test_a_stay_in_the_queue_is_named_by_its_beginning() -> None:
+    assert queue_stamp(task()) == "2026-11-24T12:00:00Z"
+    assert queue_stamp(task(status=given_back(queued_at=20))) == "2026-11-24T12:00:20Z"
+
+
+# ---------------------------------------------------------------------------------------------------------------- Jobs
+
+
+def _job_manifest(**status: Any) -> dict[str, Any]:
+    made = build_job(task(), attempt=1, template=FULL)
+    made["metadata"] |= {"uid": "job-1", "resourceVersion": "7", "creationTimestamp": "2026-11-24T12:00:01Z"}
+    return made | {"status": status}
+
+
+def test_a_job_says_whose_attempt_it_is() -> None:
+    state = JobState.from_manifest(_job_manifest(active=1, ready=1))
+    assert (state.name, state.owner_uid, state.owner_name) == (name_of(1), UID, "handbook")
+    assert (state.attempt, state.queue_stamp, state.ready) == (1, "2026-11-24T12:00:00Z", 1)
+    assert not state.finished
+
+
+def test_a_job_has_ended_only_when_its_pods_have() -> None:
+    target = [{"type": "FailureTarget", "status": "True", "reason": "PodFailurePolicy"}]
+    assert not JobState.from_manifest(_job_manifest(conditions=target)).finished
+    ended = {"type": "Failed", "status": "True", "reason": "PodFailurePolicy", "message": "exit code 65"}
+    state = JobState.from_manifest(
+        _job_manifest(conditions=[*target, ended | {"lastTransitionTime": "2026-11-24T12:00:30Z"}])
+    )
+    assert state.failed
+    assert state.finished
+    assert (state.failure_reason, state.finished_at) == ("PodFailurePolicy", at(30))
+    assert JobState.from_manifest(_job_manifest(conditions=[{"type": "Complete", "status": "True"}])).complete
+    assert not JobState.from_manifest(_job_manifest(conditions=[{"type": "Complete", "status": "False"}])).finished
+
+
+def test_a_job_that_no_task_controls_is_nobodys() -> None:
+    manifest = _job_manifest()
+    manifest["metadata"] |= {"ownerReferences": [{"kind": "CronJob", "controller": True, "uid": "x"}], "labels": None}
+    state = JobState.from_manifest(manifest)
+    assert (state.owner_uid, state.owner_name, state.attempt) == (None, None, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- pods
+
+
+def _pod_manifest(phase: str, *, state: dict[str, Any] | None = None, **status: Any) -> dict[str, Any]:
+    containers = [] if state is None else [{"name": "sidecar", "state": {}}, {"name": "runner", "state": state}]
+    return {
+        "metadata": {
+            "name": "pod-1",
+            "uid": "pod-1",
+            "ownerReferences": [{"kind": "Job", "uid": "job-1-0", "controller": True}],
+        },
+        "status": {"phase": phase, "containerStatuses": containers} | status,
+    }
+
+
+def _terminated(**fields: Any) -> dict[str, Any]:
+    return {"terminated": {"startedAt": "2026-11-24T12:00:05Z", "finishedAt": "2026-11-24T12:00:29Z", **fields}}
+
+
+UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes"}
+DISRUPTED = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "drained"}
+
+
+@pytest.mark.parametrize(
+    ("manifest", "expected"),
+    [
+        pytest.param(_pod_manifest("Pending"), pod(waiting=Waiting("PodPending")), id="just made"),
+        pytest.param(
+            _pod_manifest("Pending", conditions=[UNSCHEDULABLE]),
+            pod(waiting=Waiting("Unschedulable", "0/3 nodes")),
+            id="no node takes it",
+        ),
+        pytest.param(
+            _pod_manifest("Pending", state={"waiting": {"reason": "ErrImagePull", "message": "not found"}}),
+            pod(waiting=Waiting("ImagePullBackOff", "not found")),
+            id="its image cannot be pulled",
+        ),
+        pytest.param(
+            _pod_manifest("Pending", state={"waiting": {"reason": "CreateContainerConfigError", "message": "no Secret"}}),
+            pod(waiting=Waiting("CreateContainerConfigError", "no Secret")),
+            id="its Secret is missing",
+        ),
+        pytest.param(
+            _pod_manifest("Pending", state={"waiting": {"reason": "ContainerCreating"}}),
+            pod(waiting=Waiting("PodPending")),
+            id="its container is being made",
+        ),
+        pytest.param(
+            _pod_manifest("Running", state={"running": {"startedAt": "2026-11-24T12:00:05Z"}}),
+            pod(running=True, started_at=at(5)),
+            id="it runs",
+        ),
+        pytest.param(
+            _pod_manifest("Succeeded", state=_terminated(exitCode=0, message=success().termination_message())),
+            pod(alive=False, started_at=at(5), finished_at=at(29), exit_code=0, outcome=success()),
+            id="it has said how it ended",
+        ),
+        pytest.param(
+            _pod_manifest("Failed", state=_terminated(exitCode=1, message="Traceback (most recent call last):")),
+            pod(alive=False, started_at=at(5), finished_at=at(29), exit_code=1),
+            id="its message is none of ours",
+        ),
+        pytest.param(
+            _pod_manifest("Failed", state=_terminated(exitCode=137, reason="OOMKilled")),
+            pod(alive=False, started_at=at(5), finished_at=at(29), exit_code=137, oom_killed=True),
+            id="it was killed for memory",
+        ),
+        pytest.param(
+            _pod_manifest("Failed", state=_terminated(exitCode=143), conditions=[DISRUPTED]),
+            pod(
+                alive=False,
+                started_at=at(5),
+                finished_at=at(29),
+                exit_code=143,
+                disrupted="EvictionByEvictionAPI",
+                message="drained",
+            ),
+            id="it was evicted by the API",
+        ),
+        pytest.param(
+            _pod_manifest("Failed", reason="Evicted", message="The node was low on resource: memory."),
+            pod(alive=False, disrupted="Evicted", message="The node was low on resource: memory."),
+            id="it was evicted by its node",
+        ),
+        pytest.param(
+            {"metadata": {"name": "pod-1", "uid": "pod-1"}},
+            pod(job_uid=None, waiting=Waiting("PodPending")),
+            id="it has no status yet",
+        ),
+    ],
+)
+def test_a_pod_says(manifest: dict[str, Any], expected: PodReport) -> None:
+    assert pod_report(manifest) == expected
+
+
+def test_the_pod_that_ended_last_comes_last() -> None:
+    pods = [
+        pod(name="running", uid="c"),
+        pod(name="later", uid="b", finished_at=at(20)),
+        pod(name="of another Job", uid="d", job_uid="other"),
+        pod(name="earlier", uid="a", finished_at=at(10)),
+    ]
+    assert [one.name for one in pods_of(job(), pods)] == ["earlier", "later", "running"]
+
+
+def test_the_deadline_of_a_job_leaves_room_for_the_runner_to_stop_by_itself() -> None:
+    made = build_job(task(spec={"timeout": "10m"}), attempt=1, template=FULL)
+    assert made["spec"]["activeDeadlineSeconds"] == timedelta(minutes=20).total_seconds()
