@@ -167,10 +167,8 @@ def test_the_same_bytes_are_not_processed_again_and_new_bytes_replace_the_old(in
 def test_a_suspended_task_waits_and_runs_when_it_is_resumed(installed: Installed) -> None:
     name = unique("suspended")
     installed.client.submit({"type": "health_check", "suspend": True}, name=name)
-    poll("Suspended is told", lambda: (installed.client.get(name).status.queue or _NO_QUEUE).reason == "Suspended")
-    assert not installed.kubectl.get("job", "-l", f"tasks.zzdsj.io/task-uid={installed.client.get(name).metadata.uid}")[
-        "items"
-    ]
+    installed.kubectl("wait", f"ptask/{name}", "--for=jsonpath={.status.queue.reason}=Suspended", "--timeout=30s")
+    assert not _children(installed, installed.client.get(name))
     installed.kubectl("patch", "ptask", name, "--type=merge", "-p", '{"spec":{"suspend":false}}')
     assert installed.client.wait(name, timeout=MINUTES).status.phase is Phase.COMPLETED
 
