@@ -69,11 +69,8 @@ def up() -> dict[str, str]:
     Raises DevstackError, one sentence with the remedy, of the first store that cannot be brought up.
     """
     common.make_bridge()
-    if all(running(name) for name in NAMES):
+    with step(f"bringing up {', '.join(NAMES)}"):
         _side_by_side([store.up for store in _STORES])
-    else:
-        with step(f"starting {', '.join(NAMES)}"):
-            _side_by_side([store.up for store in _STORES])
     return host_urls()
 
 

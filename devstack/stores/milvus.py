@@ -34,7 +34,6 @@ from devstack.stores.passwords import password
 
 NAME = "milvus"
 SERVICE_PORT = 19530
-FILTER = "processing-tasks-devstack-milvus"
 
 _DEFAULT_PORT = 19630  # not 19530, which a server of this machine's owner may hold
 _USER = "root"
@@ -90,7 +89,8 @@ def down(*, kill: bool = False) -> None:
         if not any(_TEMPORARY.iterdir()):
             _TEMPORARY.rmdir()
     if shutil.which("nft") and os.geteuid() == 0:
-        _nft(f"table inet {FILTER}\ndelete table inet {FILTER}\n")
+        name = filter_name(port())
+        _nft(f"table inet {name}\ndelete table inet {name}\n")  # the first line makes sure that there is one
 
 
 def settings(folder: Path, port: int) -> dict[str, Any]:
@@ -152,13 +152,19 @@ def render_etcd(folder: Path, port: int) -> str:
     return yaml.safe_dump(configuration, sort_keys=False)
 
 
+def filter_name(port: int) -> str:
+    """Return the name of the packet filter table of the server on PORT."""
+    return f"processing-tasks-devstack-milvus-{port}"
+
+
 def render_filter(port: int) -> str:
     """Return the nftables commands that keep the server's ports for loopback and the bridge; may be run again."""
     ports = ", ".join(str(number) for number in sorted([port, *_internal(port).values()]))
+    name = filter_name(port)
     lines = [
-        f"table inet {FILTER}",  # makes sure that there is one to delete; all of it happens at once
-        f"delete table inet {FILTER}",
-        f"table inet {FILTER} {{",
+        f"table inet {name}",  # makes sure that there is one to delete; all of it happens at once
+        f"delete table inet {name}",
+        f"table inet {name} {{",
         "  chain input {",
         "    type filter hook input priority filter; policy accept;",
         f'    iifname != {{ "lo", "{network.BRIDGE}" }} tcp dport {{ {ports} }} drop',
