@@ -1,0 +1,273 @@
+"""Elasticsearch behind :class:`job_runner.index.TextIndex`: the only module that knows its client and its exceptions.
+
+Written for servers 8 and 9 and for what every distribution of them has: strict mappings, bulk, search_after, aliases.
+Deletion is search and bulk, since ``_delete_by_query`` comes with a module that not every server has.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Final
+
+from job_runner.index import HIT_FIELDS, Generation, Hit, Row
+from task_contract.errors import RetryableError, StoreCapacity, StoresDisagree, StoreUnavailable, TaskError
+
+TIMEOUT: Final = 15.0
+_PAGE: Final = 5_000
+_BULK_BYTES: Final = 512 * 2**10
+"""The HTTP library wants bodies below 1 MiB, so as not to hold up the event loop; a row may have 150 KiB."""
+_BUSY: Final = frozenset({429, 502, 503, 504})
+_BUSY_SECONDS: Final = 30.0
+"""How long a busy server is asked again before the task is given back."""
+_GONE_SECONDS: Final = 15.0
+_ANALYZERS: Final = ("smartcn", "cjk", "standard")
+"""In the order in which Chinese is found best: words, pairs of characters, single characters. All know English."""
+
+
+class ElasticsearchIndex:
+    """One index. Construct it cheaply; the first call connects."""
+
+    def __init__(
+        self, generation: Generation, *, url: str, api_key: str | None, analyzer: str | None = None, replicas: int = 0
+    ) -> None:
+        self._generation = generation
+        self._name = generation.name
+        self._url = url
+        self._api_key = api_key
+        self._analyzer = analyzer
+        self._replicas = replicas
+        self._opened: Any = None
+
+    @property
+    def _client(self) -> Any:
+        if self._opened is None:
+            self._opened = make_client(self._url, self._api_key)
+        return self._opened
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        if self._opened is not None:
+            await self._opened.close()
+            self._opened = None
+
+    async def ensure(self) -> None:
+        """Create the index with its alias, in one step, where it is missing."""
+        async with _guarded(f"create the index {self._name}"):
+            if await self._client.indices.exists(index=self._name):
+                return
+            alias = self._generation.alias
+            # An alias that serves another generation stays: switching generations is a step of its own.
+            aliases: dict[str, Any] = {} if await self._client.indices.exists_alias(name=alias) else {alias: {}}
+            from elasticsearch import BadRequestError
+
+            try:
+                await self._client.indices.create(
+                    index=self._name,
+                    settings={"number_of_shards": 1, "number_of_replicas": self._replicas},
+                    mappings=_mappings(self._analyzer or await self._detect_analyzer()),
+                    aliases=aliases,
+                    wait_for_active_shards="1",
+                )
+            except BadRequestError as error:
+                if error.error != "resource_already_exists_exception":  # another pod was first
+                    raise
+
+    async def _detect_analyzer(self) -> str:
+        from elasticsearch import ApiError
+
+        for analyzer in _ANALYZERS[:-1]:
+            try:
+                await self._client.indices.analyze(analyzer=analyzer, text="知识库")
+            except ApiError as error:
+                if error.meta.status not in {400, 404}:
+                    raise
+            else:
+                return analyzer
+        return _ANALYZERS[-1]
+
+    async def stored(self, document_id: str, version: int) -> dict[str, str]:
+        """Return chunk id → content hash, after a refresh that makes all writes visible."""
+        async with _guarded(f"read {self._name}"):
+            await self._client.indices.refresh(index=self._name)
+            found: dict[str, str] = {}
+            after: list[Any] | None = None
+            while True:
+                answer = await self._client.search(
+                    index=self._name,
+                    query=_version(document_id, version),
+                    size=_PAGE,
+                    source=False,
+                    fields=["content_hash"],
+                    sort=[{"ordinal": "asc"}],  # unique within a version
+                    track_total_hits=False,
+                    **({} if after is None else {"search_after": after}),
+                )
+                hits = _complete(answer)
+                found |= {hit["_id"]: hit["fields"]["content_hash"][0] for hit in hits}
+                if len(hits) < _PAGE:
+                    return found
+                after = hits[-1]["sort"]
+
+    async def write(self, rows: Sequence[Row]) -> None:
+        """Index rows under their ids, in requests of bounded size; only what failed is sent again."""
+        part: list[tuple[Mapping[str, Any], Mapping[str, Any] | None]] = []
+        size = 0
+        for row in rows:
+            source = asdict(row)
+            source["metadata_pairs"] = [f"{key}={value}" for key, value in row.metadata.items()]
+            part.append(({"index": {"_id": source.pop("id")}}, source))
+            size += 1000 + 3 * len(row.text) + 6 * sum(len(key) + len(value) for key, value in row.metadata.items())
+            if size > _BULK_BYTES:
+                await self._bulk("write", part)
+                part, size = [], 0
+        await self._bulk("write", part)
+
+    async def delete(self, ids: Collection[str]) -> None:
+        """Remove rows by id."""
+        listed = list(ids)
+        for start in range(0, len(listed), _PAGE):
+            await self._bulk("delete", [({"delete": {"_id": key}}, None) for key in listed[start : start + _PAGE]])
+
+    async def delete_below(self, document_id: str, version: int) -> None:
+        """Remove lower versions page by page, until a refreshed search finds none."""
+        query = {"bool": {"filter": [{"term": {"document_id": document_id}}, {"range": {"version": {"lt": version}}}]}}
+        deadline = asyncio.get_running_loop().time() + _GONE_SECONDS
+        left = None
+        while True:
+            async with _guarded(f"look for old versions in {self._name}"):
+                await self._client.indices.refresh(index=self._name)
+                answer = await self._client.search(index=self._name, query=query, size=_PAGE, source=False)
+            ids = [hit["_id"] for hit in _complete(answer)]
+            if not ids:
+                return
+            if ids == left and asyncio.get_running_loop().time() > deadline:
+                message = f"cannot remove old versions from Elasticsearch: {len(ids)} rows are still in {self._name}"
+                raise StoresDisagree(message)
+            left = ids
+            await self.delete(ids)
+
+    async def search(self, query: str, *, limit: int, offset: int = 0) -> list[Hit]:
+        """Return the best rows by BM25 over text and headings."""
+        async with _guarded(f"search {self._name}"):
+            answer = await self._client.search(
+                index=self._generation.alias,
+                query={"multi_match": {"query": query, "fields": ["text", "heading_text"]}},
+                size=limit,
+                from_=offset,
+                source=list(HIT_FIELDS),
+            )
+        return [Hit.of(hit["_source"], id=hit["_id"], score=float(hit["_score"])) for hit in _complete(answer)]
+
+    async def _bulk(self, action: str, operations: Sequence[tuple[Mapping[str, Any], Mapping[str, Any] | None]]) -> None:
+        """Send operations; look at every item of the answer, since a bulk request succeeds even where its items fail."""
+        deadline = asyncio.get_running_loop().time() + _BUSY_SECONDS
+        pause = 0.2
+        rest = list(operations)
+        while rest:
+            body = [line for operation in rest for line in operation if line is not None]
+            async with _guarded(f"{action} in {self._name}"):
+                answer = await self._client.bulk(index=self._name, operations=body)
+            busy = []
+            for operation, item in zip(rest, answer["items"], strict=True):
+                result = next(iter(item.values()))
+                status = result["status"]
+                if status in _BUSY:
+                    busy.append((operation, result))
+                elif status >= 300 and not (status == 404 and "delete" in item):
+                    raise _refused(f"{action} {result.get('_id')} in {self._name}", status, result.get("error"))
+            if busy and asyncio.get_running_loop().time() > deadline:
+                raise _refused(f"{action} in {self._name}", 429, busy[0][1].get("error"))
+            rest = [operation for operation, _ in busy]
+            if rest:
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 5)
+
+
+def make_client(url: str, api_key: str | None) -> Any:
+    """Return an asynchronous client that repeats what a busy or restarting server refuses."""
+    from elasticsearch import AsyncElasticsearch
+
+    return AsyncElasticsearch(
+        url, api_key=api_key, request_timeout=TIMEOUT, max_retries=3, retry_on_timeout=True, retry_on_status=tuple(_BUSY)
+    )
+
+
+async def check(url: str, api_key: str | None) -> str:
+    """Return what a health check says of the cluster. Raises StoreUnavailable, also when its state is red."""
+    client = make_client(url, api_key)
+    try:
+        async with _guarded("ask for the cluster's health"):
+            health = await client.cluster.health()
+    finally:
+        await client.close()
+    if health["status"] == "red":
+        raise StoreUnavailable("cannot use Elasticsearch: the state of its cluster is red; some shards have no copy")
+    return f"Elasticsearch, state {health['status']}"
+
+
+def _mappings(analyzer: str) -> dict[str, Any]:
+    keyword, integer = {"type": "keyword"}, {"type": "integer"}
+    return {
+        "dynamic": "strict",
+        "properties": {
+            "document_id": keyword,
+            "version": {"type": "long"},
+            "ordinal": integer,
+            "text": {"type": "text", "analyzer": analyzer},
+            "text_hash": keyword,
+            "page_start": integer,
+            "page_end": integer,
+            "heading_path": {"type": "keyword", "ignore_above": 4096, "copy_to": "heading_text"},
+            "heading_text": {"type": "text", "analyzer": analyzer},
+            "char_start": integer,
+            "char_end": integer,
+            "language": keyword,
+            # Keys are the caller's: as fields they would use up the index's limit of fields. Filters use "key=value".
+            "metadata": {"type": "object", "enabled": False},
+            "metadata_pairs": keyword,
+            "source_sha256": keyword,
+            "content_hash": keyword,
+            "task_uid": keyword,
+        },
+    }
+
+
+def _version(document_id: str, version: int) -> dict[str, Any]:
+    return {"bool": {"filter": [{"term": {"document_id": document_id}}, {"term": {"version": version}}]}}
+
+
+def _complete(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the hits; a search that did not reach every shard says less than there is and counts for nothing."""
+    if answer["timed_out"] or answer["_shards"]["failed"]:
+        raise StoreUnavailable("cannot search Elasticsearch: not every shard answered; check the cluster")
+    return list(answer["hits"]["hits"])
+
+
+@contextlib.asynccontextmanager
+async def _guarded(action: str) -> AsyncIterator[None]:
+    """Turn exceptions of the client into ours."""
+    from elasticsearch import ApiError, TransportError
+
+    try:
+        yield
+    except ApiError as error:
+        raise _refused(action, error.meta.status, error.body) from error
+    except TransportError as error:
+        message = f"cannot {action}: Elasticsearch: {error.message}; check TASKS_ELASTICSEARCH_URL and the server"
+        raise StoreUnavailable(message) from error
+
+
+def _refused(action: str, status: int, detail: object) -> TaskError:
+    reason = detail
+    if isinstance(detail, Mapping):
+        cause = detail.get("error", detail)
+        reason = f"{cause.get('type')}: {cause.get('reason')}" if isinstance(cause, Mapping) else cause
+    text = f"cannot {action}: Elasticsearch: {status} {str(reason)[:500]}"
+    if "maximum" in text and "shards" in text:
+        return StoreCapacity(f"{text}; remove unused knowledge bases, or raise cluster.max_shards_per_node")
+    if status in _BUSY:
+        return StoreUnavailable(f"{text}; check the server's load and disk")
+    if status in {401, 403}:
+        return StoreUnavailable(f"{text}; check the credentials in TASKS_ELASTICSEARCH_URL or TASKS_ELASTICSEARCH_API_KEY")
+    return RetryableError(text)

@@ -1,0 +1,144 @@
+"""What the pipeline asks of the two stores, and what a row in them is.
+
+Both stores hold the same rows; Milvus has the vector with it. Rows are addressed by chunk id, found by (document, version),
+and written by upsert, so that a write may be repeated. No row of a published version is ever overwritten: a new version has
+new ids.
+"""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from task_contract.errors import InvalidTask
+from task_contract.names import generation_name, knowledge_base_name
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+METADATA_BYTES: Final = 60_000
+"""Milvus takes 65,536 bytes for a JSON field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One generation of a knowledge base: a collection in Milvus, an index in Elasticsearch."""
+
+    namespace: str
+    kb_id: str
+    number: int
+
+    @property
+    def name(self) -> str:
+        """Name of the collection and of the index."""
+        return generation_name(namespace=self.namespace, kb_id=self.kb_id, generation=self.number)
+
+    @property
+    def alias(self) -> str:
+        """Name that readers use, whatever the generation."""
+        return knowledge_base_name(namespace=self.namespace, kb_id=self.kb_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One chunk of one version of a document, with where it comes from."""
+
+    id: str
+    document_id: str
+    version: int
+    ordinal: int
+    text: str
+    text_hash: str
+    """Of the text alone: equal texts have equal vectors under one model."""
+    page_start: int
+    page_end: int
+    heading_path: str
+    char_start: int
+    char_end: int
+    language: str
+    metadata: Mapping[str, str]
+    source_sha256: str
+    content_hash: str
+    """Of source and pipeline: all rows of a version have the same, and equal ones have equal rows."""
+    task_uid: str
+
+
+FIELDS: Final = tuple(field for field in Row.__dataclass_fields__ if field != "id")
+"""Names of the columns beside the id, the same in both stores."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One row that a search found; a larger score is better, scores of the two stores cannot be compared."""
+
+    score: float
+    id: str
+    document_id: str
+    version: int
+    ordinal: int
+    text: str
+    page_start: int
+    page_end: int
+    heading_path: str
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], *, id: str, score: float) -> "Hit":  # noqa: A002 - the name of the column
+        """Build a hit from the columns of a store's answer."""
+        return cls(id=id, score=score, **{name: row[name] for name in HIT_FIELDS})
+
+
+HIT_FIELDS: Final = tuple(field for field in Hit.__dataclass_fields__ if field not in {"id", "score"})
+
+
+class ChunkStore(Protocol):
+    """One generation of a knowledge base in one store. Every answer shows what was written before.
+
+    Errors: StoreUnavailable when waiting may help, StoreCapacity at a limit of the store, StoresDisagree when a deletion
+    does not take effect.
+    """
+
+    async def ensure(self) -> None:
+        """Create what is missing: collection or index, and the alias. Two processes may do it at once."""
+
+    async def stored(self, document_id: str, version: int) -> dict[str, str]:
+        """Return chunk id → content hash of every row of a version."""
+
+    async def delete(self, ids: Collection[str]) -> None:
+        """Remove rows by chunk id; those that are not there are no error."""
+
+    async def delete_below(self, document_id: str, version: int) -> None:
+        """Remove all rows of a document's lower versions, and return when a reader sees none of them."""
+
+
+class VectorIndex(ChunkStore, Protocol):
+    """The store that finds by meaning."""
+
+    async def write(self, rows: Sequence[Row], vectors: "npt.NDArray[np.float32]") -> None:
+        """Upsert rows with their vectors, of shape (len(rows), dimension)."""
+
+    async def vectors(
+        self, document_id: str, version: int, text_hashes: Collection[str]
+    ) -> "dict[str, npt.NDArray[np.float32]]":
+        """Return text hash → vector for those texts that a version has."""
+
+    async def search(self, vector: "npt.NDArray[np.float32]", *, limit: int, offset: int = 0) -> list[Hit]:
+        """Return the nearest rows of any version, the best first."""
+
+
+class TextIndex(ChunkStore, Protocol):
+    """The store that finds by words."""
+
+    async def write(self, rows: Sequence[Row]) -> None:
+        """Upsert rows."""
+
+    async def search(self, query: str, *, limit: int, offset: int = 0) -> list[Hit]:
+        """Return the best matching rows of any version, the best first."""
+
+
+def check_metadata(metadata: Mapping[str, str]) -> None:
+    """Raise InvalidTask if metadata is larger than the stores take."""
+    if (size := len(json.dumps(metadata, ensure_ascii=False).encode(errors="replace"))) > METADATA_BYTES:
+        raise InvalidTask(
+            f"cannot store payload.metadata: it has {size} bytes and each chunk carries it; keep it below {METADATA_BYTES}"
+        )

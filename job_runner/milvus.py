@@ -1,0 +1,272 @@
+"""Milvus behind :class:`job_runner.index.VectorIndex`: the only module that knows pymilvus and its exceptions.
+
+Written for servers from 2.3 on and for milvus-lite 3: schema, HNSW, upsert, deletion by expression, aliases; nothing newer.
+pymilvus is imported when the first connection is made, since the import costs more than a second of CPU.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+
+from job_runner.index import FIELDS, HIT_FIELDS, Generation, Hit, Row
+from task_contract.errors import RetryableError, StoreCapacity, StoresDisagree, StoreUnavailable, TaskError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+TIMEOUT: Final = 15.0
+"""Seconds for one call; the client repeats what a restarting server refuses within it."""
+_CREATE_TIMEOUT: Final = 60.0
+_READ_LIMIT: Final = 16_384
+"""Milvus' own limit on rows of one answer (proxy.maxResultWindow)."""
+_WINDOW: Final = 8_192
+_WRITE_ROWS: Final = 256
+"""At most 8,000 characters, 32 kB, a row: 8 MB a call, an eighth of Milvus' limit on a message."""
+_DELETE_IDS: Final = 1_000
+_GONE_SECONDS: Final = 15.0
+
+# Codes of pymilvus and of Milvus 2.3 and later (pkg/util/merr); milvus-lite uses 1 for many things.
+_CONNECTION_CODES: Final = frozenset({2, 3, 4, 5, 8, 9, 10, 1400, 1401})
+_LIMIT_CODES: Final = frozenset({102})
+
+
+class MilvusIndex:
+    """One collection. Construct it cheaply; the first call connects."""
+
+    def __init__(self, generation: Generation, *, url: str, token: str | None, dimension: int) -> None:
+        self._generation = generation
+        self._name = generation.name
+        self._url = url
+        self._token = token
+        self._dimension = dimension
+        self._client: Any = None
+        self._connecting = asyncio.Lock()
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        if self._client is not None:
+            await asyncio.to_thread(self._client.close)
+            self._client = None
+
+    async def warm_up(self) -> None:
+        """Import the client and connect, while something else is being done."""
+        async with self._connecting:
+            if self._client is None:
+                self._client = await asyncio.to_thread(connect, self._url, self._token)
+
+    async def ensure(self) -> None:
+        """Create collection, index and alias where they are missing, and load the collection."""
+        await self._run("create the collection", self._ensure)
+
+    def _ensure(self) -> None:
+        """Each step looks first and, when it fails, looks again: another pod may have been there in between."""
+        client, name = self._client, self._name
+        if not client.has_collection(name, timeout=TIMEOUT):
+            _unless(
+                lambda: client.has_collection(name, timeout=TIMEOUT),
+                lambda: client.create_collection(
+                    name, schema=_schema(self._dimension), consistency_level="Strong", timeout=_CREATE_TIMEOUT
+                ),
+            )
+        if not client.list_indexes(name):
+            indexes = client.prepare_index_params()
+            indexes.add_index("embedding", index_type="HNSW", metric_type="COSINE", params={"M": 16, "efConstruction": 200})
+            _unless(
+                lambda: bool(client.list_indexes(name)),
+                lambda: client.create_index(name, indexes, timeout=_CREATE_TIMEOUT),
+            )
+        client.load_collection(name, timeout=_CREATE_TIMEOUT)
+        # An alias that serves another generation stays: switching generations is a step of its own.
+        if not self._has_alias():
+            _unless(self._has_alias, lambda: client.create_alias(name, self._generation.alias, timeout=TIMEOUT))
+
+    def _has_alias(self) -> bool:
+        return bool(self._client.has_collection(self._generation.alias, timeout=TIMEOUT))
+
+    async def stored(self, document_id: str, version: int) -> dict[str, str]:
+        """Return chunk id → content hash, read with Strong consistency."""
+        rows = await self._run("read", self._stored, f"document_id == {_quoted(document_id)} and version == {version}")
+        return {row["id"]: row["content_hash"] for row in rows}
+
+    def _stored(self, condition: str) -> list[dict[str, Any]]:
+        fields = ["id", "content_hash", "ordinal"]
+        rows = self._query(condition, fields)
+        if len(rows) < _READ_LIMIT:
+            return rows
+        # More than one answer holds: windows of ordinals, of which a version has each at most once, up to the count.
+        count = int(self._query(condition, ["count(*)"])[0]["count(*)"])
+        rows, start = [], 0
+        while len(rows) < count and start < 1 << 31:
+            rows += self._query(f"{condition} and ordinal >= {start} and ordinal < {start + _WINDOW}", fields)
+            start += _WINDOW
+        return rows
+
+    def _query(self, condition: str, fields: Sequence[str]) -> list[dict[str, Any]]:
+        limit = {} if fields == ["count(*)"] else {"limit": _READ_LIMIT}
+        answer = self._client.query(
+            self._name,
+            filter=condition,
+            output_fields=list(fields),
+            consistency_level="Strong",
+            timeout=TIMEOUT,
+            **limit,
+        )
+        return list(answer)
+
+    async def write(self, rows: Sequence[Row], vectors: "npt.NDArray[np.float32]") -> None:
+        """Upsert: insert alone would leave two rows of one id after a retry (milvus-io/milvus#37389)."""
+        for start in range(0, len(rows), _WRITE_ROWS):
+            part = slice(start, start + _WRITE_ROWS)
+            data = [
+                {**asdict(row), "metadata": dict(row.metadata), "embedding": vector}
+                for row, vector in zip(rows[part], vectors[part], strict=True)
+            ]
+            await self._run("write", self._upsert, data)
+
+    def _upsert(self, data: list[dict[str, Any]]) -> None:
+        self._client.upsert(self._name, data, timeout=TIMEOUT)
+
+    async def delete(self, ids: Collection[str]) -> None:
+        """Remove rows by id."""
+        listed = list(ids)
+        for start in range(0, len(listed), _DELETE_IDS):
+            part = listed[start : start + _DELETE_IDS]
+            await self._run("delete", self._delete, ids=part)
+
+    async def delete_below(self, document_id: str, version: int) -> None:
+        """Remove lower versions by expression, then count with Strong consistency until there are none."""
+        condition = f"document_id == {_quoted(document_id)} and version < {version}"
+        deadline = asyncio.get_running_loop().time() + _GONE_SECONDS
+        pause = 0.1
+        while (left := await self._run("count", self._count, condition)) > 0:
+            if asyncio.get_running_loop().time() > deadline:
+                raise StoresDisagree(f"cannot remove old versions from Milvus: {left} rows are still in {self._name}")
+            await self._run("delete", self._delete, filter=condition)
+            await asyncio.sleep(pause)
+            pause *= 2
+
+    def _delete(self, **what: object) -> None:
+        self._client.delete(self._name, timeout=TIMEOUT, **what)
+
+    def _count(self, condition: str) -> int:
+        return int(self._query(condition, ["count(*)"])[0]["count(*)"])
+
+    async def vectors(
+        self, document_id: str, version: int, text_hashes: Collection[str]
+    ) -> "dict[str, npt.NDArray[np.float32]]":
+        """Return vectors by text hash."""
+        import numpy as np
+
+        condition = f"document_id == {_quoted(document_id)} and version == {version}"
+        found: dict[str, npt.NDArray[np.float32]] = {}
+        listed = sorted(text_hashes)
+        for start in range(0, len(listed), _WRITE_ROWS):
+            hashes = json.dumps(listed[start : start + _WRITE_ROWS])
+            rows = await self._run("read", self._query, f"{condition} and text_hash in {hashes}", ["text_hash", "embedding"])
+            found |= {row["text_hash"]: np.asarray(row["embedding"], dtype=np.float32) for row in rows}
+        return found
+
+    async def search(self, vector: "npt.NDArray[np.float32]", *, limit: int, offset: int = 0) -> list[Hit]:
+        """Return the nearest rows by cosine."""
+        return await self._run("search", self._search, vector.tolist(), limit, offset)
+
+    def _search(self, vector: list[float], limit: int, offset: int) -> list[Hit]:
+        answer = self._client.search(
+            self._generation.alias,
+            data=[vector],
+            limit=limit,
+            output_fields=["id", *HIT_FIELDS],
+            search_params={"metric_type": "COSINE", "params": {"ef": max(64, limit + offset)}, "offset": offset},
+            consistency_level="Strong",
+            timeout=TIMEOUT,
+        )
+        return [Hit.of(hit["entity"], id=hit["entity"]["id"], score=float(hit["distance"])) for hit in answer[0]]
+
+    async def _run(self, action: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the client in a thread; turn its exceptions into ours."""
+        await self.warm_up()
+        guarded = partial(call, *args, **kwargs)
+        return await asyncio.to_thread(_guarded, f"{action} in {self._name}", guarded)
+
+
+def _guarded(action: str, call: Callable[[], R]) -> R:
+    import grpc  # type: ignore[import-untyped]  # pymilvus depends on it, its types come from no package of ours
+    from pymilvus import MilvusException
+
+    try:
+        return call()
+    except (MilvusException, grpc.RpcError) as error:
+        raise _converted(action, error) from error
+
+
+def connect(url: str, token: str | None) -> Any:
+    """Return a client; blocking. Raises StoreUnavailable."""
+    from pymilvus import MilvusClient
+
+    # The client logs each failed call with its stack trace; ours are raised, and said once.
+    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
+    return _guarded("connect", partial(MilvusClient, url, token=token or "", timeout=TIMEOUT))
+
+
+def check(url: str, token: str | None) -> str:
+    """Return what a health check says of the server; blocking. Raises StoreUnavailable."""
+    client = connect(url, token)
+    try:
+        return f"Milvus {_guarded('ask for the version', partial(client.get_server_version, timeout=TIMEOUT))}"
+    finally:
+        client.close()
+
+
+def _converted(action: str, error: Exception) -> TaskError:
+    code = getattr(error, "code", None)
+    message = str(getattr(error, "message", "") or error)
+    text = f"cannot {action}: Milvus: {message[:500]}"
+    lowered = message.lower()
+    if code in _LIMIT_CODES or ("collection" in lowered and "exceed" in lowered and "limit" in lowered):
+        return StoreCapacity(f"{text}; remove unused knowledge bases, or raise Milvus' limit on collections")
+    transport = callable(code) or code in _CONNECTION_CODES or "unavailable" in lowered or "deadline" in lowered
+    if transport or "timeout" in lowered or "auth" in lowered or "connect" in lowered or "not loaded" in lowered:
+        return StoreUnavailable(f"{text}; check TASKS_MILVUS_URL and the server")
+    return RetryableError(text)
+
+
+def _unless(done: Callable[[], bool], act: Callable[[], object]) -> None:
+    """Act; if that fails, it is no error when somebody else has done it meanwhile."""
+    from pymilvus import MilvusException
+
+    try:
+        act()
+    except MilvusException:
+        if not done():
+            raise
+
+
+def _schema(dimension: int) -> Any:
+    from pymilvus import CollectionSchema, DataType, FieldSchema
+
+    integers = {"version", "ordinal", "page_start", "page_end", "char_start", "char_end"}
+    # Milvus counts bytes: four a character at most. Bounds are those of the contract and of the splitter.
+    lengths = {"document_id": 2_048, "text": 65_535, "heading_path": 4_096}
+    fields = [FieldSchema("id", DataType.VARCHAR, max_length=64, is_primary=True)]
+    for name in FIELDS:
+        if name in integers:
+            fields.append(FieldSchema(name, DataType.INT64))
+        elif name == "metadata":
+            fields.append(FieldSchema(name, DataType.JSON))
+        else:
+            fields.append(FieldSchema(name, DataType.VARCHAR, max_length=lengths.get(name, 128)))
+    fields.append(FieldSchema("embedding", DataType.FLOAT_VECTOR, dim=dimension))
+    return CollectionSchema(fields, enable_dynamic_field=False)
+
+
+def _quoted(text: str) -> str:
+    """Return a string literal of Milvus' expression language, whose escapes are those of JSON."""
+    return json.dumps(text, ensure_ascii=False)

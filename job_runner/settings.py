@@ -1,0 +1,99 @@
+"""The runner's settings, from the environment: ``TASKS_POSTGRES_URL`` and so on.
+
+Stores are optional one by one: a health check looks at what is there, a document names what it misses.
+"""
+
+import uuid
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from job_runner.embed import PACKAGED_MODEL
+from task_contract.errors import StoreUnavailable
+from task_contract.names import DOCUMENT_ROOT, TERMINATION_LOG
+
+PREFIX = "TASKS_"
+
+
+class Settings(BaseSettings):
+    """Settings with their defaults; ``python -m job_runner --help`` prints them."""
+
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, frozen=True, use_attribute_docstrings=True
+    )
+
+    postgres_url: SecretStr
+    """postgresql://user:password@host:5432/database, the ledger of knowledge bases."""
+    milvus_url: SecretStr | None = None
+    """http://host:19530, the vector store."""
+    milvus_token: SecretStr | None = None
+    """user:password or an API key."""
+    elasticsearch_url: SecretStr | None = None
+    """http://host:9200, the full-text store; user and password may stand in it."""
+    elasticsearch_api_key: SecretStr | None = None
+    """Instead of user and password in the URL."""
+    elasticsearch_analyzer: Annotated[str, Field(max_length=64)] | None = None
+    """Analyzer of new indices. Default: the first of smartcn, cjk, standard that the server has."""
+    elasticsearch_replicas: Annotated[int, Field(ge=0, le=8)] = 0
+    """Copies of each shard of new indices; 1 or more needs as many further nodes."""
+    redis_url: SecretStr | None = None
+    """redis://host:6379/0, for live progress; it may be absent or die."""
+    document_root: Path = Path(DOCUMENT_ROOT)
+    """Folder of the document volume."""
+    embedding_model: str = PACKAGED_MODEL
+    """Name of the embedding model."""
+    max_document_bytes: Annotated[int, Field(ge=1)] = 512 * 2**20
+    """Largest document."""
+    max_chunks: Annotated[int, Field(ge=1, le=1_000_000)] = 100_000
+    """Most chunks of one document."""
+    parser_memory_bytes: Annotated[int, Field(ge=128 * 2**20)] = 2**30
+    """Address space of the parsing process."""
+    parser_seconds: Annotated[int, Field(ge=1)] = 600
+    """Longest time of parsing one document."""
+    parser_output_bytes: Annotated[int, Field(ge=1024)] = 256 * 2**20
+    """Largest text of one document."""
+    verify_seconds: Annotated[float, Field(gt=0)] = 15
+    """How long a store may take to show what was written."""
+    attempt: Annotated[int, Field(ge=1, le=32767)] = 1
+    """Number of the attempt, set by the operator."""
+    holder: Annotated[str, Field(min_length=1, max_length=253)] = Field(default_factory=lambda: str(uuid.uuid4()))
+    """Identity of this process in the ledger: the pod's uid. Default: random."""
+    termination_log: Path = Path(TERMINATION_LOG)
+    """File for the termination message; skipped where it does not exist."""
+    log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
+    """debug, info, warning or error."""
+
+    @property
+    def document_stores_missing(self) -> list[str]:
+        """Names of the variables that document_processing needs and that are not set."""
+        needed = {"milvus_url": self.milvus_url, "elasticsearch_url": self.elasticsearch_url}
+        return [PREFIX + name.upper() for name, value in needed.items() if value is None]
+
+
+def load() -> Settings:
+    """Read the environment.
+
+    Raises StoreUnavailable, so that the attempt is given back until the settings are corrected: they are never the task's
+    fault. The message names each bad variable and never shows a value, as values hold passwords.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{PREFIX}{str(problem['loc'][0]).upper()}: {problem['msg']}"
+            for problem in error.errors(include_url=False, include_input=False, include_context=False)
+        )
+        message = f"cannot start the runner: {problems}; correct the environment (in a cluster, the Secret of the stores)"
+        raise StoreUnavailable(message) from None
+
+
+def describe() -> str:
+    """Return the variables with their meaning and defaults, for ``--help``."""
+    lines = []
+    for name, field in Settings.model_fields.items():
+        default = "required" if field.is_required() else field.get_default(call_default_factory=False)
+        shown = "" if default is None else f" [{default}]"
+        lines.append(f"  {PREFIX}{name.upper()}{shown}\n      {field.description}")
+    return "\n".join(lines)

@@ -1,0 +1,74 @@
+"""Stores for the runner's tests: the devstack's, or those that TASKS_* variables in the environment name."""
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import pytest
+
+from job_runner.ledger import Ledger
+
+_NEEDED = ("TASKS_POSTGRES_URL", "TASKS_MILVUS_URL", "TASKS_ELASTICSEARCH_URL")
+
+
+@pytest.fixture(scope="session")
+def store_urls(request: pytest.FixtureRequest) -> dict[str, str]:
+    """TASKS_* variables of real stores."""
+    if all(name in os.environ for name in _NEEDED):
+        return {name: value for name, value in os.environ.items() if name.startswith("TASKS_")}
+    urls: dict[str, str] = request.getfixturevalue("stores").host_urls
+    return urls
+
+
+@pytest.fixture(scope="module")
+def database(store_urls: dict[str, str]) -> Iterator[str]:
+    """URL of a fresh database with the tables in it; dropped after the module."""
+    server = store_urls["TASKS_POSTGRES_URL"]
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    url = urlunsplit(urlsplit(server)._replace(path=f"/{name}"))
+
+    async def execute(statement: str) -> None:
+        connection = await asyncpg.connect(server)
+        try:
+            await connection.execute(statement)
+        finally:
+            await connection.close()
+
+    async def migrate() -> None:
+        ledger = Ledger(url)
+        assert await ledger.migrate() > 0
+        assert await ledger.migrate() == 0
+        await ledger.aclose()
+
+    asyncio.run(execute(f"CREATE DATABASE {name}"))
+    asyncio.run(migrate())
+    yield url
+    asyncio.run(execute(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture(scope="session")
+def milvus_lite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a milvus-lite server of this session."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = tmp_path_factory.mktemp("milvus-lite")
+    command = [str(Path(sys.executable).with_name("milvus-lite")), "server", "--data-dir", str(folder), "--port", str(port)]
+    with (folder / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+        deadline = time.monotonic() + 30
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            assert server.poll() is None, (folder / "log").read_text()
+        yield f"http://127.0.0.1:{port}"
+        server.terminate()

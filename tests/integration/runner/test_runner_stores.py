@@ -1,0 +1,270 @@
+"""One contract for each store, held by the real servers and by the fakes that stand in for them."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from job_runner import elasticsearch, milvus
+from job_runner.elasticsearch import ElasticsearchIndex
+from job_runner.index import Generation, Row, TextIndex, VectorIndex
+from job_runner.milvus import MilvusIndex
+from task_contract import names
+from task_contract.errors import RetryableError, StoreUnavailable
+from tests.support.memory_stores import MemoryTextIndex, MemoryVectorIndex
+
+pytestmark = pytest.mark.integration
+
+DIMENSION = 8
+ODD_ID = "folder/知识 \"库\"\\手册\t'x' 😀 {a} %_*.md"
+
+
+def generation() -> Generation:
+    return Generation(namespace="test", kb_id=f"kb-{uuid.uuid4().hex[:12]}", number=1)
+
+
+def rows(count: int, *, document_id: str = ODD_ID, version: int = 1, texts: str = "chunk {}") -> list[Row]:
+    return [
+        Row(
+            id=names.chunk_id(namespace="test", kb_id="kb", document_id=document_id, version=version, ordinal=ordinal),
+            document_id=document_id,
+            version=version,
+            ordinal=ordinal,
+            text=texts.format(ordinal),
+            text_hash=names.digest(texts.format(ordinal)),
+            page_start=1,
+            page_end=2,
+            heading_path="部分一\nPart 2",
+            char_start=ordinal * 10,
+            char_end=ordinal * 10 + 9,
+            language="en",
+            metadata={"team": "知识", "x.y": ""},
+            source_sha256="0" * 64,
+            content_hash="c" * 32,
+            task_uid=str(uuid.uuid4()),
+        )
+        for ordinal in range(count)
+    ]
+
+
+def vectors(count: int, *, seed: int = 1) -> "np.ndarray[tuple[int, int], np.dtype[np.float32]]":
+    drawn = np.random.default_rng(seed).normal(size=(count, DIMENSION)).astype(np.float32)
+    return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+
+
+@pytest.fixture(params=["milvus", "milvus-lite", "memory"])
+async def vector_index(request: pytest.FixtureRequest) -> AsyncIterator[VectorIndex]:
+    """An empty knowledge base in each vector store."""
+    if request.param == "memory":
+        yield MemoryVectorIndex()
+        return
+    token = None
+    if request.param == "milvus":
+        urls = request.getfixturevalue("store_urls")
+        url, token = urls["TASKS_MILVUS_URL"], urls.get("TASKS_MILVUS_TOKEN")
+    else:
+        url = request.getfixturevalue("milvus_lite")
+    index = MilvusIndex(generation(), url=url, token=token, dimension=DIMENSION)
+    await index.ensure()
+    yield index
+    await index._run("drop", index._client.drop_alias, index._generation.alias)
+    await index._run("drop", index._client.drop_collection, index._name)
+    await index.aclose()
+
+
+@pytest.fixture(params=["elasticsearch", "memory"])
+async def text_index(request: pytest.FixtureRequest) -> AsyncIterator[TextIndex]:
+    """An empty knowledge base in each text store."""
+    if request.param == "memory":
+        yield MemoryTextIndex()
+        return
+    urls = request.getfixturevalue("store_urls")
+    index = ElasticsearchIndex(
+        generation(), url=urls["TASKS_ELASTICSEARCH_URL"], api_key=urls.get("TASKS_ELASTICSEARCH_API_KEY")
+    )
+    await index.ensure()
+    yield index
+    await index._client.indices.delete(index=index._name)
+    await index.aclose()
+
+
+async def check_chunk_store(store: VectorIndex | TextIndex) -> None:
+    """What both kinds of store promise alike."""
+
+    async def write(data: list[Row]) -> None:
+        await (
+            store.write(data)
+            if isinstance(store, (MemoryTextIndex, ElasticsearchIndex))
+            else store.write(data, vectors(len(data)))
+        )  # type: ignore[call-arg]  # told apart by isinstance
+
+    # Nothing is there, and removing nothing is no error.
+    assert await store.stored(ODD_ID, 1) == {}
+    await store.delete(["0" * 32])
+    await store.delete_below(ODD_ID, 5)
+    await store.ensure()  # again
+
+    # What was written is there at once, once, and only in its version.
+    first, second, other = rows(700), rows(3, version=2), rows(2, document_id="other", version=1)
+    for data in (first, first, second, other):
+        await write(data)
+    assert await store.stored(ODD_ID, 1) == {row.id: row.content_hash for row in first}
+    assert await store.stored(ODD_ID, 2) == {row.id: row.content_hash for row in second}
+
+    # Writing again replaces.
+    await write([replace(row, content_hash="d" * 32) for row in second[:1]])
+    assert (await store.stored(ODD_ID, 2))[second[0].id] == "d" * 32
+    assert len(await store.stored(ODD_ID, 2)) == 3
+
+    # Removal by id, and of lower versions of this document alone.
+    await store.delete([row.id for row in first[:10]])
+    assert len(await store.stored(ODD_ID, 1)) == 690
+    await store.delete_below(ODD_ID, 1)
+    assert len(await store.stored(ODD_ID, 1)) == 690
+    await store.delete_below(ODD_ID, 2)
+    assert await store.stored(ODD_ID, 1) == {}
+    assert len(await store.stored(ODD_ID, 2)) == 3
+    assert len(await store.stored("other", 1)) == 2
+
+
+async def test_a_vector_store_keeps_rows(vector_index: VectorIndex) -> None:
+    await check_chunk_store(vector_index)
+
+
+async def test_a_text_store_keeps_rows(text_index: TextIndex) -> None:
+    await check_chunk_store(text_index)
+
+
+async def test_a_vector_store_holds_large_rows(vector_index: VectorIndex) -> None:
+    large = [
+        replace(row, text="字" * 8000, heading_path="题" * 1000, metadata={str(key): "值" * 500 for key in range(24)})
+        for row in rows(20)
+    ]
+    await vector_index.write(large, vectors(20))
+    assert len(await vector_index.stored(ODD_ID, 1)) == 20
+
+
+async def test_a_text_store_holds_large_rows(text_index: TextIndex) -> None:
+    large = [
+        replace(row, text="字" * 8000, heading_path="题" * 1000, metadata={str(key): "值" * 500 for key in range(24)})
+        for row in rows(20)
+    ]
+    await text_index.write(large)
+    assert len(await text_index.stored(ODD_ID, 1)) == 20
+
+
+async def test_more_rows_than_one_answer_holds(vector_index: VectorIndex) -> None:
+    data = rows(17_000)
+    for start in range(0, len(data), 5000):
+        await vector_index.write(data[start : start + 5000], vectors(len(data[start : start + 5000])))
+    assert (await vector_index.stored(ODD_ID, 1)).keys() == {row.id for row in data}
+    await vector_index.delete_below(ODD_ID, 2)
+    assert await vector_index.stored(ODD_ID, 1) == {}
+
+
+async def test_more_text_rows_than_one_answer_holds(text_index: TextIndex) -> None:
+    data = rows(11_000)
+    await text_index.write(data)
+    assert (await text_index.stored(ODD_ID, 1)).keys() == {row.id for row in data}
+    await text_index.delete_below(ODD_ID, 2)
+    assert await text_index.stored(ODD_ID, 1) == {}
+
+
+async def test_vectors_come_back_by_text_hash(vector_index: VectorIndex) -> None:
+    data, drawn = rows(400), vectors(400)
+    await vector_index.write(data, drawn)
+    found = await vector_index.vectors(ODD_ID, 1, {row.text_hash for row in data[:300]} | {"unknown"})
+    assert found.keys() == {row.text_hash for row in data[:300]}
+    assert all(np.allclose(found[row.text_hash], drawn[index], atol=1e-6) for index, row in enumerate(data[:300]))
+    assert await vector_index.vectors(ODD_ID, 2, {data[0].text_hash}) == {}
+
+
+async def test_the_nearest_vectors_are_found(vector_index: VectorIndex) -> None:
+    data, drawn = rows(50), vectors(50)
+    await vector_index.write(data, drawn)
+    hits = await vector_index.search(drawn[7], limit=3)
+    assert hits[0].id == data[7].id
+    assert hits[0].score == pytest.approx(1, abs=1e-4)
+    assert (hits[0].document_id, hits[0].version, hits[0].ordinal, hits[0].text) == (ODD_ID, 1, 7, "chunk 7")
+    assert (hits[0].page_start, hits[0].page_end, hits[0].heading_path) == (1, 2, "部分一\nPart 2")
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    further = await vector_index.search(drawn[7], limit=3, offset=3)
+    assert not {hit.id for hit in hits} & {hit.id for hit in further}
+
+
+async def test_words_are_found_in_both_languages(text_index: TextIndex) -> None:
+    chinese, english = rows(2)
+    await text_index.write(
+        [
+            replace(chinese, text="任务失败之后会自动重试三次", heading_path="重试"),
+            replace(english, text="Every failed task is retried three times", heading_path="Retries"),
+        ]
+    )
+    assert len(await text_index.stored(ODD_ID, 1)) == 2
+    assert [hit.ordinal for hit in await text_index.search("失败 任务", limit=5)] == [0]
+    assert [hit.ordinal for hit in await text_index.search("task retried", limit=5)] == [1]
+    assert [hit.ordinal for hit in await text_index.search("retries", limit=5)] == [1]
+    assert await text_index.search("xylophone", limit=5) == []
+
+
+async def test_two_pods_create_a_knowledge_base_at_once(store_urls: dict[str, str], milvus_lite: str) -> None:
+    where = generation()
+    token = store_urls.get("TASKS_MILVUS_TOKEN")
+    pods = [MilvusIndex(where, url=store_urls["TASKS_MILVUS_URL"], token=token, dimension=DIMENSION) for _ in range(3)]
+    pods += [MilvusIndex(where, url=milvus_lite, token=None, dimension=DIMENSION) for _ in range(3)]
+    texts = [
+        ElasticsearchIndex(
+            where, url=store_urls["TASKS_ELASTICSEARCH_URL"], api_key=store_urls.get("TASKS_ELASTICSEARCH_API_KEY")
+        )
+        for _ in range(3)
+    ]
+    await asyncio.gather(*(pod.ensure() for pod in pods), *(text.ensure() for text in texts))
+    data = rows(2)
+    for pod in (pods[0], pods[3]):
+        await pod.write(data, vectors(2))
+        assert (await pod.search(vectors(2)[0], limit=1))[0].id == data[0].id  # through the alias
+    await texts[0].write(data)
+    assert len(await texts[1].stored(ODD_ID, 1)) == 2
+    assert await texts[2].search("chunk", limit=5)  # through the alias
+    await texts[0]._client.indices.delete(index=where.name)
+    for pod in (pods[0], pods[3]):
+        pod._client.drop_alias(where.alias)
+        pod._client.drop_collection(where.name)
+    for store in [*pods, *texts]:
+        await store.aclose()
+
+
+async def test_an_index_is_strict_about_its_fields(store_urls: dict[str, str]) -> None:
+    index = ElasticsearchIndex(
+        generation(), url=store_urls["TASKS_ELASTICSEARCH_URL"], api_key=store_urls.get("TASKS_ELASTICSEARCH_API_KEY")
+    )
+    await index.ensure()
+    with pytest.raises(RetryableError, match=r"cannot write x in kb_.*strict_dynamic_mapping_exception"):
+        await index._bulk("write", [({"index": {"_id": "x"}}, {"unknown": 1})])
+    await index._client.indices.delete(index=index._name)
+    await index.aclose()
+
+
+async def test_a_store_that_is_down_is_unavailable() -> None:
+    nowhere = "http://127.0.0.1:9"
+    vector = MilvusIndex(generation(), url=nowhere, token=None, dimension=DIMENSION)
+    text = ElasticsearchIndex(generation(), url=nowhere, api_key=None)
+    with pytest.raises(StoreUnavailable, match=r"cannot connect: Milvus: .*check TASKS_MILVUS_URL"):
+        await vector.ensure()
+    with pytest.raises(StoreUnavailable, match=r"cannot create the index kb_.*check TASKS_ELASTICSEARCH_URL"):
+        await text.ensure()
+    await text.aclose()
+    with pytest.raises(StoreUnavailable):
+        await asyncio.to_thread(milvus.check, nowhere, None)
+    with pytest.raises(StoreUnavailable):
+        await elasticsearch.check(nowhere, None)
+
+
+async def test_health_names_the_servers(store_urls: dict[str, str]) -> None:
+    found = await asyncio.to_thread(milvus.check, store_urls["TASKS_MILVUS_URL"], store_urls.get("TASKS_MILVUS_TOKEN"))
+    assert found.startswith("Milvus v2")
+    api_key = store_urls.get("TASKS_ELASTICSEARCH_API_KEY")
+    assert (await elasticsearch.check(store_urls["TASKS_ELASTICSEARCH_URL"], api_key)).startswith("Elasticsearch, state ")

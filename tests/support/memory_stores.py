@@ -1,0 +1,81 @@
+"""The two stores in memory: they pass the contract tests of the real ones, and stand in where a server adds nothing."""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+
+import numpy as np
+import numpy.typing as npt
+
+from job_runner.index import Hit, Row
+
+
+class _MemoryStore:
+    def __init__(self) -> None:
+        self.rows: dict[str, Row] = {}
+
+    async def ensure(self) -> None:
+        pass
+
+    async def aclose(self) -> None:
+        pass
+
+    async def stored(self, document_id: str, version: int) -> dict[str, str]:
+        return {
+            row.id: row.content_hash
+            for row in self.rows.values()
+            if (row.document_id, row.version) == (document_id, version)
+        }
+
+    async def delete(self, ids: Collection[str]) -> None:
+        for key in ids:
+            self.rows.pop(key, None)
+
+    async def delete_below(self, document_id: str, version: int) -> None:
+        lower = [row.id for row in self.rows.values() if row.document_id == document_id and row.version < version]
+        await self.delete(lower)
+
+
+def _ranked(scored: list[tuple[float, Row]], limit: int, offset: int) -> list[Hit]:
+    best = sorted(scored, key=lambda pair: (-pair[0], pair[1].id))[offset : offset + limit]
+    return [Hit.of(asdict(row), id=row.id, score=score) for score, row in best]
+
+
+class MemoryVectorIndex(_MemoryStore):
+    """Nearest by cosine over all rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_id: dict[str, npt.NDArray[np.float32]] = {}
+
+    async def write(self, rows: Sequence[Row], vectors: npt.NDArray[np.float32]) -> None:
+        for row, vector in zip(rows, vectors, strict=True):
+            self.rows[row.id] = row
+            self.by_id[row.id] = vector
+
+    async def vectors(
+        self, document_id: str, version: int, text_hashes: Collection[str]
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        return {
+            self.rows[key].text_hash: self.by_id[key]
+            for key in await self.stored(document_id, version)
+            if self.rows[key].text_hash in text_hashes
+        }
+
+    async def search(self, vector: npt.NDArray[np.float32], *, limit: int, offset: int = 0) -> list[Hit]:
+        return _ranked([(float(self.by_id[key] @ vector), row) for key, row in self.rows.items()], limit, offset)
+
+
+class MemoryTextIndex(_MemoryStore):
+    """Counts the words, and the Chinese characters, that query and row share."""
+
+    async def write(self, rows: Sequence[Row]) -> None:
+        self.rows |= {row.id: row for row in rows}
+
+    async def search(self, query: str, *, limit: int, offset: int = 0) -> list[Hit]:
+        scored = [(len(_terms(query) & _terms(f"{row.text} {row.heading_path}")), row) for row in self.rows.values()]
+        return _ranked([(float(score), row) for score, row in scored if score], limit, offset)
+
+
+def _terms(text: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+|[\u3400-\u9fff]", text.lower()))
