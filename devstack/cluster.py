@@ -21,7 +21,7 @@ from typing import Any
 
 from devstack import network, tools
 from devstack.cache import state_dir
-from devstack.process import run, start, stop, wait_until
+from devstack.process import run, running, start, stop, wait_until
 from devstack.progress import DevstackError, step
 
 NAMES = ("etcd", "apiserver", "controller-manager", "scheduler")
@@ -53,6 +53,9 @@ def up() -> None:
         _make_pki()
         _write_kubeconfigs()
         etcd = _port("DEVSTACK_ETCD_PORT", 23790)
+        if not running("etcd"):
+            for port in (etcd, etcd + 1):
+                network.require_free("127.0.0.1", port, "stop what does, or set DEVSTACK_ETCD_PORT to another port")
         client, peer = f"http://127.0.0.1:{etcd}", f"http://127.0.0.1:{etcd + 1}"
         start(
             "etcd",
@@ -69,7 +72,10 @@ def up() -> None:
                 f"--initial-cluster=etcd={peer}",
             ],
         )
-        start("apiserver", [str(parts / "kube-apiserver"), *_api_server_flags(client)])
+        if not running("apiserver"):
+            network.require_free("127.0.0.1", _api_port(), "stop what does, or set DEVSTACK_API_PORT to another port")
+        # One that is replaced is not waited for: it would go on serving its watches for half a minute.
+        start("apiserver", [str(parts / "kube-apiserver"), *_api_server_flags(client)], grace=1)
         wait_until("an API server that is ready", _ready, seconds=120, processes=["etcd", "apiserver"])
         start("controller-manager", [str(parts / "kube-controller-manager"), *_controller_manager_flags()])
         start("scheduler", [str(parts / "kube-scheduler"), *_scheduler_flags()])

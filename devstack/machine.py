@@ -61,6 +61,7 @@ def require(parts: Iterable[str]) -> None:
     say(f"Missing on this machine: {' '.join(missing)}. Installing with: {command}")
     environment = {"DEBIAN_FRONTEND": "noninteractive"}
     with step("apt-get update"):
+        run(["dpkg", "--configure", "-a"], doing="finish an installation that was interrupted", env=environment)
         run(["apt-get", "update"], doing="update the lists of packages", env=environment)
     if "openjdk-21-jdk-headless" in missing:  # newer releases of Debian carry a newer one only
         missing = [jdk_package() if name == "openjdk-21-jdk-headless" else name for name in missing]

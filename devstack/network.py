@@ -78,6 +78,17 @@ def down() -> None:
     _notes_path().unlink()
 
 
+def require_free(address: str, port: int, remedy: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> None:
+    """Raise DevstackError, ending with REMEDY, when another program listens on PORT of ADDRESS."""
+    with socket.socket(socket.AF_INET, kind) as probe:
+        if kind == socket.SOCK_STREAM:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that just ended do not count
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            raise DevstackError(f"cannot listen on {address}:{port}: {error.strerror}; {remedy}") from error
+
+
 def overlapping(routes: Iterable[dict[str, Any]], networks: Iterable[str]) -> list[str]:
     """Return "DESTINATION on DEVICE" of each route (as `ip -json route` prints them) that overlaps NETWORKS."""
     ours = [ipaddress.ip_network(network) for network in networks]

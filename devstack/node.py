@@ -37,6 +37,7 @@ _LEFT_FOLDERS = (
     "/var/lib/kubelet",
     "/var/log/containers",
 )
+_KUBELET_PORT = 10250
 _CONTAINER_NAMESPACE = "k8s.io"  # where the kubelet's runtime interface looks for images
 
 
@@ -55,13 +56,18 @@ def up() -> None:
 
         for control_group in _control_groups():
             control_group.mkdir(exist_ok=True)
-        restarted = None if running("kubelet") or not _registered() else datetime.now(UTC).replace(microsecond=0)
+        known, now = _registered(), datetime.now(UTC).replace(microsecond=0)
         kubeconfigs = cluster.kubeconfigs()
+        if not running("dns"):
+            remedy = "bind the name server of this machine to its own addresses only (dnsmasq: bind-interfaces)"
+            network.require_free(network.ADDRESS, 53, remedy, socket.SOCK_DGRAM)
+        if not running("kubelet"):
+            network.require_free(network.ADDRESS, _KUBELET_PORT, "stop the kubelet or the program that does")
         start(
             "dns",
             [str(parts / "dns"), "-kubeconfig", str(kubeconfigs / "admin"), "-listen", f"{network.ADDRESS}:53"],
         )
-        start(
+        started = start(
             "kubelet",
             [
                 str(parts / "kubelet"),
@@ -90,7 +96,7 @@ def up() -> None:
                 "--conntrack-tcp-timeout-close-wait=0s",
             ],
         )
-        wait_until("a Ready node", lambda: _ready(restarted), seconds=90, processes=NAMES)
+        wait_until("a Ready node", lambda: _ready(now if started and known else None), seconds=90, processes=NAMES)
         wait_until("an answer from the cluster's DNS", _dns_answers, seconds=20, processes=NAMES)
         wait_until("a way to the Services", _services_reachable, seconds=20, processes=NAMES)
 
@@ -201,6 +207,7 @@ def kubelet_configuration(folder: Path, pki: Path, control_group: str) -> dict[s
         "tlsCertFile": f"{pki}/node.crt",
         "tlsPrivateKeyFile": f"{pki}/node.key",
         "address": network.ADDRESS,
+        "port": _KUBELET_PORT,
         "healthzPort": 0,
         "containerRuntimeEndpoint": f"unix://{folder}/containerd.sock",
         "cgroupDriver": "cgroupfs",

@@ -45,19 +45,21 @@ def start(
     env: Mapping[str, str] | None = None,
     user: str | None = None,
     cwd: Path | str | None = None,
-) -> None:
+    grace: float = 20.0,
+) -> bool:
     """Start COMMAND in a session of its own as NAME, with ENV added to our environment, its output in `log_path(NAME)`.
 
-    Nothing happens when it runs already; when it runs with another command, environment or user, it is replaced. The
-    log of the run before is kept beside as NAME.log.old. Raises DevstackError when the process cannot be made; a
-    command that ends at once is for `wait_until` to report.
+    Nothing happens when it runs already; when it runs with another command, environment or user, it is stopped (with
+    GRACE as in `stop`) and replaced. Returns whether it was started. The log of the run before is kept beside as
+    NAME.log.old. Raises DevstackError when the process cannot be made; a command that ends at once is for `wait_until`
+    to report.
     """
     wanted = json.dumps([list(command), sorted((env or {}).items()), user, str(cwd)])
     key = hashlib.sha256(wanted.encode()).hexdigest()[:16]
     if running(name):
         if _record(name).get("key") == key:
-            return
-        stop(name)
+            return False
+        stop(name, grace=grace)
     record, log = _record_path(name), log_path(name)
     for folder in (record.parent, log.parent):
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,6 +91,7 @@ def start(
         if time.monotonic() > deadline:
             raise DevstackError(f"cannot start {name}: it did not come to life in 10 s; {_last_lines(name)}")
         time.sleep(0.002)
+    return True
 
 
 def running(name: str) -> bool:

@@ -23,15 +23,16 @@ _GO_ENV = {"CGO_ENABLED": "0", "GOFLAGS": "-trimpath -buildvcs=false -mod=readon
 def kube() -> Path:
     """Return the folder with all PARTS and `pause` (the process of a pod's sandbox); built once, in 4 to 11 minutes."""
 
+    version = kubernetes_version()
+    major, minor = version.removeprefix("v").split(".")[:2]
+    # Without these every part calls itself v0.0.0-master, and clients refuse the version skew.
+    flags = ["-s", "-w"]
+    for package in ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version"):
+        for name, value in (("gitVersion", version), ("gitMajor", major), ("gitMinor", minor)):
+            flags += ["-X", f"{package}.{name}={value}"]
+
     def build(folder: Path) -> None:
         _require_go()
-        version = kubernetes_version()
-        major, minor = version.removeprefix("v").split(".")[:2]
-        # Without these flags every part calls itself v0.0.0-master and clients refuse the version skew.
-        flags = ["-s", "-w"]
-        for package in ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version"):
-            for name, value in (("gitVersion", version), ("gitMajor", major), ("gitMinor", minor)):
-                flags += ["-X", f"{package}.{name}={value}"]
         folder.mkdir()
         with step(f"building Kubernetes {version} from its Go modules (the first time: 4 to 11 minutes on two cores)"):
             _go("build", "-ldflags", " ".join(flags), "-o", folder / "kube", ".", doing="build Kubernetes", cwd=_KUBE)
@@ -39,7 +40,7 @@ def kube() -> Path:
         for part in PARTS:
             (folder / part).symlink_to("kube")
 
-    return cached("kube", [_KUBE, Path(__file__)], build, keep=2)
+    return cached("kube", [_KUBE, " ".join([*flags, *_GO_ENV.values(), *PARTS]).encode()], build, keep=2)
 
 
 def kubectl() -> Path:

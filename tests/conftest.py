@@ -1,29 +1,52 @@
-"""Session fixtures: the devstack, in the parts that a test needs."""
+"""Session fixtures: the devstack, in the parts that a test needs.
 
+It is brought up once the tests are collected and before any runs: what that shows is seen, and a first build of many
+minutes is not under the time limit of a test.
+"""
+
+import contextlib
 from collections.abc import Iterator
 
 import pytest
 
-from devstack import Endpoints
+from devstack import PARTS, Endpoints
 from tests.support.devstack import bring_up, fresh_namespace, started_here
+
+FIXTURES = {"cluster": ["cluster"], "node": ["cluster", "node"], "stores": ["stores"], "devstack_node": list(PARTS)}
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Bring up all that the collected tests need; if that fails, the fixtures fail with the reason."""
+    if session.config.option.collectonly:
+        return
+    used = {name for item in session.items if isinstance(item, pytest.Function) for name in item.fixturenames}
+    if parts := {part for name in used & FIXTURES.keys() for part in FIXTURES[name]}:
+        with contextlib.suppress(pytest.fail.Exception):
+            bring_up([part for part in PARTS if part in parts])
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Endpoints:
-    """A real API server with its controllers, without a node: pods are made and never run."""
-    return bring_up(["cluster"])
+    """A real API server with its controllers: pods are made, and run only if something else brought up the node."""
+    return bring_up(FIXTURES["cluster"])
+
+
+@pytest.fixture(scope="session")
+def node() -> Endpoints:
+    """A real API server and a node where pods run."""
+    return bring_up(FIXTURES["node"])
 
 
 @pytest.fixture(scope="session")
 def stores() -> Endpoints:
     """Real PostgreSQL, Redis, Milvus and Elasticsearch, at `host_urls`."""
-    return bring_up(["stores"])
+    return bring_up(FIXTURES["stores"])
 
 
 @pytest.fixture(scope="session")
 def devstack_node() -> Endpoints:
     """The whole devstack: control plane, a node where pods run, and the stores."""
-    return bring_up(["cluster", "node", "stores"])
+    return bring_up(FIXTURES["devstack_node"])
 
 
 @pytest.fixture
@@ -36,4 +59,7 @@ def namespace(cluster: Endpoints) -> Iterator[str]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say that the devstack goes on running when this session started it."""
     if started_here:
-        terminalreporter.write_line("The devstack that this session started goes on running; `make down` ends it.")
+        parts = ", ".join(dict.fromkeys(started_here))
+        terminalreporter.write_line(
+            f"What this session started of the devstack ({parts}) goes on running; `make down` ends it."
+        )

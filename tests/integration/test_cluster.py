@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from devstack import PARTS, Endpoints, images, network, tools
+from devstack import Endpoints, images, network, tools
 from devstack import cluster as control_plane
 from devstack.images import Image
-from tests.support.devstack import Kubectl, bring_up, fresh_namespace, in_private_machine
+from tests.support.devstack import Kubectl, fresh_namespace, in_private_machine
 
 pytestmark = pytest.mark.integration
 
@@ -111,13 +111,7 @@ def test_document_volume_serves_a_second_claim_after_the_first(
 
 
 @pytest.fixture(scope="module")
-def endpoints() -> Endpoints:
-    """The control plane with its node, without stores."""
-    return bring_up(["node"])
-
-
-@pytest.fixture(scope="module")
-def base(endpoints: Endpoints) -> Image:
+def base(node: Endpoints) -> Image:
     """The base image, loaded into the node."""
     image = images.base()
     images.import_image(image)
@@ -127,14 +121,14 @@ def base(endpoints: Endpoints) -> Image:
 class TestNode:
     """Pods really run."""
 
-    def test_restricted_pod_runs_to_completion(self, endpoints: Endpoints, base: Image, namespace: str) -> None:
-        kubectl = Kubectl(endpoints, namespace)
+    def test_restricted_pod_runs_to_completion(self, node: Endpoints, base: Image, namespace: str) -> None:
+        kubectl = Kubectl(node, namespace)
         kubectl.apply(job("it", pod_spec(base.reference, "python3", "-c", "import os; print('as', os.getuid())")))
         kubectl("wait", "--for=condition=Complete", "job/it", "--timeout=60s")
         assert kubectl("logs", "job/it") == "as 65532\n"
 
-    def test_names_of_services_resolve_in_a_pod(self, endpoints: Endpoints, base: Image, namespace: str) -> None:
-        kubectl = Kubectl(endpoints, namespace)
+    def test_names_of_services_resolve_in_a_pod(self, node: Endpoints, base: Image, namespace: str) -> None:
+        kubectl = Kubectl(node, namespace)
         kubectl("create", "service", "clusterip", "web", "--tcp=80:80")
         address = kubectl.get("service", "web")["spec"]["clusterIP"]
         code = (
@@ -156,8 +150,8 @@ class TestNode:
         answers = kubectl("logs", "job/it").split()
         assert answers == [address, address, address, control_plane.SERVICE_ADDRESS, "True", "True"]
 
-    def test_pods_reach_each_other_by_service(self, endpoints: Endpoints, base: Image, namespace: str) -> None:
-        kubectl = Kubectl(endpoints, namespace)
+    def test_pods_reach_each_other_by_service(self, node: Endpoints, base: Image, namespace: str) -> None:
+        kubectl = Kubectl(node, namespace)
         server = pod_spec(base.reference, "python3", "-m", "http.server", "--directory", "/etc/alternatives", "8000")
         labels = {"name": "server", "labels": {"app": "web"}}
         kubectl.apply(
@@ -182,8 +176,8 @@ class TestNode:
         kubectl("wait", "--for=condition=Complete", "job/it", "--timeout=60s")
         assert kubectl("logs", "job/it") == "200\n"
 
-    def test_memory_limit_kills(self, endpoints: Endpoints, base: Image, namespace: str) -> None:
-        kubectl = Kubectl(endpoints, namespace)
+    def test_memory_limit_kills(self, node: Endpoints, base: Image, namespace: str) -> None:
+        kubectl = Kubectl(node, namespace)
         limits = {"resources": {"limits": {"memory": "64Mi"}}}
         spec = pod_spec(base.reference, "python3", "-c", "x = b'x' * (1 << 30)", main=limits)
         kubectl.apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "it"}, "spec": spec})
@@ -192,10 +186,10 @@ class TestNode:
         assert container["state"]["terminated"]["reason"] == "OOMKilled"
 
     def test_documents_of_the_host_are_read_in_a_pod(
-        self, endpoints: Endpoints, base: Image, namespace: str, document_folder: Path
+        self, node: Endpoints, base: Image, namespace: str, document_folder: Path
     ) -> None:
         (document_folder / "note.txt").write_text("from the host")
-        kubectl = Kubectl(endpoints, namespace)
+        kubectl = Kubectl(node, namespace)
         kubectl.apply(claim(namespace))
         volume = {
             "name": "documents",
@@ -213,9 +207,9 @@ class TestNode:
         kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/it", "--timeout=60s")
         assert kubectl("logs", "pod/it") == "from the host, read-only\n"
 
-    def test_dns_answers_each_question_in_its_way(self, endpoints: Endpoints) -> None:
-        with fresh_namespace(endpoints) as namespace:
-            kubectl = Kubectl(endpoints, namespace)
+    def test_dns_answers_each_question_in_its_way(self, node: Endpoints) -> None:
+        with fresh_namespace(node) as namespace:
+            kubectl = Kubectl(node, namespace)
             kubectl("create", "service", "clusterip", "web", "--tcp=80:80")
             kubectl("create", "service", "clusterip", "headless", "--clusterip=None", "--tcp=80:80")
             kubectl.apply(endpoint_slice("headless"))
@@ -273,7 +267,6 @@ PRIVATE_FILES = [f"mount -t tmpfs tmpfs {folder}" for folder in ("/run", "/var/l
 
 
 def play(scenario: str, state: Path, *mounts: str) -> None:
-    bring_up(PARTS)  # builds what there is to build: in there is no network
     done = in_private_machine(
         f"{sys.executable} -m tests.support.private_machine {scenario}", state=state, mounts=[*PRIVATE_FILES, *mounts]
     )
@@ -281,7 +274,9 @@ def play(scenario: str, state: Path, *mounts: str) -> None:
 
 
 class TestMachine:
-    """In namespaces of their own, beside a devstack that may run here."""
+    """In namespaces of their own, beside the devstack that runs here and has built all there is to build."""
+
+    pytestmark = pytest.mark.usefixtures("devstack_node")
 
     @pytest.mark.parametrize("scenario", ["leaves_nothing", "survives_kills", "strange_bridge"])
     def test_machine_is_left_as_it_was(self, scenario: str, tmp_path: Path) -> None:

@@ -17,20 +17,20 @@ from devstack.process import running
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 
 
+started_here: list[str] = []
+"""Parts that this session started; they are left running, and the summary says so."""
+
+
 def bring_up(parts: Iterable[str]) -> Endpoints:
-    """Bring up PARTS; what is missing on the machine ends the session with the one sentence that names the remedy."""
-    fresh = not running("apiserver")
+    """Bring up PARTS; what cannot be brought up fails the test with the one sentence that names the remedy."""
+    mark = {"cluster": "apiserver", "node": "kubelet", "stores": "postgres"}
+    fresh = [part for part in parts if not running(mark[part])]
     try:
         endpoints = devstack.up(parts)
     except DevstackError as error:
-        pytest.exit(f"{error}", returncode=4)
-    if fresh:
-        started_here.append(True)
+        pytest.fail(str(error), pytrace=False)
+    started_here.extend(fresh)
     return endpoints
-
-
-started_here: list[bool] = []
-"""Not empty when this session started the devstack; it is left running, and the summary says so."""
 
 
 class Kubectl:

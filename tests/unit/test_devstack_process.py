@@ -74,9 +74,9 @@ def test_stranger_is_never_taken_for_ours_nor_stopped(state: Path, what: str) ->
 
 
 def test_start_runs_once_and_stop_ends_it() -> None:
-    process.start("it", ["sleep", "60"])
+    assert process.start("it", ["sleep", "60"])
     first = process.find("it")
-    process.start("it", ["sleep", "60"])
+    assert not process.start("it", ["sleep", "60"])
     assert process.find("it") == first
     assert first is not None
     process.stop("it")
