@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from devstack import network, tools
-from devstack.cache import state_dir
+from devstack.cache import digest, state_dir
 from devstack.process import run, running, start, stop, wait_until
 from devstack.progress import DevstackError, step
 
@@ -77,8 +77,10 @@ def up() -> None:
         # One that is replaced is not waited for: it would go on serving its watches for half a minute.
         start("apiserver", [str(parts / "kube-apiserver"), *_api_server_flags(client)], grace=1)
         wait_until("an API server that is ready", _ready, seconds=120, processes=["etcd", "apiserver"])
-        start("controller-manager", [str(parts / "kube-controller-manager"), *_controller_manager_flags()])
-        start("scheduler", [str(parts / "kube-scheduler"), *_scheduler_flags()])
+        manager = [str(parts / "kube-controller-manager"), *_controller_manager_flags()]
+        start("controller-manager", manager, env=configured_by(kubeconfigs() / "manager"))
+        scheduler = [str(parts / "kube-scheduler"), *_scheduler_flags()]
+        start("scheduler", scheduler, env=configured_by(kubeconfigs() / "scheduler"))
         wait_until(
             "the controllers to work",
             lambda: bool(get("/api/v1/namespaces/default/serviceaccounts/default")),
@@ -114,6 +116,11 @@ def kubeconfigs() -> Path:
 def pki() -> Path:
     """Return the folder of certificates and keys."""
     return state_dir() / "pki"
+
+
+def configured_by(*files: Path) -> dict[str, str]:
+    """Return a variable that changes with FILES, so that a process is replaced when its configuration has changed."""
+    return {"DEVSTACK_CONFIGURATION": digest(files)}
 
 
 def get(path: str) -> Any:

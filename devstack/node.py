@@ -47,9 +47,9 @@ def up() -> None:
         folder = state_dir()
         parts = tools.kube()
         _write_configuration(folder)
-        # A changed configuration file restarts its process: the hash is part of what it is started with.
-        configuration = {"DEVSTACK_CONFIGURATION": digest([folder / "containerd.toml", folder / "cni"])}
-        start("containerd", ["containerd", "-c", str(folder / "containerd.toml")], env=configuration)
+        configuration = folder / "containerd.toml"
+        changes = cluster.configured_by(configuration, folder / "cni")
+        start("containerd", ["containerd", f"--config={configuration}"], env=changes)
         wait_until("containerd", lambda: bool(_ctr("version")), seconds=30, processes=["containerd"])
         pause = cached("pause", [PAUSE_IMAGE.encode(), parts / "pause"], lambda path: _pause_image(parts / "pause", path))
         import_image(pause, PAUSE_IMAGE)
@@ -66,6 +66,7 @@ def up() -> None:
         start(
             "dns",
             [str(parts / "dns"), "-kubeconfig", str(kubeconfigs / "admin"), "-listen", f"{network.ADDRESS}:53"],
+            env=cluster.configured_by(kubeconfigs / "admin"),
         )
         started = start(
             "kubelet",
@@ -77,7 +78,7 @@ def up() -> None:
                 f"--node-ip={network.ADDRESS}",
                 f"--root-dir={folder / 'kubelet'}",
             ],
-            env={"DEVSTACK_CONFIGURATION": digest([folder / "kubelet.json"])},
+            env=cluster.configured_by(kubeconfigs / "node", folder / "kubelet.json"),
         )
         start(
             "kube-proxy",
@@ -95,6 +96,7 @@ def up() -> None:
                 "--conntrack-tcp-timeout-established=0s",
                 "--conntrack-tcp-timeout-close-wait=0s",
             ],
+            env=cluster.configured_by(kubeconfigs / "proxy"),
         )
         wait_until("a Ready node", lambda: _ready(now if started and known else None), seconds=90, processes=NAMES)
         wait_until("an answer from the cluster's DNS", _dns_answers, seconds=20, processes=NAMES)
