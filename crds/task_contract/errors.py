@@ -14,7 +14,9 @@
     ├── RetryableError            another attempt may succeed: counted against spec.retry.limit
     │   ├── AttemptTimeout
     │   ├── ParserCrashed         killed for memory or time, or a crash of the child process
-    │   └── StoresDisagree        read-back of the two stores did not find the expected chunks
+    │   ├── StoresDisagree        read-back of the two stores did not find the expected chunks
+    │   ├── DocumentChanged       the file was written to while it was read
+    │   └── Unhealthy             a health check found a component that does not work
     ├── StoreUnavailable          not the task's fault: given back, not counted
     ├── HandedBack                SIGTERM: given back, not counted
     └── Fenced                    canceled, or another pod holds the attempt: this one must not write
@@ -109,6 +111,18 @@ class StoresDisagree(RetryableError):
     """After writing, a store did not hold exactly the expected chunk ids."""
 
     reason = "StoresDisagree"
+
+
+class DocumentChanged(RetryableError):
+    """The file was written to while it was read."""
+
+    reason = "DocumentChanged"
+
+
+class Unhealthy(RetryableError):
+    """A health check found a component that does not work; ``result.components`` says which."""
+
+    reason = "Unhealthy"
 
 
 class StoreUnavailable(TaskError):
