@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import asyncpg
 import kopf
+from kopf._core.engines.peering import Identity
 import structlog
 import uvloop
 
@@ -111,6 +112,8 @@ async def run(settings: Settings) -> int:
             clusterwide=not settings.namespaces,
             namespaces=list(settings.namespaces),
             standalone=True,
+            # Without one kopf asks the system for the name of the user; the uid of a container seldom has one.
+            identity=Identity("task-operator"),
         ),
     )
     try:
