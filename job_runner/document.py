@@ -57,6 +57,11 @@ class ParsedDocument:
     failed_pages: tuple[int, ...] = ()
     """Numbers of pages that could not be read; the others were."""
 
+    @property
+    def paged(self) -> bool:
+        """Whether page numbers mean anything: Markdown and most texts have no pages."""
+        return self.kind is Kind.PDF or len(self.pages) > 1
+
     def page_at(self, offset: int) -> int:
         """Return the number of the page that holds ``offset``."""
         return self.pages[max(0, bisect_right(self.pages, offset, key=lambda page: page.start) - 1)].number

@@ -16,7 +16,14 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from job_runner.document import Kind
-from task_contract.errors import DocumentEmpty, DocumentNotFound, DocumentRefused, DocumentUnreadable, StoreUnavailable
+from task_contract.errors import (
+    DocumentChanged,
+    DocumentEmpty,
+    DocumentNotFound,
+    DocumentRefused,
+    DocumentUnreadable,
+    StoreUnavailable,
+)
 from task_contract.names import DOCUMENT_ROOT
 
 _HEAD: Final = 64 * 1024
@@ -67,6 +74,15 @@ class Source:
     size: int
     sha256: str
     kind: Kind
+    modified_ns: int
+
+    def check_unchanged(self) -> None:
+        """Raise DocumentChanged if the file was written to since it was hashed: text and hash would not belong together."""
+        state = os.fstat(self.descriptor)
+        if (state.st_size, state.st_mtime_ns) != (self.size, self.modified_ns):
+            raise DocumentChanged(
+                f"cannot index {self.name}: the file was written to while it was read; replace files by renaming"
+            )
 
 
 @contextmanager
@@ -174,7 +190,9 @@ def _inspect(descriptor: int, *, name: str, max_bytes: int) -> Source:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise _failed(name, error) from error
-    return Source(name=name, descriptor=descriptor, size=state.st_size, sha256=sha256, kind=kind)
+    return Source(
+        name=name, descriptor=descriptor, size=state.st_size, sha256=sha256, kind=kind, modified_ns=state.st_mtime_ns
+    )
 
 
 def kind_of(head: bytes, *, name: str) -> Kind:

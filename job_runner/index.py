@@ -101,6 +101,9 @@ class ChunkStore(Protocol):
     async def ensure(self) -> None:
         """Create what is missing: collection or index, and the alias. Two processes may do it at once."""
 
+    async def aclose(self) -> None:
+        """Close the connections."""
+
     async def stored(self, document_id: str, version: int) -> dict[str, str]:
         """Return chunk id → content hash of every row of a version."""
 

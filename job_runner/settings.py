@@ -72,6 +72,11 @@ class Settings(BaseSettings):
         return [PREFIX + name.upper() for name, value in needed.items() if value is None]
 
 
+def revealed(secret: SecretStr | None) -> str | None:
+    """Return the value of a setting that logs do not show."""
+    return None if secret is None else secret.get_secret_value()
+
+
 def load() -> Settings:
     """Read the environment.
 

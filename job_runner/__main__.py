@@ -1,0 +1,214 @@
+"""Command line of the runner: ``python -m job_runner --help``."""
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from job_runner.embed import cpu_limit
+
+# Linear algebra libraries read this when numpy is imported, and would start a thread for each CPU of the machine.
+for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+    os.environ.setdefault(_variable, str(cpu_limit()))
+
+from job_runner import logs, settings  # noqa: E402 - after the variables above
+from task_contract.errors import TaskError  # noqa: E402 - after the variables above
+from task_contract.lifecycle import exit_code  # noqa: E402 - after the variables above
+from task_contract.messages import AttemptOutcome  # noqa: E402 - after the variables above
+from task_contract.names import TERMINATION_LOG  # noqa: E402 - after the variables above
+
+if TYPE_CHECKING:
+    from job_runner.index import Hit
+    from job_runner.search import Answers
+    from job_runner.settings import Settings
+
+STARTED = time.monotonic()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; return the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        loaded = settings.load()
+    except TaskError as error:
+        logs.configure("info")
+        if options.command == "run":
+            _tell_the_kubelet(error)
+        return _failed(error)
+    logs.configure(loaded.log_level)
+    commands = {"run": _run, "migrate": _migrate, "search": _search, "health": _health}
+    try:
+        return asyncio.run(commands[options.command](options, loaded))
+    except TaskError as error:
+        return _failed(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m job_runner",
+        description="Carries out tasks of knowledge bases: documents into Milvus and Elasticsearch.",
+        epilog=f"environment:\n{settings.describe()}\n\n"
+        "exit codes of run: 0 succeeded, 65 the task cannot succeed, 69 a store cannot be reached, 75 try again,\n"
+        "76 canceled or taken over, 143 handed back after SIGTERM",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="carry out one task", description="Carries out one attempt at one task.")
+    run.add_argument("task", type=Path, metavar="TASK_FILE", help="ProcessingTask manifest, JSON or YAML")
+    commands.add_parser(
+        "migrate",
+        help="bring the tables in PostgreSQL up to date",
+        description="Applies the migrations that the database lacks; may be repeated.",
+    )
+    search = commands.add_parser(
+        "search",
+        help="ask a knowledge base",
+        description="Prints the best published chunks, first by meaning (Milvus), then by words (Elasticsearch).",
+    )
+    search.add_argument("--namespace", default="default", help="namespace of the tasks [default]")
+    search.add_argument("--kb-id", required=True, help="spec.kbId of the tasks")
+    search.add_argument("--query", required=True, help="a question, in any language of the model")
+    search.add_argument("--top-k", type=_positive, default=3, help="chunks from each store [3]")
+    search.add_argument("--json", action="store_true", help="one JSON object a line, with whole chunks")
+    commands.add_parser(
+        "health", help="ask all configured components", description="Prints how each configured component answers."
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not 1 <= (number := int(text)) <= 100:
+        raise argparse.ArgumentTypeError("must be between 1 and 100")
+    return number
+
+
+def _failed(error: TaskError) -> int:
+    print(error.message, file=sys.stderr)  # noqa: T201 - the command line's own output
+    return exit_code(error)
+
+
+def _tell_the_kubelet(error: TaskError) -> None:
+    """Write the termination message without settings."""
+    from job_runner.attempt import write_termination_message
+
+    attempt = os.environ.get("TASKS_ATTEMPT", "1")
+    outcome = AttemptOutcome.of_error(error, attempt=int(attempt) if attempt.isdigit() and int(attempt) else 1)
+    write_termination_message(outcome, Path(os.environ.get("TASKS_TERMINATION_LOG") or TERMINATION_LOG))
+
+
+async def _run(options: argparse.Namespace, loaded: "Settings") -> int:
+    # The most expensive import starts first, in a thread, and goes on while the document is opened and parsed.
+    import importlib
+    import threading
+
+    from job_runner.attempt import read_task, run_attempt, write_termination_message
+
+    try:
+        task = await asyncio.to_thread(read_task, options.task)
+    except TaskError as error:
+        outcome, code = AttemptOutcome.of_error(error, attempt=loaded.attempt), exit_code(error)
+    else:
+        threading.Thread(target=importlib.import_module, args=("pymilvus",), daemon=True).start()
+        outcome, code = await run_attempt(task, settings=loaded, started=STARTED)
+    write_termination_message(outcome, loaded.termination_log)
+    print(outcome.model_dump_json(by_alias=True, exclude_none=True), flush=True)  # noqa: T201 - the command's output
+    sys.stderr.flush()
+    # Everything is said. A thread that is stuck in a library, or in a store that does not answer, must not keep the pod.
+    os._exit(code)
+
+
+async def _migrate(options: argparse.Namespace, loaded: "Settings") -> int:
+    from job_runner.ledger import Ledger
+
+    ledger = Ledger(loaded.postgres_url.get_secret_value())
+    try:
+        applied = await ledger.migrate()
+    finally:
+        await ledger.aclose()
+    print(f"{applied} migrations applied" if applied else "the tables are up to date")  # noqa: T201 - the command's output
+    return 0
+
+
+async def _search(options: argparse.Namespace, loaded: "Settings") -> int:
+    from job_runner.embed import make_embedder
+    from job_runner.ledger import Ledger
+    from job_runner.search import search
+    from job_runner.stores import opener
+
+    ledger = Ledger(loaded.postgres_url.get_secret_value())
+    embedder = make_embedder(loaded.embedding_model)
+    try:
+        answers = await search(
+            options.query,
+            namespace=options.namespace,
+            kb_id=options.kb_id,
+            top_k=options.top_k,
+            ledger=ledger,
+            embedder=embedder,
+            open_stores=opener(loaded, dimension=embedder.dimension),
+        )
+    finally:
+        await ledger.aclose()
+    print(as_json(answers) if options.json else as_table(answers))  # noqa: T201 - the command's output
+    return 0
+
+
+async def _health(options: argparse.Namespace, loaded: "Settings") -> int:
+    from job_runner import health
+    from job_runner.embed import make_embedder
+    from job_runner.ledger import Ledger
+
+    ledger = Ledger(loaded.postgres_url.get_secret_value())
+    try:
+        asked = health.checks(None, settings=loaded, ledger=ledger, embedder=make_embedder(loaded.embedding_model))
+        result = await health.check(asked)
+    finally:
+        await ledger.aclose()
+    for component in result.components or ():
+        state = "healthy" if component.healthy else "UNHEALTHY"
+        print(f"{component.name:<14} {state:<10} {component.milliseconds:>6} ms  {component.message}")  # noqa: T201 - output
+    error = health.unhealthy(result)
+    return 0 if error is None else exit_code(error)
+
+
+def as_json(answers: "Answers") -> str:
+    """Return the hits of both stores, one JSON object a line."""
+    stores = (("milvus", answers.milvus), ("elasticsearch", answers.elasticsearch))
+    return "\n".join(json.dumps(_line(store, hit), ensure_ascii=False) for store, hits in stores for hit in hits)
+
+
+def _line(store: str, hit: "Hit") -> dict[str, Any]:
+    return {
+        "store": store,
+        "score": round(hit.score, 4),
+        "documentId": hit.document_id,
+        "version": hit.version,
+        "ordinal": hit.ordinal,
+        "pageStart": hit.page_start or None,
+        "pageEnd": hit.page_end or None,
+        "headingPath": hit.heading_path.split("\n") if hit.heading_path else [],
+        "text": hit.text,
+    }
+
+
+def as_table(answers: "Answers") -> str:
+    """Return the hits of both stores for people."""
+    lines = []
+    for store, hits in (("Milvus, by meaning", answers.milvus), ("Elasticsearch, by words", answers.elasticsearch)):
+        lines.append(store if hits else f"{store}: nothing found")
+        for rank, hit in enumerate(hits, start=1):
+            last = "" if hit.page_end == hit.page_start else f"-{hit.page_end}"
+            pages = f", page {hit.page_start}{last}" if hit.page_start else ""
+            lines.append(f"  {rank}. {hit.score:.3f}  {hit.document_id} (version {hit.version}{pages})")
+            if hit.heading_path:
+                lines.append(f"     {hit.heading_path.replace(chr(10), ' > ')}")
+            lines.append(f"     {' '.join(hit.text.split())[:160]}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

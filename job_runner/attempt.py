@@ -1,0 +1,199 @@
+"""One attempt: from a task file to a result row, a termination message and an exit code, whatever happens in between."""
+
+import asyncio
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+from uuid import UUID, uuid4
+
+import structlog
+
+from job_runner import health
+from job_runner.embed import Embedder, make_embedder
+from job_runner.ledger import Ledger
+from job_runner.pipeline import DocumentPipeline, Done
+from job_runner.progress import Progress, RedisProgress, SilentProgress
+from job_runner.settings import Settings, revealed
+from job_runner.stores import opener
+from task_contract.errors import AttemptTimeout, HandedBack, InvalidTask, TaskError
+from task_contract.lifecycle import ExitCode, exit_code
+from task_contract.messages import AttemptOutcome, Outcome
+from task_contract.models import ProcessingTask, Stage, TaskType, format_duration, parse_manifest
+
+_RECORD_SECONDS: Final = 5.0
+"""How long the result row may take: the termination message says the same."""
+
+log = structlog.get_logger(__name__)
+
+
+def read_task(path: Path) -> ProcessingTask:
+    """Read a manifest, JSON or YAML. Raises InvalidTask.
+
+    A task that comes from the API server (it has a uid) was checked there, perhaps by a newer release: unknown fields are
+    ignored. In a file that a person wrote they are refused.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidTask(f"cannot read the task file {path}: {error}") from error
+    manifest = _parse(text, path)
+    if not isinstance(manifest, dict):
+        raise InvalidTask(f"cannot read the task file {path}: it holds no object; give one ProcessingTask manifest")
+    metadata = manifest.get("metadata")
+    if isinstance(metadata, dict) and metadata.get("uid"):
+        try:
+            return ProcessingTask.model_validate(manifest)
+        except ValueError as error:
+            raise InvalidTask(f"cannot read the task file {path}: {error}") from error
+    return parse_manifest(manifest)
+
+
+def _parse(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InvalidTask(f"cannot read the task file {path}: it is neither JSON nor YAML: {error}") from error
+
+
+def identity(task: ProcessingTask) -> tuple[UUID, datetime]:
+    """Return uid and creation time of a task; a task outside a cluster is a new one each time, made now."""
+    try:
+        uid = uuid4() if task.metadata.uid is None else UUID(task.metadata.uid)
+    except ValueError as error:
+        raise InvalidTask(f"cannot use metadata.uid {task.metadata.uid!r}: it is no UUID; leave it out") from error
+    created_at = task.metadata.creation_timestamp or datetime.now(UTC)
+    return uid, created_at if created_at.tzinfo else created_at.replace(tzinfo=UTC)
+
+
+async def run_attempt(
+    task: ProcessingTask, *, settings: Settings, started: float, make: Callable[[str], Embedder] = make_embedder
+) -> tuple[AttemptOutcome, ExitCode]:
+    """Carry out a task; ``started`` is the monotonic time at which the process started.
+
+    Never raises for anything that a task, a store or a signal can do: the outcome says it. The result row is written; the
+    caller writes the termination message.
+    """
+    uid, created_at = identity(task)
+    structlog.contextvars.bind_contextvars(
+        task=f"{task.metadata.namespace}/{task.metadata.name}", uid=str(uid), attempt=settings.attempt
+    )
+    ledger = Ledger(settings.postgres_url.get_secret_value())
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(ledger.aclose)
+        progress: Progress = SilentProgress()
+        if (redis_url := revealed(settings.redis_url)) is not None:
+            progress = await stack.enter_async_context(
+                RedisProgress(redis_url, task=task, uid=str(uid), attempt=settings.attempt)
+            )
+
+        async def work() -> AttemptOutcome:
+            embedder = make(settings.embedding_model)
+            if task.spec.type is TaskType.HEALTH_CHECK:
+                return await _health_check(task, settings=settings, ledger=ledger, embedder=embedder, progress=progress)
+            if task.spec.type is not TaskType.DOCUMENT_PROCESSING:
+                raise InvalidTask(
+                    f"cannot carry out {task.spec.type}: this version has document_processing and health_check"
+                )
+            pipeline = DocumentPipeline(
+                task,
+                uid=uid,
+                created_at=created_at,
+                settings=settings,
+                ledger=ledger,
+                embedder=embedder,
+                open_stores=opener(settings, dimension=embedder.dimension),
+                progress=progress,
+            )
+            done: Done = await pipeline.run()
+            progress.report(Stage.PUBLISH, 100)
+            return AttemptOutcome(
+                outcome=Outcome.SUCCEEDED, attempt=settings.attempt, reason=done.reason, result=done.result
+            )
+
+        timeout = task.spec.effective_timeout.total_seconds()
+        outcome, code = await _ended(work, until=started + timeout, attempt=settings.attempt, task=task)
+        try:
+            async with asyncio.timeout(_RECORD_SECONDS):
+                await ledger.record(outcome, task_uid=uid, holder=settings.holder)
+        except (TaskError, TimeoutError) as error:
+            log.warning("the result is not in PostgreSQL; the termination message says the same", error=str(error))
+    return outcome, code
+
+
+async def _ended(
+    work: Callable[[], Any], *, until: float, attempt: int, task: ProcessingTask
+) -> tuple[AttemptOutcome, ExitCode]:
+    """Do the work within its time and until SIGTERM; return how it ended."""
+    loop = asyncio.get_running_loop()
+    current = asyncio.ensure_future(work())
+    stopped = False
+
+    def stop() -> None:
+        nonlocal stopped
+        stopped = True
+        log.info("asked to stop: the attempt is handed back")
+        current.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    # Monotonic clocks of Linux are one clock: loop.time() and time.monotonic() agree.
+    timer = loop.call_at(until, current.cancel)
+    try:
+        outcome: AttemptOutcome = await current
+    except asyncio.CancelledError:
+        if stopped:
+            error: TaskError = HandedBack("cannot go on: the process was asked to stop; the attempt is handed back")
+        else:
+            limit = format_duration(task.spec.effective_timeout)
+            error = AttemptTimeout(f"cannot finish within {limit}; raise spec.timeout or split the document")
+    except TaskError as raised:
+        error = raised
+    except Exception as raised:
+        log.exception("the runner failed")
+        error = TaskError(f"cannot go on: {type(raised).__name__}: {raised}; this is an error of the runner, see its log")
+    else:
+        return outcome, ExitCode.SUCCEEDED if outcome.error is None else ExitCode.RETRYABLE
+    finally:
+        timer.cancel()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+    return AttemptOutcome.of_error(error, attempt=attempt), exit_code(error)
+
+
+async def _health_check(
+    task: ProcessingTask, *, settings: Settings, ledger: Ledger, embedder: Embedder, progress: Progress
+) -> AttemptOutcome:
+    progress.report(Stage.CHECK, 0)
+    started = time.monotonic()
+    asked = health.checks(task.spec.payload.components, settings=settings, ledger=ledger, embedder=embedder)
+    result = await health.check(asked)
+    result = result.model_copy(update={"seconds": {str(Stage.CHECK): round(time.monotonic() - started, 3)}})
+    progress.report(Stage.CHECK, 100)
+    if (error := health.unhealthy(result)) is None:
+        return AttemptOutcome(outcome=Outcome.SUCCEEDED, attempt=settings.attempt, result=result)
+    error.stage = Stage.CHECK
+    # The components that are well stand beside those that are not.
+    return AttemptOutcome.of_error(error, attempt=settings.attempt).model_copy(update={"result": result})
+
+
+def write_termination_message(outcome: AttemptOutcome, path: Path) -> None:
+    """Write the message where the kubelet looks for it; outside a pod there is no such file and nothing to do."""
+    try:
+        with path.open("r+") as file:
+            file.write(outcome.termination_message())
+            file.truncate()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("cannot write the termination message", path=str(path), error=str(error))

@@ -1,0 +1,107 @@
+"""``health_check``: does each component answer, within a deadline of its own?"""
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Final
+
+from job_runner.embed import Embedder
+from job_runner.ledger import Ledger
+from job_runner.settings import Settings, revealed
+from task_contract.errors import TaskError, Unhealthy
+from task_contract.models import Component, ComponentHealth, Result
+
+DEADLINE: Final = 5.0
+"""Seconds for one component; all are asked at once."""
+_MESSAGE_LIMIT: Final = 250
+"""Characters: six messages fit a termination message."""
+
+Check = Callable[[], Awaitable[str]]
+"""Returns what is there; raises if it does not work."""
+
+
+async def check(components: Mapping[Component, Check], *, deadline: float = DEADLINE) -> Result:
+    """Ask all components at once; the answer of each stands in the result, in order."""
+    found = await asyncio.gather(*(_ask(name, ask, deadline=deadline) for name, ask in components.items()))
+    return Result(components=list(found))
+
+
+async def _ask(name: Component, ask: Check, *, deadline: float) -> ComponentHealth:
+    started = time.monotonic()
+    try:
+        async with asyncio.timeout(deadline):
+            message, healthy = await ask(), True
+    except TimeoutError:
+        message, healthy = f"no answer within {deadline:g} s", False
+    except TaskError as error:
+        message, healthy = error.message, False
+    except Exception as error:  # noqa: BLE001 - whatever a component does, the others are reported
+        message, healthy = f"{type(error).__name__}: {error}", False
+    return ComponentHealth(
+        name=name,
+        healthy=healthy,
+        milliseconds=round(1000 * (time.monotonic() - started)),
+        message=message[:_MESSAGE_LIMIT],
+    )
+
+
+def unhealthy(result: Result) -> Unhealthy | None:
+    """Return the error of a health check that found something; ``None`` if all is well."""
+    bad = [component for component in result.components or () if not component.healthy]
+    if not bad:
+        return None
+    described = "; ".join(f"{component.name}: {component.message}" for component in bad)
+    return Unhealthy(f"cannot call the platform healthy: {described}")
+
+
+def checks(
+    wanted: Sequence[Component] | None, *, settings: Settings, ledger: Ledger, embedder: Embedder
+) -> dict[Component, Check]:
+    """Return the checks of the components that a task names, or of all that are configured."""
+
+    async def redis() -> str:
+        import redis.asyncio
+
+        client = redis.asyncio.from_url(revealed(settings.redis_url) or "", socket_timeout=DEADLINE)
+        try:
+            return f"Redis {(await client.info('server'))['redis_version']}"
+        finally:
+            await client.aclose()
+
+    async def milvus() -> str:
+        from job_runner import milvus as store
+
+        return await asyncio.to_thread(store.check, revealed(settings.milvus_url) or "", revealed(settings.milvus_token))
+
+    async def elasticsearch() -> str:
+        from job_runner import elasticsearch as store
+
+        return await store.check(revealed(settings.elasticsearch_url) or "", revealed(settings.elasticsearch_api_key))
+
+    async def model() -> str:
+        vectors = await asyncio.to_thread(embedder.embed, ["health"])
+        return f"{embedder.name}, {vectors.shape[1]} dimensions"
+
+    async def documents() -> str:
+        names = await asyncio.to_thread(os.listdir, settings.document_root)
+        return f"{settings.document_root}, {len(names)} entries"
+
+    configured: dict[Component, tuple[bool, Check]] = {
+        Component.POSTGRES: (True, ledger.check),
+        Component.REDIS: (settings.redis_url is not None, redis),
+        Component.MILVUS: (settings.milvus_url is not None, milvus),
+        Component.ELASTICSEARCH: (settings.elasticsearch_url is not None, elasticsearch),
+        Component.MODEL: (True, model),
+        Component.DOCUMENTS: (True, documents),
+    }
+    if wanted is None:
+        return {name: ask for name, (is_set, ask) in configured.items() if is_set}
+    return {name: configured[name][1] if configured[name][0] else _missing(name) for name in wanted}
+
+
+def _missing(name: Component) -> Check:
+    async def ask() -> str:
+        raise Unhealthy(f"not configured: set TASKS_{name.upper()}_URL")
+
+    return ask

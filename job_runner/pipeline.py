@@ -1,0 +1,553 @@
+"""One document from its file into both stores: fetch, parse, split, embed, store, verify, publish.
+
+The order makes it safe to die at any write (see also :mod:`job_runner.ledger`):
+
+1. ``begin`` enters the intent: a version number that nobody reads yet.
+2. Rows of that version go into both stores, batch by batch. What is there already is not written again, and no vector is
+   computed that a store has: the stores are the checkpoint.
+3. Both stores are read back; each must hold exactly the expected chunk ids.
+4. ``commit`` publishes the version in the ledger.
+5. Lower versions are removed from both stores, and looked for once more.
+
+Who dies before 4 leaves rows that nobody reads and that the next attempt takes over. Who dies after 4 leaves old rows that
+readers of the ledger skip; the next attempt finds its own version published and only does 5.
+
+About 5: "lower" is lower than what was committed, whoever wrote it. Rows of an intent that lives and has a lower number may
+be among them. Such an intent belongs to an older task, which will end as Superseded, or to a newer task that was overtaken,
+whose commit the ledger refuses with AGAIN: it then takes a higher number and writes its rows anew. Rows with higher numbers
+than the published one belong to intents that live, or to dead ones, which a later publication removes.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+from uuid import UUID
+
+import structlog
+
+from job_runner.document import Chunk, ParsedDocument
+from job_runner.embed import Embedder, batches, check_model
+from job_runner.fetch import Source, opened
+from job_runner.index import Generation, Row, check_metadata
+from job_runner.ledger import Claim, Commit, Intent, Ledger, Published, Standing
+from job_runner.parse import ParserLimits, parse
+from job_runner.progress import Progress
+from job_runner.readers import PARSER_VERSION
+from job_runner.settings import Settings
+from job_runner.split import SPLITTER_VERSION, SplitSettings, split
+from job_runner.stores import OpenStores, Stores
+from task_contract.errors import DocumentRefused, InvalidTask, StoresDisagree, TaskError
+from task_contract.models import ProcessingMode, ProcessingTask, Result, Stage
+from task_contract.names import chunk_id, digest
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+R = TypeVar("R")
+
+_GROUP: Final = 256
+"""Chunks whose vectors are looked up together."""
+_ROUNDS: Final = 5
+"""How often the work is begun anew because other tasks publish the same document meanwhile."""
+
+# Percent of an attempt that are done when a stage starts.
+_STARTS: Final = {
+    Stage.FETCH: 0,
+    Stage.PARSE: 2,
+    Stage.SPLIT: 15,
+    Stage.EMBED: 18,
+    Stage.STORE: 85,
+    Stage.VERIFY: 90,
+    Stage.PUBLISH: 96,
+}
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """How a document ended well. ``reason`` is Completed, Unchanged or Superseded."""
+
+    reason: str
+    result: Result
+
+
+class Stages:
+    """Which stage is under way, and how long each one took."""
+
+    def __init__(self, progress: Progress, clock: Callable[[], float] = time.monotonic) -> None:
+        self._progress = progress
+        self._clock = clock
+        self._spent: dict[Stage, float] = {}
+
+    @contextlib.contextmanager
+    def enter(self, stage: Stage) -> Iterator[None]:
+        """Time a stage, report it, and name it in errors that leave it."""
+        started = self._clock()
+        self._progress.report(stage, _STARTS[stage])
+        try:
+            yield
+        except TaskError as error:
+            error.stage = error.stage or stage
+            raise
+        finally:
+            self.add(stage, self._clock() - started)
+            log.info("stage ended", stage=str(stage), seconds=round(self._clock() - started, 3))
+
+    def add(self, stage: Stage, seconds: float) -> None:
+        """Count time for a stage."""
+        self._spent[stage] = self._spent.get(stage, 0) + seconds
+
+    def within(self, stage: Stage, done: int, total: int) -> None:
+        """Report that ``done`` of ``total`` parts of a stage are done."""
+        later = [start for start in _STARTS.values() if start > _STARTS[stage]]
+        width = min(later, default=100) - _STARTS[stage]
+        self._progress.report(stage, _STARTS[stage] + width * done // max(total, 1))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage, for the result."""
+        return {str(stage): round(spent, 3) for stage, spent in self._spent.items()}
+
+
+@dataclass
+class _Read:
+    """What one reading of the file gave; kept when the work is begun anew."""
+
+    document: ParsedDocument
+    chunks: tuple[Chunk, ...]
+
+
+class DocumentPipeline:
+    """One attempt at one ``document_processing`` task."""
+
+    def __init__(
+        self,
+        task: ProcessingTask,
+        *,
+        uid: UUID,
+        created_at: datetime,
+        settings: Settings,
+        ledger: Ledger,
+        embedder: Embedder,
+        open_stores: OpenStores,
+        progress: Progress,
+    ) -> None:
+        if task.spec.kb_id is None:
+            raise InvalidTask("cannot index a document without a knowledge base: set spec.kbId")
+        if task.spec.payload.file_path is None:
+            raise InvalidTask("cannot index nothing: set spec.payload.filePath")
+        check_model(task.spec.payload.embedding_model, embedder)
+        check_metadata(task.spec.payload.metadata or {})
+        self._namespace = task.metadata.namespace
+        self._kb_id = task.spec.kb_id
+        self._payload = task.spec.payload
+        self._file_path = task.spec.payload.file_path
+        self._document_id = task.spec.payload.effective_document_id
+        self._mode = self._payload.processing_mode or ProcessingMode.INTELLIGENT_SPLIT
+        self._uid = uid
+        self._created_at = created_at
+        self._settings = settings
+        self._ledger = ledger
+        self._embedder = embedder
+        self._open_stores = open_stores
+        self._stages = Stages(progress)
+        self._splitting = self._split_settings()
+
+    def _split_settings(self) -> SplitSettings:
+        limited = self._embedder.max_tokens is not None
+        try:
+            return SplitSettings(
+                chunk_size=self._payload.effective_chunk_size,
+                chunk_overlap=self._payload.effective_chunk_overlap,
+                mode=self._mode,
+                max_tokens=self._embedder.max_tokens,
+                count_tokens=self._embedder.count_tokens if limited else None,
+            )
+        except ValueError as error:  # a rule over two fields, which the API server holds and a file may break
+            raise InvalidTask(f"{error}; correct payload.chunkSize and payload.chunkOverlap") from error
+
+    async def run(self) -> Done:
+        """Do it. May be canceled until the version is being published; from then on it ends by itself within seconds.
+
+        Raises errors of :mod:`task_contract.errors`.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            with self._stages.enter(Stage.FETCH):
+                source = await _open(stack, self._file_path, self._settings)
+                claim = Claim(
+                    namespace=self._namespace,
+                    kb_id=self._kb_id,
+                    document_id=self._document_id,
+                    task_uid=self._uid,
+                    task_created_at=self._created_at,
+                    holder=self._settings.holder,
+                    content_hash=await asyncio.to_thread(self._content_hash, source),
+                    model_fingerprint=self._embedder.fingerprint,
+                    dimension=self._embedder.dimension,
+                )
+                intent = await self._ledger.begin(claim)
+            stores = self._open_stores(Generation(self._namespace, self._kb_id, intent.generation))
+            stack.push_async_callback(stores.aclose)
+            read: _Read | None = None
+            for _ in range(_ROUNDS):
+                log.info("intent", standing=str(intent.standing), version=intent.version, epoch=intent.epoch)
+                if intent.standing is Standing.SUPERSEDED:
+                    return self._superseded(intent.published)
+                if intent.standing is Standing.PUBLISHED:
+                    return await self._to_the_end(self._clear_up(intent, stores))
+                if intent.standing is Standing.UNCHANGED and await self._holds_published(intent, stores):
+                    done = await self._to_the_end(self._confirm(intent, stores))
+                else:
+                    read = read or await self._read(source, stores)
+                    done = await self._write_and_publish(intent, read, source, stores)
+                if done is not None:
+                    return done
+                with self._stages.enter(Stage.FETCH):
+                    intent = await self._ledger.begin(claim)
+        raise StoresDisagree(
+            f"cannot publish {self._document_id}: other tasks published it {_ROUNDS} times meanwhile; try again later"
+        )
+
+    def _content_hash(self, source: Source) -> str:
+        """Return the identity of what will be written: equal hashes give equal rows, but for the version."""
+        pipeline = (
+            PARSER_VERSION,
+            SPLITTER_VERSION,
+            source.kind,
+            self._mode,
+            str(self._splitting.chunk_size),
+            str(self._splitting.chunk_overlap),
+            self._embedder.fingerprint,
+        )
+        metadata = [part for pair in sorted((self._payload.metadata or {}).items()) for part in pair]
+        return digest(source.sha256, *pipeline, *metadata, length=64)
+
+    # ------------------------------------------------------------------------------------------------------- reading
+
+    async def _read(self, source: Source, stores: Stores) -> _Read:
+        """Parse and split, while model and stores get ready."""
+        settings = self._settings
+        limits = ParserLimits(
+            memory_bytes=settings.parser_memory_bytes,
+            seconds=settings.parser_seconds,
+            output_bytes=settings.parser_output_bytes,
+        )
+        warming = [
+            asyncio.create_task(asyncio.to_thread(self._embedder.warm_up)),
+            asyncio.create_task(stores.vectors.ensure()),
+            asyncio.create_task(stores.texts.ensure()),
+        ]
+        try:
+            with self._stages.enter(Stage.PARSE):
+                document = await parse(
+                    source, limits=limits, on_progress=lambda done, all_: self._stages.within(Stage.PARSE, done, all_)
+                )
+                source.check_unchanged()
+            with self._stages.enter(Stage.SPLIT):
+                chunks = await asyncio.to_thread(self._split, document)
+            with self._stages.enter(Stage.EMBED):
+                await asyncio.gather(*warming)
+        finally:
+            for one in warming:
+                one.cancel()
+            await asyncio.gather(*warming, return_exceptions=True)
+        return _Read(document=document, chunks=chunks)
+
+    def _split(self, document: ParsedDocument) -> tuple[Chunk, ...]:
+        limit = self._settings.max_chunks
+        chunks = tuple(islice(split(document, self._splitting), limit + 1))
+        if len(chunks) > limit:
+            raise DocumentRefused(
+                f"cannot index {self._file_path}: it has more than {limit} chunks; "
+                "raise payload.chunkSize, lower payload.chunkOverlap, split the document, or raise TASKS_MAX_CHUNKS"
+            )
+        return chunks
+
+    # ------------------------------------------------------------------------------------------------------- writing
+
+    async def _write_and_publish(self, intent: Intent, read: _Read, source: Source, stores: Stores) -> Done | None:
+        """Return ``None`` when another task was in between and the work must be begun anew."""
+        rows = [self._row(chunk, intent, read.document, source) for chunk in read.chunks]
+        embedded = await self._write(intent, rows, stores)
+        with self._stages.enter(Stage.VERIFY):
+            counts = await self._verified(intent, rows, stores)
+        if counts is None:
+            return None
+        return await self._to_the_end(self._publish(intent, read, counts, embedded=embedded, stores=stores))
+
+    def _row(self, chunk: Chunk, intent: Intent, document: ParsedDocument, source: Source) -> Row:
+        return Row(
+            id=self._chunk_id(intent.version, chunk.ordinal),
+            document_id=self._document_id,
+            version=intent.version,
+            ordinal=chunk.ordinal,
+            text=chunk.text,
+            text_hash=digest(chunk.text),
+            page_start=chunk.page_start if document.paged else 0,
+            page_end=chunk.page_end if document.paged else 0,
+            heading_path="\n".join(chunk.heading_path),
+            char_start=chunk.start,
+            char_end=chunk.end,
+            language=chunk.language,
+            metadata=self._payload.metadata or {},
+            source_sha256=source.sha256,
+            content_hash=intent.claim.content_hash,
+            task_uid=str(self._uid),
+        )
+
+    def _chunk_id(self, version: int, ordinal: int) -> str:
+        return chunk_id(
+            namespace=self._namespace,
+            kb_id=self._kb_id,
+            document_id=self._document_id,
+            version=version,
+            ordinal=ordinal,
+        )
+
+    async def _write(self, intent: Intent, rows: Sequence[Row], stores: Stores) -> int:
+        """Bring all rows into both stores; return how many vectors were computed.
+
+        The rows of a batch are written while the vectors of the next one are computed, and never more than one batch waits.
+        """
+        with self._stages.enter(Stage.EMBED):
+            there, texts_there = await self._take_over(intent, rows, stores)
+            writer = _Writer()
+            embedded = done = 0
+            try:
+                for start in range(0, len(rows), _GROUP):
+                    group = rows[start : start + _GROUP]
+                    missing = [row for row in group if row.id not in texts_there]
+                    await writer.start(stores.texts.write(missing) if missing else None)
+                    todo = [row for row in group if row.id not in there]
+                    known = await self._published_vectors(intent, todo, stores)
+                    await self._store(writer, stores, [row for row in todo if row.text_hash in known], known)
+                    new = {row.text_hash: row.text for row in todo if row.text_hash not in known}
+                    done += len(group) - len(new)
+                    hashes, texts = list(new), list(new.values())
+                    for batch in batches(texts):
+                        vectors = await asyncio.to_thread(self._embedder.embed, texts[batch])
+                        computed = dict(zip(hashes[batch], vectors, strict=True))
+                        embedded += len(computed)
+                        await self._store(writer, stores, [row for row in todo if row.text_hash in computed], computed)
+                        done += len(computed)
+                        self._stages.within(Stage.EMBED, done, len(rows))
+            except BaseException:
+                await writer.abandon()
+                raise
+        with self._stages.enter(Stage.STORE):
+            await writer.finish()
+        return embedded
+
+    async def _take_over(self, intent: Intent, rows: Sequence[Row], stores: Stores) -> tuple[set[str], set[str]]:
+        """Return the ids that each store has already; remove what does not belong to this version."""
+        if not intent.resumed:
+            return set(), set()
+        expected = {row.id for row in rows}
+        found = await asyncio.gather(
+            stores.vectors.stored(self._document_id, intent.version),
+            stores.texts.stored(self._document_id, intent.version),
+        )
+        kept = []
+        for store, stored in zip((stores.vectors, stores.texts), found, strict=True):
+            await store.delete(stored.keys() - expected)
+            kept.append({key for key, content in stored.items() if content == intent.claim.content_hash} & expected)
+        log.info("taken over", vectors=len(kept[0]), texts=len(kept[1]))
+        return kept[0], kept[1]
+
+    async def _published_vectors(
+        self, intent: Intent, rows: Sequence[Row], stores: Stores
+    ) -> "dict[str, npt.NDArray[np.float32]]":
+        """Return vectors of texts that the published version has too. The ledger holds the knowledge base to one model."""
+        if intent.published is None or not rows:
+            return {}
+        return await stores.vectors.vectors(self._document_id, intent.published.version, {row.text_hash for row in rows})
+
+    @staticmethod
+    async def _store(
+        writer: "_Writer", stores: Stores, rows: Sequence[Row], vectors: "dict[str, npt.NDArray[np.float32]]"
+    ) -> None:
+        if rows:
+            import numpy as np
+
+            await writer.start(stores.vectors.write(rows, np.stack([vectors[row.text_hash] for row in rows])))
+
+    async def _verified(self, intent: Intent, rows: Sequence[Row], stores: Stores) -> tuple[int, int] | None:
+        """Read both stores back until each holds exactly the expected rows; return their counts.
+
+        ``None`` when another task has published a higher version meanwhile and may have removed these rows. Raises
+        StoresDisagree when it takes too long.
+        """
+        expected = {row.id: row.content_hash for row in rows}
+        deadline = time.monotonic() + self._settings.verify_seconds
+        pause = 0.1
+        while True:
+            in_vectors, in_texts = await asyncio.gather(
+                stores.vectors.stored(self._document_id, intent.version),
+                stores.texts.stored(self._document_id, intent.version),
+            )
+            if in_vectors == expected == in_texts:
+                return len(in_vectors), len(in_texts)
+            published = await self._ledger.published(
+                namespace=self._namespace, kb_id=self._kb_id, document_ids=[self._document_id]
+            )
+            if published.get(self._document_id, 0) > intent.version:
+                return None
+            if time.monotonic() > deadline:
+                raise StoresDisagree(
+                    f"cannot publish {self._document_id}: of {len(expected)} chunks, Milvus misses "
+                    f"{len(expected.keys() - in_vectors.keys())} and has {len(in_vectors.keys() - expected.keys())} others, "
+                    f"Elasticsearch misses {len(expected.keys() - in_texts.keys())} and has "
+                    f"{len(in_texts.keys() - expected.keys())} others, {self._settings.verify_seconds:g} s after writing"
+                )
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 2)
+
+    # ---------------------------------------------------------------------------------------------------- publishing
+
+    async def _to_the_end(self, publishing: Coroutine[Any, Any, R]) -> R:
+        """Await something that is not to be interrupted: between commit and clearing up there is nothing to hand back.
+
+        A stop or a timeout that comes meanwhile is late: the task succeeds. Every call in it has a timeout of its own.
+        """
+        task = asyncio.create_task(publishing)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise
+            return await task
+
+    async def _publish(
+        self, intent: Intent, read: _Read, counts: tuple[int, int], *, embedded: int, stores: Stores
+    ) -> Done | None:
+        with self._stages.enter(Stage.PUBLISH):
+            match await self._ledger.commit(intent, chunk_count=len(read.chunks)):
+                case Commit.AGAIN:
+                    return None
+                case Commit.SUPERSEDED:
+                    return self._superseded(None)
+                case Commit.DONE:
+                    await self._remove_lower(intent.version, stores)
+        document = read.document
+        return Done(
+            "Completed",
+            Result(
+                documents=1,
+                pages=len(document.pages) if document.paged else None,
+                failed_pages=len(document.failed_pages) if document.paged else None,
+                chunks=len(read.chunks),
+                embedded=embedded,
+                reused=len(read.chunks) - embedded,
+                milvus_count=counts[0],
+                elasticsearch_count=counts[1],
+                version=intent.version,
+                seconds=self._stages.seconds,
+            ),
+        )
+
+    async def _holds_published(self, intent: Intent, stores: Stores) -> bool:
+        """Tell whether both stores hold exactly the published version; if not, it is written again as a new version."""
+        if intent.published is None:
+            return False
+        with self._stages.enter(Stage.VERIFY):
+            await asyncio.gather(stores.vectors.ensure(), stores.texts.ensure())
+            version = intent.published.version
+            expected = {
+                self._chunk_id(version, ordinal): intent.published.content_hash
+                for ordinal in range(intent.published.chunk_count)
+            }
+            found = await asyncio.gather(
+                stores.vectors.stored(self._document_id, version), stores.texts.stored(self._document_id, version)
+            )
+            if found[0] == expected == found[1]:
+                return True
+            log.warning("the stores have lost chunks of the published version", version=version)
+            return False
+
+    async def _confirm(self, intent: Intent, stores: Stores) -> Done | None:
+        with self._stages.enter(Stage.PUBLISH):
+            match await self._ledger.confirm(intent):
+                case Commit.AGAIN:
+                    return None
+                case Commit.SUPERSEDED:
+                    return self._superseded(None)
+                case Commit.DONE:
+                    assert intent.published is not None  # noqa: S101 - for the type checker: that is what was confirmed
+                    await self._remove_lower(intent.published.version, stores)
+        return self._done("Unchanged", intent.published, counts=(intent.published.chunk_count,) * 2)
+
+    async def _clear_up(self, intent: Intent, stores: Stores) -> Done:
+        """Finish what an earlier attempt of this task did not after its commit."""
+        assert intent.published is not None  # noqa: S101 - for the type checker: this task has published
+        published = intent.published
+        with self._stages.enter(Stage.PUBLISH):
+            await asyncio.gather(stores.vectors.ensure(), stores.texts.ensure())
+            await self._remove_lower(published.version, stores)
+            found = await asyncio.gather(
+                stores.vectors.stored(self._document_id, published.version),
+                stores.texts.stored(self._document_id, published.version),
+            )
+        return self._done("Completed", published, counts=(len(found[0]), len(found[1])))
+
+    async def _remove_lower(self, version: int, stores: Stores) -> None:
+        await asyncio.gather(
+            stores.vectors.delete_below(self._document_id, version),
+            stores.texts.delete_below(self._document_id, version),
+        )
+
+    def _done(self, reason: str, published: Published, *, counts: tuple[int, int]) -> Done:
+        return Done(
+            reason,
+            Result(
+                documents=1,
+                chunks=published.chunk_count,
+                embedded=0,
+                reused=published.chunk_count,
+                milvus_count=counts[0],
+                elasticsearch_count=counts[1],
+                version=published.version,
+                seconds=self._stages.seconds,
+            ),
+        )
+
+    def _superseded(self, published: Published | None) -> Done:
+        version = None if published is None else published.version
+        return Done("Superseded", Result(documents=0, version=version, seconds=self._stages.seconds))
+
+
+async def _open(stack: contextlib.AsyncExitStack, file_path: str, settings: Settings) -> Source:
+    """Open the document in a thread; it is closed with the stack."""
+    opening = opened(file_path, root=settings.document_root, max_bytes=settings.max_document_bytes)
+    return await asyncio.to_thread(stack.enter_context, opening)
+
+
+class _Writer:
+    """At most two writes under way: one that is awaited before the next but one starts."""
+
+    def __init__(self) -> None:
+        self._running: list[asyncio.Task[None]] = []
+
+    async def start(self, write: Coroutine[Any, Any, None] | None) -> None:
+        """Start a write; wait until at most one other is under way. Raises what an earlier write raised."""
+        if write is not None:
+            self._running.append(asyncio.create_task(write))
+        while len(self._running) > 2:
+            await self._running.pop(0)
+
+    async def finish(self) -> None:
+        """Wait for all."""
+        while self._running:
+            await self._running.pop(0)
+
+    async def abandon(self) -> None:
+        """Cancel all, after another failure. What they may have written is of a version that nobody reads."""
+        for one in self._running:
+            one.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
