@@ -75,6 +75,7 @@ def up(parts: Iterable[str] = PARTS) -> Endpoints:
 
 def down() -> None:
     """End everything that `up` started, in whatever state it is, and put the machine back as it was."""
+    machine.require_root()
     with _lock(), step("ending the devstack"):
         stores.down(purge=True)
         node.down()

@@ -27,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DevstackError as error:
         print(error, file=sys.stderr)
         return 1
+    except PermissionError as error:
+        print(f"cannot read or write {error.filename}: it belongs to root; run this as root (`sudo`)", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         say("Interrupted. `python -m devstack up` goes on from here, `python -m devstack down` ends what runs.")
         return 130

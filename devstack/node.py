@@ -83,6 +83,8 @@ def up() -> None:
         start(
             "kube-proxy",
             [
+                # One that starts takes chains of the one before for complete, and those it was about to remove are empty.
+                *("sh", "-c", 'for f in ip ip6; do nft delete table $f kube-proxy; done 2>/dev/null; exec "$@"', "sh"),
                 str(parts / "kube-proxy"),
                 f"--kubeconfig={kubeconfigs / 'proxy'}",
                 "--proxy-mode=nftables",

@@ -159,6 +159,9 @@ def survives_kills() -> None:
     killed(["up", "--parts", "node"], lambda: process.running("kube-proxy"), signal.SIGINT)
     devstack.up(["node"])
     assert_pod_runs()
+    for port in ("6444", "6443"):  # every part follows, the proxy's rules too; up itself asks a Service
+        os.environ["DEVSTACK_API_PORT"] = port
+        devstack.up(["node"])
     for name in ("scheduler", "containerd", "kubelet", "apiserver"):
         kill(name)
     devstack.up(["node"])
