@@ -69,7 +69,7 @@ def up() -> None:
         "METRICS_PORT": str(_internal(port())["metrics"]),
         "MILVUS_RUN_DIR": str(folder / "run"),
         "LD_LIBRARY_PATH": str(package / "bin"),
-        **common.digest_of(*configuration.iterdir()),
+        **common.digest_of(*sorted(configuration.iterdir())),
     }
     start(NAME, [str(package / "bin" / "milvus"), "run", "standalone"], env=environment, cwd=folder)
     wait_until("an answer of Milvus", _is_ready, seconds=120, processes=[NAME])

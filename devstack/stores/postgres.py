@@ -230,20 +230,15 @@ def _answers() -> bool:
 
 def _query(statement: str) -> list[str]:
     """Run one statement as superuser and return the first column's values."""
-    command = [str(_programs() / "psql"), "--no-psqlrc", "--quiet", "--tuples-only", "--no-align"]
+    command = [str(_programs() / "psql"), "--no-psqlrc", "--quiet", "--tuples-only", "--no-align", "--set=ON_ERROR_STOP=1"]
     done = subprocess.run(
-        [
-            *command,
-            "--set=ON_ERROR_STOP=1",
-            f"--command={statement}",
-            f"postgresql://postgres@{common.HOST}:{port()}/postgres",
-        ],
+        [*command, "--file=-", f"postgresql://postgres@{common.HOST}:{port()}/postgres"],
+        input=statement,  # not an argument, which every user of this machine could read: it may hold a password
         env={**os.environ, "PGPASSWORD": password("postgres-superuser"), "PGCONNECT_TIMEOUT": "5"},
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode != 0:
-        # The statement itself may hold a password.
         raise DevstackError(f"cannot ask PostgreSQL: {done.stderr.strip()}")
     return done.stdout.splitlines()
