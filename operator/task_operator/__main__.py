@@ -10,7 +10,6 @@ from typing import Any, Final
 
 import asyncpg
 import kopf
-from kopf._core.engines.peering import Identity
 import structlog
 import uvloop
 
@@ -113,7 +112,7 @@ async def run(settings: Settings) -> int:
             namespaces=list(settings.namespaces),
             standalone=True,
             # Without one kopf asks the system for the name of the user; the uid of a container seldom has one.
-            identity=Identity("task-operator"),
+            identity="task-operator",  # type: ignore[arg-type]  # a NewType of str that kopf does not export
         ),
     )
     try:
