@@ -101,8 +101,6 @@ def _tell_the_kubelet(error: TaskError) -> None:
 
 
 async def _run(options: argparse.Namespace, loaded: "Settings") -> int:
-    # The most expensive import starts first, in a thread, and goes on while the document is opened and parsed.
-    import importlib
     import threading
 
     from job_runner.attempt import read_task, run_attempt, write_termination_message
@@ -112,13 +110,19 @@ async def _run(options: argparse.Namespace, loaded: "Settings") -> int:
     except TaskError as error:
         outcome, code = AttemptOutcome.of_error(error, attempt=loaded.attempt), exit_code(error)
     else:
-        threading.Thread(target=importlib.import_module, args=("pymilvus",), daemon=True).start()
+        threading.Thread(target=_import_clients, daemon=True).start()
         outcome, code = await run_attempt(task, settings=loaded, started=STARTED)
     write_termination_message(outcome, loaded.termination_log)
     print(outcome.model_dump_json(by_alias=True, exclude_none=True), flush=True)  # noqa: T201 - the command's output
     sys.stderr.flush()
     # Everything is said. A thread that is stuck in a library, or in a store that does not answer, must not keep the pod.
     os._exit(code)
+
+
+def _import_clients() -> None:
+    """Import what takes longest, in a thread, while the document is opened and parsed."""
+    import elasticsearch  # noqa: F401 - for later
+    import pymilvus  # noqa: F401 - for later
 
 
 async def _migrate(options: argparse.Namespace, loaded: "Settings") -> int:

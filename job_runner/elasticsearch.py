@@ -184,6 +184,17 @@ class ElasticsearchIndex:
                 pause = min(pause * 2, 5)
 
 
+_loaded: Any = None
+
+
+def _load() -> Any:
+    global _loaded
+    import elasticsearch
+
+    _loaded = elasticsearch
+    return elasticsearch
+
+
 def make_client(url: str, api_key: str | None) -> Any:
     """Return an asynchronous client that repeats what a busy or restarting server refuses."""
     from elasticsearch import AsyncElasticsearch
@@ -247,13 +258,13 @@ def _complete(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
 @contextlib.asynccontextmanager
 async def _guarded(action: str) -> AsyncIterator[None]:
     """Turn exceptions of the client into ours."""
-    from elasticsearch import ApiError, TransportError
-
+    # The first import of the client takes half a second and more: in a thread, so as not to hold up the event loop.
+    client = await asyncio.to_thread(_load) if _loaded is None else _loaded
     try:
         yield
-    except ApiError as error:
+    except client.ApiError as error:
         raise _refused(action, error.meta.status, error.body) from error
-    except TransportError as error:
+    except client.TransportError as error:
         message = f"cannot {action}: Elasticsearch: {error.message}; check TASKS_ELASTICSEARCH_URL and the server"
         raise StoreUnavailable(message) from error
 

@@ -81,7 +81,8 @@ class MilvusIndex:
             indexes.add_index("embedding", index_type="HNSW", metric_type="COSINE", params={"M": 16, "efConstruction": 200})
             _unless(
                 lambda: bool(client.list_indexes(name)),
-                lambda: client.create_index(name, indexes, timeout=_CREATE_TIMEOUT),
+                # Not waiting for it: loading does, and an empty collection has nothing to index.
+                lambda: client.create_index(name, indexes, timeout=_CREATE_TIMEOUT, sync=False),
             )
         client.load_collection(name, timeout=_CREATE_TIMEOUT)
         # An alias that serves another generation stays: switching generations is a step of its own.

@@ -21,9 +21,10 @@ than the published one belong to intents that live, or to dead ones, which a lat
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from uuid import UUID
@@ -159,6 +160,7 @@ class DocumentPipeline:
         self._open_stores = open_stores
         self._stages = Stages(progress)
         self._splitting = self._split_settings()
+        self._ready: asyncio.Task[None] | None = None
 
     def _split_settings(self) -> SplitSettings:
         limited = self._embedder.max_tokens is not None
@@ -195,6 +197,9 @@ class DocumentPipeline:
                 intent = await self._ledger.begin(claim)
             stores = self._open_stores(Generation(self._namespace, self._kb_id, intent.generation))
             stack.push_async_callback(stores.aclose)
+            # A new collection takes Milvus seconds: meanwhile the document is parsed and its first batches are embedded.
+            self._ready = asyncio.create_task(_ensure(stores))
+            stack.push_async_callback(_end, self._ready)
             read: _Read | None = None
             for _ in range(_ROUNDS):
                 log.info("intent", standing=str(intent.standing), version=intent.version, epoch=intent.epoch)
@@ -205,7 +210,7 @@ class DocumentPipeline:
                 if intent.standing is Standing.UNCHANGED and await self._holds_published(intent, stores):
                     done = await self._to_the_end(self._confirm(intent, stores))
                 else:
-                    read = read or await self._read(source, stores)
+                    read = read or await self._read(source)
                     done = await self._write_and_publish(intent, read, source, stores)
                 if done is not None:
                     return done
@@ -231,19 +236,15 @@ class DocumentPipeline:
 
     # ------------------------------------------------------------------------------------------------------- reading
 
-    async def _read(self, source: Source, stores: Stores) -> _Read:
-        """Parse and split, while model and stores get ready."""
+    async def _read(self, source: Source) -> _Read:
+        """Parse and split, while the model is loaded."""
         settings = self._settings
         limits = ParserLimits(
             memory_bytes=settings.parser_memory_bytes,
             seconds=settings.parser_seconds,
             output_bytes=settings.parser_output_bytes,
         )
-        warming = [
-            asyncio.create_task(asyncio.to_thread(self._embedder.warm_up)),
-            asyncio.create_task(stores.vectors.ensure()),
-            asyncio.create_task(stores.texts.ensure()),
-        ]
+        warming = asyncio.create_task(asyncio.to_thread(self._embedder.warm_up))
         try:
             with self._stages.enter(Stage.PARSE):
                 document = await parse(
@@ -253,11 +254,9 @@ class DocumentPipeline:
             with self._stages.enter(Stage.SPLIT):
                 chunks = await asyncio.to_thread(self._split, document)
             with self._stages.enter(Stage.EMBED):
-                await asyncio.gather(*warming)
+                await warming
         finally:
-            for one in warming:
-                one.cancel()
-            await asyncio.gather(*warming, return_exceptions=True)
+            await _end(warming)
         return _Read(document=document, chunks=chunks)
 
     def _split(self, document: ParsedDocument) -> tuple[Chunk, ...]:
@@ -318,13 +317,14 @@ class DocumentPipeline:
         """
         with self._stages.enter(Stage.EMBED):
             there, texts_there = await self._take_over(intent, rows, stores)
-            writer = _Writer()
+            writer = _Writer(self._stores_ready)
             embedded = done = 0
             try:
                 for start in range(0, len(rows), _GROUP):
                     group = rows[start : start + _GROUP]
                     missing = [row for row in group if row.id not in texts_there]
-                    await writer.start(stores.texts.write(missing) if missing else None)
+                    if missing:
+                        await writer.start(partial(stores.texts.write, missing))
                     todo = [row for row in group if row.id not in there]
                     known = await self._published_vectors(intent, todo, stores)
                     await self._store(writer, stores, [row for row in todo if row.text_hash in known], known)
@@ -349,6 +349,7 @@ class DocumentPipeline:
         """Return the ids that each store has already; remove what does not belong to this version."""
         if not intent.resumed:
             return set(), set()
+        await self._stores_ready()
         expected = {row.id for row in rows}
         found = await asyncio.gather(
             stores.vectors.stored(self._document_id, intent.version),
@@ -367,6 +368,7 @@ class DocumentPipeline:
         """Return vectors of texts that the published version has too. The ledger holds the knowledge base to one model."""
         if intent.published is None or not rows:
             return {}
+        await self._stores_ready()
         return await stores.vectors.vectors(self._document_id, intent.published.version, {row.text_hash for row in rows})
 
     @staticmethod
@@ -376,7 +378,13 @@ class DocumentPipeline:
         if rows:
             import numpy as np
 
-            await writer.start(stores.vectors.write(rows, np.stack([vectors[row.text_hash] for row in rows])))
+            stacked = np.stack([vectors[row.text_hash] for row in rows])
+            await writer.start(partial(stores.vectors.write, rows, stacked))
+
+    async def _stores_ready(self) -> None:
+        """Wait until both stores have a place for the knowledge base; may be called again and again."""
+        assert self._ready is not None  # noqa: S101 - for the type checker: run() has set it
+        await asyncio.shield(self._ready)  # who waits may be canceled, the others go on waiting
 
     async def _verified(self, intent: Intent, rows: Sequence[Row], stores: Stores) -> tuple[int, int] | None:
         """Read both stores back until each holds exactly the expected rows; return their counts.
@@ -457,7 +465,7 @@ class DocumentPipeline:
         if intent.published is None:
             return False
         with self._stages.enter(Stage.VERIFY):
-            await asyncio.gather(stores.vectors.ensure(), stores.texts.ensure())
+            await self._stores_ready()
             version = intent.published.version
             expected = {
                 self._chunk_id(version, ordinal): intent.published.content_hash
@@ -488,7 +496,7 @@ class DocumentPipeline:
         assert intent.published is not None  # noqa: S101 - for the type checker: this task has published
         published = intent.published
         with self._stages.enter(Stage.PUBLISH):
-            await asyncio.gather(stores.vectors.ensure(), stores.texts.ensure())
+            await self._stores_ready()
             await self._remove_lower(published.version, stores)
             found = await asyncio.gather(
                 stores.vectors.stored(self._document_id, published.version),
@@ -528,18 +536,32 @@ async def _open(stack: contextlib.AsyncExitStack, file_path: str, settings: Sett
     return await asyncio.to_thread(stack.enter_context, opening)
 
 
-class _Writer:
-    """At most two writes under way: one that is awaited before the next but one starts."""
+async def _ensure(stores: Stores) -> None:
+    await asyncio.gather(stores.vectors.ensure(), stores.texts.ensure())
 
-    def __init__(self) -> None:
+
+async def _end(task: asyncio.Task[Any]) -> None:
+    """Cancel a task and wait for its end, whatever it is."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+class _Writer:
+    """Writes in the background, in order; two at most are under way, so that no more than two batches are in memory."""
+
+    def __init__(self, ready: Callable[[], Awaitable[None]]) -> None:
+        self._ready = ready
         self._running: list[asyncio.Task[None]] = []
 
-    async def start(self, write: Coroutine[Any, Any, None] | None) -> None:
-        """Start a write; wait until at most one other is under way. Raises what an earlier write raised."""
-        if write is not None:
-            self._running.append(asyncio.create_task(write))
+    async def start(self, write: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Start a write when the stores are ready. Raises what an earlier write raised."""
+        self._running.append(asyncio.create_task(self._after_ready(write)))
         while len(self._running) > 2:
             await self._running.pop(0)
+
+    async def _after_ready(self, write: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        await self._ready()
+        await write()
 
     async def finish(self) -> None:
         """Wait for all."""
