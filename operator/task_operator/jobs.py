@@ -410,13 +410,14 @@ def pod_report(manifest: Mapping[str, Any]) -> PodReport:
 
 
 def _waiting(status: Mapping[str, Any], state: Mapping[str, Any], conditions: Mapping[str, Mapping[str, Any]]) -> Waiting:
-    scheduled = conditions.get("PodScheduled") or {}
-    if scheduled.get("status") == "False":
-        return Waiting(reason=scheduled.get("reason") or "Unschedulable", message=scheduled.get("message") or "")
+    # A container has a state only once a node has taken the pod: that says more than whether one will.
     waiting: Mapping[str, Any] = state.get("waiting") or {}
     reason = waiting.get("reason") or ""
     if reason not in _NO_NEWS:
         return Waiting(reason=_SAME.get(reason, reason), message=waiting.get("message") or "")
+    scheduled = conditions.get("PodScheduled") or {}
+    if scheduled.get("status") == "False":
+        return Waiting(reason=scheduled.get("reason") or "Unschedulable", message=scheduled.get("message") or "")
     return Waiting(reason="PodPending", message=waiting.get("message") or status.get("message") or "")
 
 

@@ -199,7 +199,8 @@ class Kubelet:
     async def write(self, pod: Mapping[str, Any], status: Mapping[str, Any]) -> None:
         """Write a pod's status; a pod that is gone meanwhile is nobody's concern."""
         path = self.place.path("pods", pod["metadata"]["name"]) + "/status"
-        await self.place.kube.ask("PATCH", path, {"status": status}, content_type=MERGE)
+        # Conditions are merged by type: one that the API server has set, such as DisruptionTarget, stays.
+        await self.place.kube.ask("PATCH", path, {"status": status}, content_type="application/strategic-merge-patch+json")
 
 
 def _now() -> str:

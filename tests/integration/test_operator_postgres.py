@@ -1,0 +1,432 @@
+"""The operator and PostgreSQL: the projection, results that outlive their pods, and the fence against a late commit."""
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+from redis.asyncio import Redis
+
+from devstack import Endpoints
+from devstack.stores import postgres
+from task_contract.messages import AttemptOutcome, Outcome, progress_event
+from task_contract.migrations import migrate
+from task_contract.models import Failure, Result, Stage
+from task_contract.names import PROGRESS_CHANNEL
+from task_operator.cluster import Access
+from task_operator.metrics import Metrics
+from task_operator.observation import FenceState
+from task_operator.projection import Database, DatabaseUnavailable
+from tests.support.devstack import Kubectl
+from tests.support.operator_lab import Kube, Kubelet, OperatorProcess, Place, Proxy, until
+from tests.support.operator_values import at, finished, manifest, processing
+
+pytestmark = pytest.mark.integration
+
+SUCCESS = AttemptOutcome(outcome=Outcome.SUCCEEDED, attempt=1, reason="Completed", result=Result(documents=1, chunks=87))
+FAILURE = AttemptOutcome(
+    outcome=Outcome.FAILED,
+    attempt=1,
+    reason="ParserCrashed",
+    error=Failure(reason="ParserCrashed", message="cannot parse", retryable=True),
+)
+
+
+@pytest.fixture
+async def url(stores: Endpoints) -> AsyncIterator[str]:
+    name = f"operator_{uuid.uuid4().hex[:10]}"
+    url = await asyncio.to_thread(postgres.create_database, name)
+    connection = await asyncpg.connect(url)
+    await migrate(connection)
+    await connection.close()
+    yield url
+    await asyncio.to_thread(postgres.drop_database, name)
+
+
+@pytest.fixture
+async def sql(url: str) -> "AsyncIterator[asyncpg.Connection[Any]]":
+    connection = await asyncpg.connect(url)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+async def database(url: str) -> AsyncIterator[Database]:
+    database = Database(url, metrics=Metrics())
+    await database.warm_up()
+    work = asyncio.create_task(database.run())
+    yield database
+    work.cancel()
+    await asyncio.wait([work])
+    await database.aclose()
+
+
+async def _acknowledged(database: Database, uid: str, version: int) -> None:
+    async def look() -> bool:
+        return (database.acknowledged(uid) or 0) >= version
+
+    await until(f"version {version} is in PostgreSQL", look, seconds=20)
+
+
+def _task(version: int, *, uid: str | None = None, **parts: Any) -> dict[str, Any]:
+    made = manifest(**parts)
+    made["metadata"] |= {"resourceVersion": str(version), "uid": uid or made["metadata"]["uid"]}
+    return made
+
+
+UID = manifest()["metadata"]["uid"]
+
+
+# ---------------------------------------------------------------------------------------------------------- projection
+
+
+async def test_a_row_follows_its_task_and_never_goes_back(database: Database, sql: "asyncpg.Connection[Any]") -> None:
+    database.submit(_task(9, status=processing(stage="embed", progress=62)))
+    await _acknowledged(database, UID, 9)
+    row = await sql.fetchrow("SELECT * FROM tasks")
+    assert (row["phase"], row["stage"], row["progress"], row["attempt"]) == ("Processing", "embed", 62, 1)
+    assert (row["kb_id"], row["type"], row["priority"]) == ("kb-42", "document_processing", "normal")
+    assert json.loads(row["spec"])["payload"] == {"filePath": "/data/handbook.pdf"}
+    assert (row["created_at"], row["started_at"], row["finished_at"]) == (at(0), at(5), None)
+
+    database.submit(_task(8))
+    # 10 is later than 9 although "10" sorts before "9".
+    database.submit(_task(10, status=finished(result={"chunks": 87})))
+    await _acknowledged(database, UID, 10)
+    row = await sql.fetchrow("SELECT * FROM tasks")
+    assert (row["phase"], row["resource_version"]) == ("Completed", 10)
+    assert json.loads(row["result"]) == {"chunks": 87}
+    assert row["finished_at"] == at(60)
+
+
+async def test_an_older_version_that_another_process_sends_late_changes_nothing(
+    database: Database, url: str, sql: "asyncpg.Connection[Any]"
+) -> None:
+    database.submit(_task(20, status=finished()))
+    await _acknowledged(database, UID, 20)
+    late = Database(url, metrics=Metrics())
+    await late.warm_up()
+    late.submit(_task(19))
+    await late.aclose()
+    assert await sql.fetchval("SELECT phase FROM tasks") == "Completed"
+
+
+async def test_thousands_are_written_in_batches_and_odd_ones_hold_nobody_up(
+    database: Database, sql: "asyncpg.Connection[Any]"
+) -> None:
+    uids = [str(uuid.uuid4()) for _ in range(1200)]
+    for number, uid in enumerate(uids):
+        database.submit(_task(100 + number, uid=uid))
+    odd = _task(5000, uid=str(uuid.uuid4()), spec={"payload": {"metadata": {"a": "nul \x00 here"}}})
+    database.submit(odd)
+    broken = _task(5001, uid=str(uuid.uuid4()))
+    broken["metadata"]["generation"] = 2**70
+    database.submit(broken)
+    for uid in (*uids, odd["metadata"]["uid"], broken["metadata"]["uid"]):
+        await _acknowledged(database, uid, 1)
+    assert await sql.fetchval("SELECT count(*) FROM tasks") == 1201
+    stored = await sql.fetchval("SELECT spec FROM tasks WHERE uid = $1", odd["metadata"]["uid"])
+    assert json.loads(stored)["payload"]["metadata"] == {"a": "nul  here"}
+
+
+async def test_rows_wait_for_a_database_that_is_away(url: str, sql: "asyncpg.Connection[Any]") -> None:
+    database = Database(url, metrics=Metrics())
+    await database.warm_up()
+    await sql.execute("ALTER TABLE tasks RENAME TO away")
+    work = asyncio.create_task(database.run())
+    database.submit(_task(7))
+
+    async def down() -> bool:
+        return database.down_since is not None
+
+    await until("the database is seen to be away", down)
+    with pytest.raises(DatabaseUnavailable, match="migrate"):
+        await database.absent(namespaces=[], alive=lambda _: True)
+    database.submit(_task(8, status=processing()))
+    await sql.execute("ALTER TABLE away RENAME TO tasks")
+    await _acknowledged(database, UID, 8)
+    assert database.down_since is None
+    assert await sql.fetchval("SELECT phase FROM tasks") == "Processing"
+    work.cancel()
+    await asyncio.wait([work])
+    await database.aclose()
+
+
+async def test_an_operator_starts_without_its_database() -> None:
+    database = Database("postgresql://nobody:none@127.0.0.1:1/none", metrics=Metrics())
+    await database.warm_up()
+    with pytest.raises(DatabaseUnavailable, match="cannot use PostgreSQL"):
+        await database.result(UID, attempt=1)
+    assert database.down_since is not None
+    database.submit(_task(1))
+    await database.aclose()
+
+
+async def test_rows_of_tasks_that_went_unseen_are_marked_and_fenced(
+    database: Database, sql: "asyncpg.Connection[Any]"
+) -> None:
+    gone, done, here = (str(uuid.uuid4()) for _ in range(3))
+    database.submit(_task(1, uid=gone))
+    database.submit(_task(2, uid=done, status=finished()))
+    database.submit(_task(3, uid=here))
+    await _acknowledged(database, here, 3)
+    assert await database.absent(namespaces=["other"], alive=lambda _: False) == 0
+    assert await database.absent(namespaces=["knowledge"], alive=lambda uid: uid == here) == 2
+    rows = {str(row["uid"]): row["deleted_at"] for row in await sql.fetch("SELECT uid, deleted_at FROM tasks")}
+    assert rows[here] is None
+    assert rows[gone] is not None
+    assert rows[done] is not None
+
+    async def fenced() -> bool:
+        return [str(row["task_uid"]) for row in await sql.fetch("SELECT task_uid FROM task_fences")] == [gone]
+
+    await until("the unfinished one is fenced", fenced)
+
+
+# ------------------------------------------------------------------------------------------------- results and fence
+
+
+async def _intent(sql: "asyncpg.Connection[Any]", state: str = "intent") -> None:
+    await sql.execute(
+        "INSERT INTO knowledge_bases (namespace, kb_id, model_fingerprint, dimension) VALUES ('knowledge', 'kb-42', 'm', 3)"
+    )
+    await sql.execute("INSERT INTO documents (namespace, kb_id, document_id) VALUES ('knowledge', 'kb-42', 'd')")
+    await sql.execute(
+        "INSERT INTO document_versions (namespace, kb_id, document_id, version, task_uid, task_created_at, state, holder) "
+        "VALUES ('knowledge', 'kb-42', 'd', 1, $1, now(), $2, 'pod-1')",
+        UID,
+        state,
+    )
+
+
+async def _store_result(
+    sql: "asyncpg.Connection[Any]", outcome: AttemptOutcome, *, uid: str = UID, attempt: int = 1
+) -> None:
+    await sql.execute(
+        "INSERT INTO task_results (task_uid, attempt, holder, outcome) VALUES ($1, $2, 'pod-1', $3) "
+        "ON CONFLICT (task_uid, attempt) DO UPDATE SET outcome = excluded.outcome, created_at = now()",
+        uid,
+        attempt,
+        outcome.model_dump_json(by_alias=True, exclude_none=True),
+    )
+
+
+async def test_a_stored_result_is_found_by_attempt(database: Database, sql: "asyncpg.Connection[Any]") -> None:
+    assert await database.result(UID, attempt=1) is None
+    await _store_result(sql, SUCCESS)
+    found = await database.result(UID, attempt=1)
+    assert found is not None
+    assert (found.outcome, found.holder) == (SUCCESS, "pod-1")
+    await sql.execute('UPDATE task_results SET outcome = \'{"outcome": "Odd"}\'')
+    assert await database.result(UID, attempt=1) is None
+
+
+async def test_a_fence_ends_the_intent_and_stands(database: Database, sql: "asyncpg.Connection[Any]") -> None:
+    await _intent(sql)
+    for _ in range(2):
+        assert (await database.raise_fence(UID, reason="Canceled")).state is FenceState.RAISED
+    row = await sql.fetchrow("SELECT state, epoch FROM document_versions")
+    assert (row["state"], row["epoch"]) == ("canceled", 2)
+    assert await sql.fetchval("SELECT reason FROM task_fences WHERE task_uid = $1", UID) == "Canceled"
+
+
+@pytest.mark.parametrize("state", ["published", "superseded", "unchanged"])
+async def test_a_commit_that_came_first_wins(database: Database, sql: "asyncpg.Connection[Any]", state: str) -> None:
+    await _intent(sql, state)
+    await _store_result(sql, FAILURE)
+    await _store_result(sql, SUCCESS, attempt=2)
+    fence = await database.raise_fence(UID, reason="Canceled")
+    assert fence.state is FenceState.COMMITTED
+    assert fence.outcome == SUCCESS
+    assert await sql.fetchval("SELECT count(*) FROM task_fences") == 0
+
+
+async def test_a_commit_under_way_is_waited_for(database: Database, sql: "asyncpg.Connection[Any]") -> None:
+    await _intent(sql)
+    commit = sql.transaction()
+    await commit.start()
+    await sql.execute("SELECT pg_advisory_xact_lock_shared(hashtextextended($1::text, 0))", UID)
+    raising = asyncio.create_task(database.raise_fence(UID, reason="Canceled"))
+
+    async def waits() -> bool:
+        return bool(await sql.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
+
+    await until("the fence waits for the lock", waits)
+    await sql.execute("UPDATE document_versions SET state = 'published'")
+    await commit.commit()
+    assert (await raising).state is FenceState.COMMITTED
+
+
+# ------------------------------------------------------------------------------------------------- the whole operator
+
+
+@pytest.fixture
+async def place(kubectl: Kubectl, cluster: Endpoints) -> AsyncIterator[Place]:
+    kube = Kube(Access.from_kubeconfig(cluster.kubeconfig))
+    async with Place.fresh(kube) as place:
+        yield place
+    await kube.aclose()
+
+
+@pytest.fixture
+def process(place: Place, cluster: Endpoints, url: str, tmp_path: Path) -> Callable[..., OperatorProcess]:
+    def start(**environment: str) -> OperatorProcess:
+        given = {"kubeconfig": cluster.kubeconfig, "namespaces": [place.namespace], "folder": tmp_path}
+        return OperatorProcess(**(given | {"OPERATOR_POSTGRES_URL": url} | environment))  # type: ignore[arg-type]  # see given
+
+    return start
+
+
+Start = Callable[..., OperatorProcess]
+
+
+async def _row(sql: "asyncpg.Connection[Any]", uid: str) -> Any:
+    return await sql.fetchrow("SELECT * FROM tasks WHERE uid = $1", uid)
+
+
+async def test_a_result_outlives_message_and_pod(place: Place, process: Start, sql: "asyncpg.Connection[Any]") -> None:
+    async with process().at_work(), Kubelet(place, outcomes={1: SUCCESS}, messages=False).at_work():
+        uid = (await place.create())["metadata"]["uid"]
+        await _store_result(sql, SUCCESS, uid=uid)
+        status = await place.wait_for("Completed")
+        assert status["result"] == {"documents": 1, "chunks": 87}
+
+        async def projected() -> bool:
+            row = await _row(sql, uid)
+            return row is not None and row["phase"] == "Completed"
+
+        await until("the end is in PostgreSQL", projected)
+        assert json.loads((await _row(sql, uid))["result"]) == {"documents": 1, "chunks": 87}
+
+
+async def test_a_success_that_nobody_can_tell_of_is_tried_again(place: Place, process: Start) -> None:
+    async with process().at_work(), Kubelet(place, outcomes={1: SUCCESS}, messages=False).at_work():
+        await place.create(retry={"limit": 0})
+        status = await place.wait_for("Failed")
+    assert status["error"]["reason"] == "ResultLost"
+
+
+async def test_a_cancel_stands_as_soon_as_the_fence_does(
+    place: Place, process: Start, sql: "asyncpg.Connection[Any]"
+) -> None:
+    async with process().at_work(), Kubelet(place, outcomes={1: None}).at_work():
+        uid = (await place.create())["metadata"]["uid"]
+        await place.wait_for("Processing")
+        await place.edit(cancel=True)
+        await place.wait_for("Canceled", seconds=10)
+        assert await sql.fetchval("SELECT reason FROM task_fences WHERE task_uid = $1", uid) == "Canceled"
+
+        async def gone() -> bool:
+            return not await place.objects("jobs")
+
+        await until("the Job is gone", gone)
+
+
+async def test_a_cancel_after_the_commit_completes_the_task(
+    place: Place, process: Start, sql: "asyncpg.Connection[Any]"
+) -> None:
+    kubelet = Kubelet(place, outcomes={1: None})
+    async with process().at_work(), kubelet.at_work():
+        uid = (await place.create())["metadata"]["uid"]
+        await place.wait_for("Processing")
+        await _store_result(sql, SUCCESS, uid=uid)
+        await place.edit(cancel=True)
+        kubelet.outcomes = {1: SUCCESS}
+        status = await place.wait_for("Completed")
+    assert status["result"] == {"documents": 1, "chunks": 87}
+    assert await sql.fetchval("SELECT count(*) FROM task_fences") == 0
+
+
+async def test_a_task_deleted_while_it_runs_is_fenced_and_its_row_stays(
+    place: Place, process: Start, sql: "asyncpg.Connection[Any]"
+) -> None:
+    async with process().at_work(), Kubelet(place, outcomes={1: None}).at_work():
+        uid = (await place.create())["metadata"]["uid"]
+        await place.wait_for("Processing")
+        await place.kube.do("DELETE", place.path("processingtasks", "handbook"))
+
+        async def marked() -> bool:
+            row = await _row(sql, uid)
+            fence = await sql.fetchval("SELECT reason FROM task_fences WHERE task_uid = $1", uid)
+            return row is not None and row["deleted_at"] is not None and fence == "Deleted"
+
+        await until("row and fence say so", marked, seconds=15)
+
+
+async def test_a_task_deleted_while_the_operator_is_away_is_fenced_when_it_is_back(
+    place: Place, process: Start, sql: "asyncpg.Connection[Any]"
+) -> None:
+    operator = process()
+    async with operator.at_work(), Kubelet(place, outcomes={1: None}).at_work():
+        uid = (await place.create())["metadata"]["uid"]
+        await place.wait_for("Processing")
+
+        async def projected() -> bool:
+            row = await _row(sql, uid)
+            return row is not None and row["phase"] == "Processing"
+
+        await until("the task is in PostgreSQL", projected)
+        operator.kill()
+        await place.kube.do("DELETE", place.path("processingtasks", "handbook"))
+        operator.start()
+
+        async def marked() -> bool:
+            fence = await sql.fetchval("SELECT reason FROM task_fences WHERE task_uid = $1", uid)
+            return fence == "Deleted" and (await _row(sql, uid))["deleted_at"] is not None
+
+        await until("row and fence say so", marked, seconds=20)
+
+
+async def test_a_ttl_waits_for_the_row(place: Place, process: Start, sql: "asyncpg.Connection[Any]") -> None:
+    async with process().at_work(), Kubelet(place).at_work():
+        uid = (await place.create(ttlSecondsAfterFinished=1))["metadata"]["uid"]
+
+        async def gone() -> bool:
+            return await place.task() is None
+
+        await until("the task is gone", gone, seconds=30)
+        row = await _row(sql, uid)
+        assert row["phase"] == "Completed"
+
+
+async def test_progress_from_redis_gets_into_the_status_at_most_once_a_second(
+    place: Place, process: Start, cluster: Endpoints, stores: Endpoints, tmp_path: Path
+) -> None:
+    proxy = Proxy(Access.from_kubeconfig(cluster.kubeconfig), folder=tmp_path)
+    await proxy.start()
+    redis_url = stores.host_urls["TASKS_REDIS_URL"]
+    redis: Redis = Redis.from_url(redis_url)
+    kubelet = Kubelet(place, outcomes={1: None})
+    operator = process(kubeconfig=proxy.kubeconfig, OPERATOR_REDIS_URL=redis_url)  # type: ignore[arg-type]  # a path
+    async with operator.at_work(), kubelet.at_work():
+        uid = (await place.create())["metadata"]["uid"]
+        await place.wait_for("Processing")
+        before = len(proxy.writes)
+        await redis.publish(PROGRESS_CHANNEL, "no event")
+        started = asyncio.get_running_loop().time()
+        for percent in range(1, 91):
+            event = progress_event(
+                uid=uid,
+                namespace=place.namespace,
+                name="handbook",
+                attempt=1,
+                stage=Stage.EMBED,
+                progress=percent,
+                at=at(percent),
+            )
+            await redis.publish(PROGRESS_CHANNEL, event)
+            await asyncio.sleep(0.02)
+
+        async def caught_up() -> bool:
+            status = await place.status()
+            return (status.get("stage"), status.get("progress")) == ("embed", 90)
+
+        await until("the last progress is in the status", caught_up)
+        took = asyncio.get_running_loop().time() - started
+        assert 1 <= len(proxy.writes) - before <= took + 1
+    await redis.aclose()
+    await proxy.aclose()
