@@ -26,12 +26,12 @@ def install(endpoints: Endpoints) -> Path:
     references = images.build_images()
     restricted = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn", "audit")}
     cluster.apply([{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM_NAMESPACE, "labels": restricted}}])
-    documents = cluster.document_volume(TASK_NAMESPACE)
+    _clear_interrupted(endpoints)
+    documents = cluster.document_volume(TASK_NAMESPACE)  # after the line above, which may delete the claim it was bound to
     file = state_dir() / "values.json"
     file.touch(mode=0o600)  # it holds the passwords of the stores
     file.write_text(json.dumps(values(endpoints, references)))
     with step(f"installing the chart as release {RELEASE} in {SYSTEM_NAMESPACE}"):
-        _clear_interrupted(endpoints)
         # Tests put the CRD into the cluster by hand; the release takes it over.
         options = ["--values", str(file), "--take-ownership", "--wait", "--timeout", _TIMEOUT]
         helm(endpoints, "upgrade", "--install", RELEASE, str(_CHART), *options)
