@@ -81,13 +81,19 @@ def _task(version: int, *, uid: str | None = None, **parts: Any) -> dict[str, An
 UID = manifest()["metadata"]["uid"]
 
 
+async def _only_row(sql: "asyncpg.Connection[Any]") -> asyncpg.Record:
+    rows = await sql.fetch("SELECT * FROM tasks")
+    assert len(rows) == 1
+    return rows[0]
+
+
 # ---------------------------------------------------------------------------------------------------------- projection
 
 
 async def test_a_row_follows_its_task_and_never_goes_back(database: Database, sql: "asyncpg.Connection[Any]") -> None:
     database.submit(_task(9, status=processing(stage="embed", progress=62)))
     await _acknowledged(database, UID, 9)
-    row = await sql.fetchrow("SELECT * FROM tasks")
+    row = await _only_row(sql)
     assert (row["phase"], row["stage"], row["progress"], row["attempt"]) == ("Processing", "embed", 62, 1)
     assert (row["kb_id"], row["type"], row["priority"]) == ("kb-42", "document_processing", "normal")
     assert json.loads(row["spec"])["payload"] == {"filePath": "/data/handbook.pdf"}
@@ -97,7 +103,7 @@ async def test_a_row_follows_its_task_and_never_goes_back(database: Database, sq
     # 10 is later than 9 although "10" sorts before "9".
     database.submit(_task(10, status=finished(result={"chunks": 87})))
     await _acknowledged(database, UID, 10)
-    row = await sql.fetchrow("SELECT * FROM tasks")
+    row = await _only_row(sql)
     assert (row["phase"], row["resource_version"]) == ("Completed", 10)
     assert json.loads(row["result"]) == {"chunks": 87}
     assert row["finished_at"] == at(60)
@@ -230,6 +236,7 @@ async def test_a_fence_ends_the_intent_and_stands(database: Database, sql: "asyn
     for _ in range(2):
         assert (await database.raise_fence(UID, reason="Canceled")).state is FenceState.RAISED
     row = await sql.fetchrow("SELECT state, epoch FROM document_versions")
+    assert row is not None
     assert (row["state"], row["epoch"]) == ("canceled", 2)
     assert await sql.fetchval("SELECT reason FROM task_fences WHERE task_uid = $1", UID) == "Canceled"
 
@@ -401,7 +408,7 @@ async def test_progress_from_redis_gets_into_the_status_at_most_once_a_second(
     redis_url = stores.host_urls["TASKS_REDIS_URL"]
     redis: Redis = Redis.from_url(redis_url)
     kubelet = Kubelet(place, outcomes={1: None})
-    operator = process(kubeconfig=proxy.kubeconfig, OPERATOR_REDIS_URL=redis_url)  # type: ignore[arg-type]  # a path
+    operator = process(kubeconfig=proxy.kubeconfig, OPERATOR_REDIS_URL=redis_url)
     async with operator.at_work(), kubelet.at_work():
         uid = (await place.create())["metadata"]["uid"]
         await place.wait_for("Processing")

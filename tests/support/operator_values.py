@@ -147,11 +147,13 @@ def job(attempt: int = 1, *, queued_at: float = 0, **fields: Any) -> JobState:
 
 
 def complete(attempt: int = 1, **fields: Any) -> JobState:
-    return job(attempt, **({"complete": True, "finished_at": at(30)} | fields))
+    known: dict[str, Any] = {"complete": True, "finished_at": at(30)}
+    return job(attempt, **(known | fields))
 
 
 def failed(attempt: int = 1, *, reason: str = "BackoffLimitExceeded", **fields: Any) -> JobState:
-    return job(attempt, **({"failed": True, "failure_reason": reason, "finished_at": at(30)} | fields))
+    known: dict[str, Any] = {"failed": True, "failure_reason": reason, "finished_at": at(30)}
+    return job(attempt, **(known | fields))
 
 
 def pod(attempt: int = 1, *, queued_at: float = 0, **fields: Any) -> PodReport:
@@ -162,7 +164,8 @@ def pod(attempt: int = 1, *, queued_at: float = 0, **fields: Any) -> PodReport:
 
 def ended_pod(attempt: int = 1, **fields: Any) -> PodReport:
     """Return a pod that has ended."""
-    return pod(attempt, **({"alive": False, "started_at": at(5), "finished_at": at(29), "exit_code": 1} | fields))
+    known: dict[str, Any] = {"alive": False, "started_at": at(5), "finished_at": at(29), "exit_code": 1}
+    return pod(attempt, **(known | fields))
 
 
 def success(attempt: int = 1, reason: str = "Completed") -> AttemptOutcome:

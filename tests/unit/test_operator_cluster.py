@@ -224,7 +224,7 @@ def test_a_quota_is_told_from_missing_rights() -> None:
 
 async def test_the_token_is_read_anew_each_minute(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(cluster_module.time, "monotonic", lambda: now)
+    monkeypatch.setattr("task_operator.cluster.time.monotonic", lambda: now)
     token = tmp_path / "token"
     token.write_text("first\n")
     client = Cluster(Access(server=server.url, ssl=None, token_file=token))

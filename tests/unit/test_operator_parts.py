@@ -1,0 +1,287 @@
+"""The operator's smaller parts: queue, cache, settings, health, metrics, patches."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import aiohttp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.exposition import generate_latest
+
+from task_contract.models import Priority, Status
+from task_operator.__main__ import main
+from task_operator.cache import Cache
+from task_operator.cluster import WatchAges
+from task_operator.controller import merge_patch
+from task_operator.handlers import kopf_settings
+from task_operator.health import Health
+from task_operator.metrics import Metrics
+from task_operator.settings import SettingsError, load_settings
+from task_operator.workqueue import WorkQueue
+from tests.support.operator_lab import free_port
+from tests.support.operator_values import at, complete, finished, job, manifest, name_of, processing
+
+KEY = ("knowledge", "handbook")
+
+# --------------------------------------------------------------------------------------------------------------- queue
+
+
+async def test_a_key_waits_once_however_often_it_is_added() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    for _ in range(3):
+        queue.add("a")
+    queue.add("b")
+    assert len(queue) == 2
+    assert [await queue.get(), await queue.get()] == ["a", "b"]
+
+
+async def test_a_key_that_changes_while_it_is_worked_on_comes_again_and_not_before() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    queue.add("a")
+    assert await queue.get() == "a"
+    queue.add("a")
+    assert len(queue) == 0
+    queue.done("a")
+    assert await queue.get() == "a"
+
+
+async def test_a_worker_waits_for_the_first_key_and_hands_its_turn_on_when_it_is_cancelled() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    first, second = (asyncio.create_task(queue.get()) for _ in range(2))
+    await asyncio.sleep(0)
+    queue.add("a")
+    first.cancel()
+    assert await asyncio.wait_for(second, 1) == "a"
+
+
+async def test_of_two_times_the_earlier_one_wins() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    queue.add_after("a", 3600)
+    queue.add_after("a", 0.01)
+    queue.add_after("a", 1800)
+    assert await asyncio.wait_for(queue.get(), 1) == "a"
+    queue.add_after("b", 0)
+    assert await asyncio.wait_for(queue.get(), 1) == "b"
+    queue.close()
+
+
+async def test_after_errors_waits_double_to_a_minute_and_a_success_ends_that() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    waits = []
+    for _ in range(8):
+        queue._push("a")  # what its timer does
+        assert await queue.get() == "a"
+        waits.append(queue.failed("a"))
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
+    queue.add("a")
+    assert len(queue) == 0, "events do not shorten the wait of a key that goes wrong"
+    assert queue.failed("b", at_least=7) == 7
+    queue._push("a")
+    await queue.get()
+    queue.done("a")
+    assert queue.failed("a") == 1
+    queue.close()
+
+
+# --------------------------------------------------------------------------------------------------------------- cache
+
+
+def _task(version: int, **parts: Any) -> dict[str, Any]:
+    made = manifest(**parts)
+    made["metadata"]["resourceVersion"] = str(version)
+    return made
+
+
+def test_versions_are_compared_as_numbers() -> None:
+    cache = Cache()
+    assert cache.put_task(_task(9))
+    assert cache.put_task(_task(10, status=processing()))
+    assert not cache.put_task(_task(9))
+    assert not cache.put_task(_task(10))
+    cached = cache.task(KEY)
+    assert cached is not None
+    assert cached.manifest()["status"]["phase"] == "Processing"
+
+
+def test_what_is_known_of_a_finished_task_is_little() -> None:
+    cache = Cache()
+    cache.put_task(_task(5, status=finished(), managedFields=[{"manager": "kubectl"}]))
+    cached = cache.task(KEY)
+    assert cached is not None
+    assert cached.finished
+    assert cached.expires_at == at(60).timestamp() + 86_400
+    assert cached.manifest()["spec"] == {"type": "document_processing", "kbId": "kb-42"}
+    assert "managedFields" not in cached.manifest()["metadata"]
+    assert len(cached.body) < 700
+
+
+def test_a_late_deletion_does_not_take_the_next_task_of_that_name() -> None:
+    cache = Cache()
+    cache.put_task(_task(5, uid="old"))
+    cache.put_task(_task(8, uid="new"))
+    assert not cache.drop_task(KEY, uid="old")
+    assert cache.drop_task(KEY, uid="new")
+    assert len(cache) == 0
+
+
+def test_jobs_are_found_by_their_task_and_leave_only_as_themselves() -> None:
+    cache = Cache()
+    one = job(uid="one", resource_version=5)
+    assert cache.put_job(one, now=at(1))
+    assert not cache.put_job(one, now=at(2))
+    assert cache.jobs_changed_at(KEY) == at(1)
+    cache.mark_deleting(one)
+    assert [found.deleting for found in cache.jobs(KEY)] == [True]
+    assert cache.put_job(job(uid="two", resource_version=9), now=at(3))
+    assert not cache.drop_job(KEY, name_of(1), uid="one", now=at(4))
+    assert cache.drop_job(KEY, name_of(1), uid="two", now=at(5))
+    assert cache.jobs(KEY) == ()
+    assert not cache.put_job(complete(owner_name=None), now=at(6))
+
+
+# ------------------------------------------------------------------------------------------------------------- patches
+
+_VALUES = st.recursive(
+    st.one_of(st.integers(), st.sampled_from(["", "x"]), st.lists(st.integers(), max_size=2)),
+    lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=8,
+)
+_MAPPINGS = st.dictionaries(st.sampled_from("abcd"), _VALUES, max_size=4)
+
+
+def _apply(target: Any, patch: Any) -> Any:
+    if not isinstance(patch, Mapping):
+        return patch
+    merged = dict(target) if isinstance(target, Mapping) else {}
+    for key, value in patch.items():
+        if value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = _apply(merged.get(key), value)
+    return merged
+
+
+@given(before=_MAPPINGS, after=_MAPPINGS)
+def test_a_patch_leads_from_one_to_the_other_and_is_empty_only_between_equals(
+    before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    patch = merge_patch(before, after)
+    assert _apply(before, patch) == after
+    assert (patch == {}) == (before == after)
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {
+        "OPERATOR_RUNNER_IMAGE": "runner:1",
+        "OPERATOR_NAMESPACES": "knowledge, other,",
+        "OPERATOR_POSTGRES_URL": "",
+        "OPERATOR_DOCUMENTS_CLAIM": "",
+        "OPERATOR_PRIORITY_CLASSES": '{"high": "tasks-high"}',
+        "OPERATOR_RUNNER_TOLERATIONS": '[{"key": "tasks", "operator": "Exists"}]',
+        "OPERATOR_RUNNER_RESOURCES": '{"limits": {"memory": "1Gi"}}',
+        "OPERATOR_IMAGE_PULL_SECRETS": '["registry"]',
+    }.items():
+        monkeypatch.setenv(key, value)
+    settings = load_settings()
+    assert settings.namespaces == ("knowledge", "other")
+    assert settings.postgres_url is None
+    template = settings.runner_template()
+    assert template.documents_claim is None
+    assert template.priority_classes == {Priority.HIGH: "tasks-high"}
+    assert template.tolerations == ({"key": "tasks", "operator": "Exists"},)
+    assert template.resources == {"limits": {"memory": "1Gi"}}
+    assert template.image_pull_secrets == ("registry",)
+
+
+def test_one_error_names_every_bad_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPERATOR_RUNNER_IMAGE", raising=False)
+    monkeypatch.setenv("OPERATOR_LISTEN", "8081")
+    monkeypatch.setenv("OPERATOR_RESYNC_SECONDS", "soon")
+    monkeypatch.setenv("OPERATOR_PRIORITY_CLASSES", '{"urgent": "x"}')
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    for variable in ("RUNNER_IMAGE: is required", "LISTEN: must be HOST:PORT", "RESYNC_SECONDS", "PRIORITY_CLASSES"):
+        assert f"OPERATOR_{variable}" in str(caught.value)
+
+
+def test_json_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPERATOR_RUNNER_IMAGE", "runner:1")
+    monkeypatch.setenv("OPERATOR_RUNNER_NODE_SELECTOR", "pool=tasks")
+    with pytest.raises(SettingsError, match=r"runner_node_selector.*give a JSON value"):
+        load_settings()
+
+
+def test_the_command_line_says_what_it_can(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert "run" in shown
+    assert "migrate" in shown
+
+
+def test_kopf_is_told_to_watch_and_nothing_else() -> None:
+    settings = kopf_settings()
+    assert settings.peering.standalone
+    assert settings.scanning.disabled
+    assert not settings.posting.enabled
+    assert (settings.queueing.worker_limit, settings.queueing.idle_timeout) == (100, 0.02)
+
+
+# ------------------------------------------------------------------------------------------------- health and metrics
+
+
+async def test_liveness_is_the_age_of_the_watches_and_readiness_the_first_list() -> None:
+    now = 1000.0
+    ready = False
+    ages = WatchAges(clock=lambda: now)
+    listen = f"127.0.0.1:{free_port()}"
+    health = Health(listen=listen, ages=ages, ready=lambda: ready, metrics=Metrics(), clock=lambda: now)
+    await health.warm_up()
+    async with aiohttp.ClientSession(f"http://{listen}") as session:
+
+        async def ask(path: str) -> tuple[int, str]:
+            async with session.get(path) as response:
+                return response.status, await response.text()
+
+        assert await ask("/healthz") == (200, "ok\n")
+        assert (await ask("/readyz"))[0] == 503
+        ready = True
+        assert await ask("/readyz") == (200, "ok\n")
+
+        now += 200
+        assert await ask("/healthz") == (503, "no watch was opened in 200 s\n")
+        ages.touch("/tasks")
+        ages.touch("/jobs")
+        now += 179
+        assert (await ask("/healthz"))[0] == 200
+        ages.touch("/tasks")
+        now += 2
+        assert await ask("/healthz") == (503, "a watch has been silent for 181 s\n")
+        ages.touch("/jobs")
+        assert (await ask("/healthz"))[0] == 200
+
+        health._lag = 11
+        assert await ask("/healthz") == (503, "the event loop was late by 11.0 s\n")
+        assert "task_operator_watch_age_seconds" in (await ask("/metrics"))[1]
+    await health.aclose()
+
+
+def test_ends_are_counted_by_type_and_reason() -> None:
+    metrics = Metrics()
+    metrics.watch_queue(lambda: {"high": 2})
+    metrics.finished(type_="health_check", status=Status.model_validate(finished()))
+    broken = finished("Failed", error={"reason": "OOMKilled", "retryable": True})
+    metrics.finished(type_="health_check", status=Status.model_validate(broken))
+    metrics.finished(type_="health_check", status=Status.model_validate(finished("Canceled")))
+    text = generate_latest(metrics.registry).decode()
+    assert 'task_success_total{type="health_check"} 1.0' in text
+    assert 'task_failure_total{reason="OOMKilled",type="health_check"} 1.0' in text
+    assert 'task_processing_duration_seconds_sum{type="health_check"} 110.0' in text
+    assert 'task_queue_size{priority="high"} 2.0' in text
+    assert 'task_queue_size{priority="low"} 0.0' in text
