@@ -125,9 +125,8 @@ async def test_a_kill_at_any_write_of_a_task_changes_nothing_in_the_end(
     slots = asyncio.Semaphore(AT_ONCE)
 
     async def run(kill_at: tuple[str, int, str] | None) -> History:
-        async with slots:
-            async with Place.fresh(kube) as place:
-                return await _history(place, tmp_path, outcomes=outcomes, kill_at=kill_at)
+        async with slots, Place.fresh(kube) as place:
+            return await _history(place, tmp_path, outcomes=outcomes, kill_at=kill_at)
 
     undisturbed = await run(None)
     # A machine under load may start a pod so late that the operator says why it waits: that write is none of the path.

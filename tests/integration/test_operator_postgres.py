@@ -84,7 +84,8 @@ UID = manifest()["metadata"]["uid"]
 async def _only_row(sql: "asyncpg.Connection[Any]") -> asyncpg.Record:
     rows = await sql.fetch("SELECT * FROM tasks")
     assert len(rows) == 1
-    return rows[0]
+    row: asyncpg.Record = rows[0]
+    return row
 
 
 # ---------------------------------------------------------------------------------------------------------- projection
