@@ -203,10 +203,13 @@ def boot_id() -> str:
 
 
 def parse_stat(line: str) -> Process | None:
-    """Read a line of /proc/PID/stat; None for a zombie or dead process. The name in it may hold spaces and brackets."""
+    """Read a line of /proc/PID/stat; None for a zombie or dead process. The name in it may hold spaces and brackets.
+
+    A zombie that has threads left is alive: they may still serve, or hold the ports that a successor needs.
+    """
     head, _, tail = line.rpartition(")")
     fields = tail.split()
-    if not head or len(fields) < 20 or fields[0] in {"Z", "X", "x"}:
+    if not head or len(fields) < 20 or fields[0] in {"X", "x"} or (fields[0] == "Z" and int(fields[17]) <= 1):
         return None
     return Process(pid=int(head.split(" ", 1)[0]), start=int(fields[19]))
 

@@ -4,6 +4,7 @@ import json
 import socket
 import struct
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -278,12 +279,19 @@ class TestMachine:
 
     pytestmark = pytest.mark.usefixtures("devstack_node")
 
-    @pytest.mark.parametrize("scenario", ["leaves_nothing", "survives_kills", "strange_bridge"])
-    def test_machine_is_left_as_it_was(self, scenario: str, tmp_path: Path) -> None:
-        play(scenario, tmp_path / "state")
+    @pytest.fixture
+    def state(self) -> Iterator[Path]:
+        # Not tmp_path, which only its owner may enter: PostgreSQL runs as another user.
+        with tempfile.TemporaryDirectory(prefix="devstack-test-") as folder:
+            Path(folder).chmod(0o755)
+            yield Path(folder, "state")
 
-    def test_reboot_is_survived(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("scenario", ["leaves_nothing", "survives_kills", "strange_bridge"])
+    def test_machine_is_left_as_it_was(self, scenario: str, state: Path) -> None:
+        play(scenario, state)
+
+    def test_reboot_is_survived(self, state: Path, tmp_path: Path) -> None:
         for number, scenario in enumerate(["prepare_reboot", "after_reboot", "down_after_reboot"]):
             boot = tmp_path / f"boot-{number}"
             boot.write_text(f"11111111-2222-3333-4444-55555555555{number}\n")
-            play(scenario, tmp_path / "state", f"mount --bind {boot} /proc/sys/kernel/random/boot_id")
+            play(scenario, state, f"mount --bind {boot} /proc/sys/kernel/random/boot_id")

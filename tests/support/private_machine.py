@@ -75,8 +75,9 @@ def living() -> list[str]:
 
 def assert_as(before: str) -> None:
     """Compare the machine with what it was."""
-    after = machine()
-    changes = list(difflib.unified_diff(before.splitlines(), after.splitlines(), "before", "after", n=0, lineterm=""))
+    changes = [line for line in difflib.ndiff(before.splitlines(), machine().splitlines()) if line[0] in "+-"]
+    # We see the mounts of a devstack that runs outside, and they go when its pods do.
+    changes = [line for line in changes if not line.startswith("- mount")]
     assert not changes, "\n".join(changes)
 
 

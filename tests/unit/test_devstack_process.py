@@ -29,6 +29,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         pytest.param("7 (sh) S 1 7 7 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 4711 0", Process(7, 4711), id="sleeping"),
         pytest.param("7 (a) b) (c) R 1 7 7 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 4711 0", Process(7, 4711), id="odd name"),
         pytest.param("7 (sh) Z 1 7 7 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 4711 0", None, id="zombie"),
+        pytest.param("7 (sh) Z 1 7 7 0 -1 0 0 0 0 0 0 0 0 0 20 0 2 0 4711 0", Process(7, 4711), id="zombie with a thread"),
         pytest.param("7 (sh) X 1 7 7 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 4711 0", None, id="dead"),
         pytest.param("7 (sh) S 1 7", None, id="torn"),
         pytest.param("", None, id="empty"),
