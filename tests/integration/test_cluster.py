@@ -17,8 +17,6 @@ from devstack import cluster as control_plane
 from devstack.images import Image
 from tests.support.devstack import Kubectl, fresh_namespace, in_private_machine
 
-pytestmark = pytest.mark.integration
-
 SECURE = {
     "allowPrivilegeEscalation": False,
     "readOnlyRootFilesystem": True,
@@ -52,11 +50,13 @@ def until(check: Callable[[], Any], seconds: float = 30) -> Any:
     return found
 
 
+@pytest.mark.integration
 def test_api_server_answers_with_the_version_of_the_module(cluster: Endpoints) -> None:
     version = json.loads(Kubectl(cluster)("get", "--raw", "/version"))
     assert version["gitVersion"] == tools.kubernetes_version()
 
 
+@pytest.mark.integration
 def test_job_controller_makes_a_pod(cluster: Endpoints, namespace: str) -> None:
     kubectl = Kubectl(cluster, namespace)
     kubectl.apply(job("it", pod_spec("localhost/none:1", "true")))
@@ -64,6 +64,7 @@ def test_job_controller_makes_a_pod(cluster: Endpoints, namespace: str) -> None:
     assert pod["metadata"]["ownerReferences"][0]["kind"] == "Job"
 
 
+@pytest.mark.integration
 def test_pod_security_refuses_what_is_not_restricted(cluster: Endpoints, namespace: str) -> None:
     refused = Kubectl(cluster, namespace).attempt("run", "it", "--image=localhost/none:1")
     assert refused.returncode == 1
@@ -92,6 +93,7 @@ def document_folder(cluster: Endpoints, namespace: str) -> Iterator[Path]:
     kubectl("delete", "pv", f"documents-{namespace}")
 
 
+@pytest.mark.integration
 def test_document_volume_serves_a_second_claim_after_the_first(
     cluster: Endpoints, namespace: str, document_folder: Path
 ) -> None:
@@ -119,6 +121,7 @@ def base(node: Endpoints) -> Image:
     return image
 
 
+@pytest.mark.e2e
 class TestNode:
     """Pods really run."""
 
@@ -274,10 +277,10 @@ def play(scenario: str, state: Path, *mounts: str) -> None:
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
+@pytest.mark.e2e
+@pytest.mark.usefixtures("devstack_node")
 class TestMachine:
     """In namespaces of their own, beside the devstack that runs here and has built all there is to build."""
-
-    pytestmark = pytest.mark.usefixtures("devstack_node")
 
     @pytest.fixture
     def state(self) -> Iterator[Path]:
