@@ -177,6 +177,7 @@ async def _health_check(
     progress.report(Stage.CHECK, 0)
     started = time.monotonic()
     asked = health.checks(task.spec.payload.components, settings=settings, ledger=ledger, embedder=embedder)
+    await health.warm_up(asked, embedder=embedder)
     result = await health.check(asked)
     result = result.model_copy(update={"seconds": {str(Stage.CHECK): round(time.monotonic() - started, 3)}})
     progress.report(Stage.CHECK, 100)

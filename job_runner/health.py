@@ -1,9 +1,11 @@
 """``health_check``: does each component answer, within a deadline of its own?"""
 
 import asyncio
+import contextlib
+import importlib
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from job_runner.embed import Embedder
@@ -19,6 +21,24 @@ _MESSAGE_LIMIT: Final = 250
 
 Check = Callable[[], Awaitable[str]]
 """Returns what is there; raises if it does not work."""
+
+
+_CLIENTS: Final = {
+    Component.REDIS: "redis.asyncio",
+    Component.MILVUS: "job_runner.milvus",
+    Component.ELASTICSEARCH: "job_runner.elasticsearch",
+}
+
+
+async def warm_up(components: Iterable[Component], *, embedder: Embedder) -> None:
+    """Import the clients and load the model. On a busy node that takes seconds that say nothing about a component."""
+    for component in components:
+        if (module := _CLIENTS.get(component)) is not None:
+            await asyncio.to_thread(importlib.import_module, module)
+        elif component is Component.MODEL:
+            # A model that does not load is reported by its check.
+            with contextlib.suppress(Exception):
+                await asyncio.to_thread(embedder.warm_up)
 
 
 async def check(components: Mapping[Component, Check], *, deadline: float = DEADLINE) -> Result:

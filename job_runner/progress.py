@@ -1,7 +1,6 @@
 """Live progress to Redis, for whoever watches. It may be lost: a Redis that is absent, slow or gone never harms a task."""
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -49,6 +48,7 @@ class RedisProgress:
         self._sender: asyncio.Task[None] | None = None
         self._client: Any = None
         self._complained = False
+        self._closing = False
 
     async def __aenter__(self) -> Self:
         self._sender = asyncio.create_task(self._send_all())
@@ -57,10 +57,12 @@ class RedisProgress:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._closing = True
         if self._sender is not None:
+            # A cancellation can be lost in the client's own timeout (Python before 3.11.3): the flag ends the loop then, and
+            # nobody waits for longer than one message may take.
             self._sender.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._sender
+            await asyncio.wait({self._sender}, timeout=2 * _SEND_TIMEOUT)
         if self._changed.is_set():
             await self._send()
         if self._client is not None:
@@ -73,7 +75,7 @@ class RedisProgress:
             self._changed.set()
 
     async def _send_all(self) -> None:
-        while True:
+        while not self._closing:
             await self._changed.wait()
             sent = await self._send()
             await asyncio.sleep(_INTERVAL if sent else _REST_AFTER_FAILURE)
