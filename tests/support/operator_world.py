@@ -14,7 +14,7 @@ from typing import Any
 from task_contract.lifecycle import ARROWS
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.models import Phase
-from task_operator.cluster import Conflict, NotFound, Page
+from task_operator.cluster import Conflict, NotFound, Page, Unavailable
 from task_operator.controller import Controller
 from task_operator.jobs import RunnerTemplate
 from task_operator.metrics import Metrics
@@ -49,6 +49,8 @@ class World:
     down_since: datetime | None = None
     crash_in: int | None = None
     """Number of half-writes until the crash: 0 is before the next write, 1 after it, 2 before the one after."""
+    fault: type[BaseException] = Crash
+    """What happens there: the process is killed, or the connection is cut and the process goes on without an answer."""
     writes: list[str] = field(default_factory=list)
     phases: list[str] = field(default_factory=list)
     created: int = 0
@@ -205,6 +207,14 @@ class World:
             return True
         return False
 
+    def commit(self) -> None:
+        """Have a running pod commit, without an end yet."""
+        for name, pod in self.pods.items():
+            job = self.jobs.get(name)
+            if pod["status"]["phase"] == "Running" and job is not None and _attempt(job)[0] not in self.fences:
+                self.commits += _attempt(job)[0] not in self.published
+                self.published.add(_attempt(job)[0])
+
     def _stored(self, outcome: AttemptOutcome, pod: Mapping[str, Any]) -> StoredOutcome:
         return StoredOutcome(outcome=outcome, holder=pod["metadata"]["uid"], created_at=self.now)
 
@@ -249,7 +259,7 @@ class World:
         if self.crash_in is not None:
             if self.crash_in == 0:
                 self.crash_in = None
-                raise Crash
+                raise self.fault("cut")
             self.crash_in -= 1
 
     def _next(self) -> int:
@@ -268,6 +278,8 @@ class Operator:
         self.world = world
         self.database = database
         self.crashes = 0
+        self.deaf = False
+        """Whether events about its own writes get lost: those that come while it looks."""
         self._controller: Controller | None = None
         self._seen = 0
 
@@ -301,8 +313,8 @@ class Operator:
             if resync:
                 await controller._resync()
             await controller._look(KEY)
-        except Conflict:
-            return
+        except (Conflict, Unavailable):
+            return  # the work queue would try again
         except Crash:
             self.crashes += 1
             self._controller = None
@@ -313,6 +325,8 @@ class Operator:
             before = len(self.world.writes)
             self.deliver()
             await self.look()
+            if self.deaf:
+                self.deliver(lose=True)
             if len(self.world.writes) == before:
                 return
 
