@@ -9,11 +9,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job_runner.embed import cpu_limit
-
-# Linear algebra libraries read this when numpy is imported, and would start a thread for each CPU of the machine.
+# Linear algebra libraries read this when numpy is imported, and would start a thread for each CPU. One thread:
+# with the packaged model a second one doubles the CPU time of a text, and beside other pods its spinning makes it slower.
 for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
-    os.environ.setdefault(_variable, str(cpu_limit()))
+    os.environ.setdefault(_variable, "1")
 
 from job_runner import logs, settings  # noqa: E402 - after the variables above
 from task_contract.errors import TaskError  # noqa: E402 - after the variables above

