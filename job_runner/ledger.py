@@ -16,6 +16,7 @@ Nothing is lost whatever dies when:
 Order of locks, everywhere: advisory lock of the task, row of the document, row of the version.
 """
 
+import asyncio
 import contextlib
 import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -33,6 +34,7 @@ from task_contract.migrations import migrate as apply_migrations
 
 TIMEOUT: Final = 15.0
 """Seconds for one statement, waiting for locks included."""
+_CLOSE_SECONDS: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,20 +105,27 @@ class Ledger:
     def __init__(self, url: str) -> None:
         self._url = url
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
+        self._connecting = asyncio.Lock()
 
     async def warm_up(self) -> None:
         """Connect. Raises StoreUnavailable."""
-        if self._pool is None:
+        async with self._connecting:
+            if self._pool is not None:
+                return
             with _guarded("connect"):
                 self._pool = await asyncpg.create_pool(
                     self._url, min_size=1, max_size=2, command_timeout=TIMEOUT, timeout=TIMEOUT
                 )
 
     async def aclose(self) -> None:
-        """Close the connections; at once, as nothing is under way when a runner ends."""
-        if self._pool is not None:
-            self._pool.terminate()
-            self._pool = None
+        """Close the connections; a server that does not answer is not waited for."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            try:
+                async with asyncio.timeout(_CLOSE_SECONDS):
+                    await pool.close()
+            except (TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+                pool.terminate()
 
     @contextlib.asynccontextmanager
     async def _connection(self, action: str) -> AsyncIterator[Any]:
