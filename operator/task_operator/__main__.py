@@ -14,7 +14,7 @@ import structlog
 import uvloop
 
 from task_contract.migrations import migrate
-from task_operator.cluster import Access, Cluster, ClusterError, KubeconfigError, WatchAges
+from task_operator.cluster import Access, Cluster, ClusterError, KubeconfigError, Watches
 from task_operator.controller import Controller
 from task_operator.handlers import build_registry, kopf_settings
 from task_operator.health import Health
@@ -68,7 +68,7 @@ async def run(settings: Settings) -> int:
     """
     access = Access.from_environment()
     metrics = Metrics()
-    ages = WatchAges()
+    watches = Watches(expected=2 * max(1, len(settings.namespaces)))  # tasks and Jobs
     cluster = Cluster(access)
     database = None if settings.postgres_url is None else Database(settings.postgres_url, metrics=metrics)
     controller = Controller(
@@ -81,19 +81,20 @@ async def run(settings: Settings) -> int:
     )
     health = Health(
         listen=settings.listen,
-        ages=ages,
-        ready=lambda: controller.synced and ages.oldest() is not None,
+        watches=watches,
+        ready=lambda: controller.synced,
         metrics=metrics,
     )
     feed = None if settings.redis_url is None else ProgressFeed(settings.redis_url, sink=controller.on_progress)
 
+    watches.on_relist = controller.relist
     await cluster.warm_up()
     if database is not None:
         await database.warm_up()
     await health.warm_up()
     # Started before kopf: on its way out kopf cancels every task that began after it did.
     parts = [
-        _start("controller", controller.run()),
+        _start("controller", controller.run(watches.open)),
         _start("health", health.run()),
         *([] if database is None else [_start("projection", database.run())]),
         *([] if feed is None else [_start("progress", feed.run())]),
@@ -106,7 +107,7 @@ async def run(settings: Settings) -> int:
     watching = _start(
         "kopf",
         kopf.operator(
-            registry=build_registry(controller, access=access, ages=ages, cleanup=cleanup),
+            registry=build_registry(controller, access=access, watches=watches, cleanup=cleanup),
             settings=kopf_settings(),
             clusterwide=not settings.namespaces,
             namespaces=list(settings.namespaces),

@@ -15,13 +15,14 @@ knows neither HTTP nor aiohttp.
     └── Unavailable    401, 429, 5xx, no answer: trying later is the cure. The write may or may not have happened.
 """
 
+import asyncio
 import base64
 import os
 import ssl
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,7 +40,7 @@ _SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _TOKEN_AGE: Final = 60.0  # seconds; the kubelet renews a projected token long before it ends
 _CONNECTIONS: Final = 32
 _REQUEST_TIMEOUT: Final = 30.0  # seconds
-_PAGE: Final = 250
+_PAGE: Final = 100
 MANAGED_SELECTOR: Final = f"{MANAGED_BY_LABEL}={MANAGED_BY}"
 """Selects the Jobs that are ours, on the server."""
 
@@ -175,21 +176,33 @@ def _tls(cluster: Manifest, user: Manifest, *, folder: Path) -> ssl.SSLContext:
 # ------------------------------------------------------------------------------------------------------------- session
 
 
-@dataclass
-class WatchAges:
-    """When each watch last brought a byte: an event, or the bookmark that the server sends each minute."""
+class Watches:
+    """What can be seen of lists and watches from outside: that they are there, when they last brought a byte."""
 
-    clock: Callable[[], float] = time.monotonic
-    last: dict[str, float] = field(default_factory=dict)
-    """By path of the watched collection."""
+    def __init__(self, *, expected: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
+        """Expect so many watches, on collections of their own."""
+        self._expected = expected
+        self._clock = clock
+        self._last: dict[str, float] = {}
+        self.open = asyncio.Event()
+        """Set as soon as every watch has been opened once."""
+        self.on_relist: Callable[[], None] = lambda: None
+        """Called when a collection is listed anew, after its watch was open: what was deleted between may go unseen."""
 
     def touch(self, path: str) -> None:
-        """Note a byte on the watch of ``path``."""
-        self.last[path] = self.clock()
+        """Note a byte on the watch of the collection at ``path``: an event, or the bookmark of each minute."""
+        self._last[path] = self._clock()
+        if len(self._last) >= self._expected:
+            self.open.set()
+
+    def listed(self, path: str) -> None:
+        """Note that the collection at ``path`` is listed."""
+        if path in self._last:
+            self.on_relist()
 
     def oldest(self) -> float | None:
-        """Return the age in seconds of the watch that has been silent for longest; None before the first one opened."""
-        return self.clock() - min(self.last.values()) if self.last else None
+        """Return the age in seconds of the watch that has been silent for longest; None while one was never open."""
+        return self._clock() - min(self._last.values()) if self.open.is_set() else None
 
 
 class _Touching:
@@ -208,10 +221,10 @@ class _Touching:
             yield data
 
 
-def open_session(access: Access, *, ages: WatchAges | None = None) -> aiohttp.ClientSession:
+def open_session(access: Access, *, watches: Watches | None = None) -> aiohttp.ClientSession:
     """Return a session that is authenticated on every request, with a token that is read anew each minute.
 
-    With ``ages``, answers to watch requests note when they bring a byte. kopf does not show bookmarks to handlers and
+    With ``watches``, answers to watch requests note when they bring a byte. kopf does not show bookmarks to handlers and
     aiohttp does not trace streamed chunks, so the session's response class (a public parameter) is where to see them.
     """
     token: str | None = access.token
@@ -229,10 +242,14 @@ def open_session(access: Access, *, ages: WatchAges | None = None) -> aiohttp.Cl
     class Response(aiohttp.ClientResponse):
         async def start(self, connection: Connection) -> aiohttp.ClientResponse:
             response = await super().start(connection)
-            if ages is not None and self.status == 200 and self.url.query.get("watch") == "true":
-                path = self.url.path
-                ages.touch(path)
-                self.content = _Touching(self.content, lambda: ages.touch(path))  # type: ignore[assignment]  # a proxy
+            path = self.url.path
+            if watches is None or self.status != 200:
+                return response
+            if self.url.query.get("watch") == "true":
+                watches.touch(path)
+                self.content = _Touching(self.content, lambda: watches.touch(path))  # type: ignore[assignment]  # a proxy
+            else:
+                watches.listed(path)  # of other answers the path is none that is watched
             return response
 
     return aiohttp.ClientSession(
@@ -279,6 +296,11 @@ class Cluster:
         if self._session is not None:
             await self._session.close()
             self._session = None
+
+    async def check_access(self, namespace: str | None) -> None:
+        """Raise :class:`Forbidden` or :class:`NotFound` unless tasks and Jobs can be listed."""
+        for group, plural in ((_TASKS, PLURAL), (_JOBS, "jobs")):
+            await self._object("GET", _path(group, namespace, plural), params={"limit": "1"})
 
     def list_tasks(self, namespace: str | None) -> AsyncIterator[Page]:
         """Hand out all tasks of a namespace, or of the cluster, in pages: ten thousand at once would take 100 MB."""

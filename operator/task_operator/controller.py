@@ -48,6 +48,7 @@ from task_operator.cluster import (
     ClusterError,
     Conflict,
     Forbidden,
+    Gone,
     Invalid,
     Manifest,
     NotFound,
@@ -66,7 +67,6 @@ _log = structlog.get_logger(__name__)
 
 _WORKERS: Final = 24
 _ORPHAN_PATIENCE: Final = 3.0  # seconds in which the garbage collector may do it
-_NEW_BURST: Final = 30.0  # seconds without listed objects after which listed objects mean that kopf lists anew
 _CONFLICTS: Final = 4  # looks in a row that may end in a conflict before the task waits
 _ROUNDS: Final = 8  # a decision asks for at most one thing a round, and there are four
 
@@ -74,7 +74,8 @@ _ROUNDS: Final = 8  # a decision asks for at most one thing a round, and there a
 class Api(Protocol):
     """The part of :class:`task_operator.cluster.Cluster` that is used."""
 
-    def list_tasks(self, namespace: str | None) -> AsyncIterator[Page]: ...  # noqa: D102 - see Cluster
+    async def check_access(self, namespace: str | None) -> None: ...  # noqa: D102 - see Cluster
+    def list_tasks(self, namespace: str | None) -> AsyncIterator[Page]: ...  # noqa: D102
     def list_jobs(self, namespace: str | None) -> AsyncIterator[Page]: ...  # noqa: D102
     async def list_pods(self, namespace: str, *, task_uid: str) -> list[Manifest]: ...  # noqa: D102
     async def get_task(self, namespace: str, name: str) -> Manifest: ...  # noqa: D102
@@ -151,7 +152,6 @@ class Controller:
         self._live: dict[str, _Live] = {}
         self._synced = False
         self._resync_now = asyncio.Event()
-        self._last_listed: float | None = None
         metrics.watch_queue(self._waiting)
 
     # ------------------------------------------------------------------------------------------------------ running
@@ -161,20 +161,27 @@ class Controller:
         """Whether everything has been listed once."""
         return self._synced
 
-    async def run(self) -> None:
-        """List everything, then work until cancelled. Raises what the first list is refused with."""
-        await self._first_list()
+    async def run(self, watching: asyncio.Event) -> None:
+        """Wait for the watches, list everything, then work until cancelled. Raises what listing is refused with.
+
+        In this order: what is deleted after the list reaches the watches, what was deleted before is not listed. The other
+        way round, a Job deleted between list and watch would be believed in until the next resync.
+        """
+        await self._begin(watching)
         async with asyncio.TaskGroup() as group:
             for number in range(self._workers):
                 group.create_task(self._work(), name=f"worker {number}")
             group.create_task(self._resync_forever(), name="resync")
 
-    async def _first_list(self) -> None:
+    async def _begin(self, watching: asyncio.Event) -> None:
         wait = 1.0
         while True:
             try:
+                for namespace in self._namespaces:
+                    await self._api.check_access(namespace)  # kopf would take a refusal for a passing trouble
+                await watching.wait()
                 await self._resync()
-            except Unavailable as error:
+            except (Unavailable, Gone) as error:
                 _log.warning("cannot list yet", error=error.message, wait=wait)
                 await asyncio.sleep(wait)
                 wait = min(2 * wait, 15.0)
@@ -182,6 +189,10 @@ class Controller:
                 self._synced = True
                 _log.info("everything is listed", tasks=len(self._cache))
                 return
+
+    def relist(self) -> None:
+        """Have everything listed soon: a watch was lost for longer than the server remembers, with deletions unseen."""
+        self._resync_now.set()
 
     async def _work(self) -> None:
         while True:
@@ -237,8 +248,6 @@ class Controller:
         if kind == "DELETED":
             self._gone(key, manifest)
             return
-        if kind is None:
-            self._listed()
         if self._cache.put_task(manifest):
             self._project(manifest)
             self._queue.add(key)
@@ -291,13 +300,6 @@ class Controller:
     def _project(self, manifest: Mapping[str, Any]) -> None:
         if self._database is not None:
             self._database.submit(manifest)
-
-    def _listed(self) -> None:
-        """Note that kopf lists: a watch that was lost for longer than the server remembers may have hidden deletions."""
-        now = time.monotonic()
-        if self._last_listed is not None and now - self._last_listed > _NEW_BURST:
-            self._resync_now.set()
-        self._last_listed = now
 
     # ------------------------------------------------------------------------------------------------------- resync
 

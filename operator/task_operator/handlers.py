@@ -12,7 +12,7 @@ import kopf
 import structlog
 
 from task_contract.names import GROUP, PLURAL, VERSION
-from task_operator.cluster import MANAGED_SELECTOR, Access, WatchAges, open_session
+from task_operator.cluster import MANAGED_SELECTOR, Access, Watches, open_session
 from task_operator.controller import Controller
 
 _log = structlog.get_logger(__name__)
@@ -75,14 +75,14 @@ def kopf_settings() -> kopf.OperatorSettings:
 
 
 def build_registry(
-    controller: Controller, *, access: Access, ages: WatchAges, cleanup: Callable[[], Awaitable[None]]
+    controller: Controller, *, access: Access, watches: Watches, cleanup: Callable[[], Awaitable[None]]
 ) -> kopf.OperatorRegistry:
     """Return the handlers, bound to a controller."""
     registry = kopf.OperatorRegistry()
 
     @kopf.on.login(registry=registry, errors=kopf.ErrorsMode.PERMANENT)
     async def login(**_: Any) -> kopf.AiohttpSession:
-        session = open_session(access, ages=ages)
+        session = open_session(access, watches=watches)
         return kopf.AiohttpSession(server=access.server, aiohttp_session=session, default_namespace=access.namespace)
 
     @kopf.on.startup(registry=registry)

@@ -12,7 +12,7 @@ from typing import Final
 from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from task_operator.cluster import WatchAges
+from task_operator.cluster import Watches
 from task_operator.metrics import Metrics
 
 _WATCH_SILENCE: Final = 180.0  # seconds; the API server sends a bookmark about each minute, kopf reconnects after 70 s
@@ -27,14 +27,14 @@ class Health:
         self,
         *,
         listen: str,
-        ages: WatchAges,
+        watches: Watches,
         ready: Callable[[], bool],
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._host, _, port = listen.rpartition(":")
         self._port = int(port)
-        self._ages = ages
+        self._watches = watches
         self._ready = ready
         self._metrics = metrics
         self._clock = clock
@@ -70,10 +70,10 @@ class Health:
         """Return why this process should be restarted; None if it should not."""
         if self._lag > _LOOP_LAG:
             return f"the event loop was late by {self._lag:.1f} s"
-        age = self._ages.oldest()
+        age = self._watches.oldest()
         if age is None:
             waited = self._clock() - self._started
-            return None if waited < _WATCH_SILENCE else f"no watch was opened in {waited:.0f} s"
+            return None if waited < _WATCH_SILENCE else f"the watches were not opened in {waited:.0f} s"
         return None if age < _WATCH_SILENCE else f"a watch has been silent for {age:.0f} s"
 
     async def _healthz(self, _: web.Request) -> web.Response:
@@ -85,6 +85,6 @@ class Health:
         return web.Response(text="ok\n" if ready else "the first list is not complete\n", status=200 if ready else 503)
 
     async def _scrape(self, _: web.Request) -> web.Response:
-        self._metrics.watch_age.set(self._ages.oldest() or 0)
+        self._metrics.watch_age.set(self._watches.oldest() or 0)
         body = generate_latest(self._metrics.registry)
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -39,7 +39,12 @@ class History:
 
 
 async def _history(
-    place: Place, folder: Path, *, outcomes: dict[int, AttemptOutcome | None], kill_at: tuple[str, int, str] | None = None
+    place: Place,
+    folder: Path,
+    *,
+    outcomes: dict[int, AttemptOutcome | None],
+    cancel: bool,
+    kill_at: tuple[str, int, str] | None = None,
 ) -> History:
     """Run one task from beginning to end, with the operator killed at one write and started again."""
     proxy = Proxy(place.kube.access, folder=folder)
@@ -63,6 +68,9 @@ async def _history(
     try:
         async with operator.at_work(), kubelet.at_work():
             await place.create()
+            if cancel:
+                await place.wait_for("Processing")
+                await place.edit(cancel=True)
             await place.wait_for("Completed", "Failed", "Canceled", seconds=90)
             if kill_at is not None and not proxy.killed:
                 # The last write was not answered yet when the task was seen to have ended.
@@ -98,11 +106,12 @@ async def kube(kubectl: Kubectl, cluster: Endpoints) -> AsyncIterator[Kube]:
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "expected"),
+    ("outcomes", "cancel", "expected"),
     [
-        pytest.param({}, ["POST jobs", "PATCH Processing", "PATCH Completed"], id="success"),
+        pytest.param({}, False, ["POST jobs", "PATCH Processing", "PATCH Completed"], id="success"),
         pytest.param(
             {1: RETRYABLE},
+            False,
             [
                 "POST jobs",
                 "PATCH Processing",
@@ -114,19 +123,21 @@ async def kube(kubectl: Kubectl, cluster: Endpoints) -> AsyncIterator[Kube]:
             ],
             id="retry",
         ),
+        pytest.param({1: None}, True, ["POST jobs", "PATCH Processing", "DELETE jobs", "PATCH Canceled"], id="cancel"),
     ],
 )
 async def test_a_kill_at_any_write_of_a_task_changes_nothing_in_the_end(
     kube: Kube,
     tmp_path: Path,
     outcomes: dict[int, AttemptOutcome | None],
+    cancel: bool,
     expected: list[str],
 ) -> None:
     slots = asyncio.Semaphore(AT_ONCE)
 
     async def run(kill_at: tuple[str, int, str] | None) -> History:
         async with slots, Place.fresh(kube) as place:
-            return await _history(place, tmp_path, outcomes=outcomes, kill_at=kill_at)
+            return await _history(place, tmp_path, outcomes=outcomes, cancel=cancel, kill_at=kill_at)
 
     undisturbed = await run(None)
     # A machine under load may start a pod so late that the operator says why it waits: that write is none of the path.
@@ -137,8 +148,9 @@ async def test_a_kill_at_any_write_of_a_task_changes_nothing_in_the_end(
         for number, label in enumerate(expected)
         for when in ("before", "after")
     ]
-    histories = await asyncio.gather(*(run(point) for point in points))
+    async with asyncio.TaskGroup() as group:
+        histories = [group.create_task(run(point)) for point in points]
 
-    for point, history in zip(points, histories, strict=True):
+    for point, history in zip(points, (done.result() for done in histories), strict=True):
         assert history.killed, f"the operator was never killed at {point}: {history.writes}"
         assert history.end == undisturbed.end, f"killed at {point}: {history.writes}"

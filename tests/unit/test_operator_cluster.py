@@ -24,7 +24,7 @@ from task_operator.cluster import (
     KubeconfigError,
     NotFound,
     Unavailable,
-    WatchAges,
+    Watches,
     is_quota,
     open_session,
 )
@@ -240,7 +240,7 @@ async def test_the_token_is_read_anew_each_minute(server: Server, tmp_path: Path
 
 async def test_each_byte_of_a_watch_is_noted_and_none_of_another_answer(server: Server) -> None:
     now = 10.0
-    ages = WatchAges(clock=lambda: now)
+    watches = Watches(clock=lambda: now)
     more = asyncio.Event()
     app = web.Application()
 
@@ -257,22 +257,31 @@ async def test_each_byte_of_a_watch_is_noted_and_none_of_another_answer(server: 
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    session = open_session(Access(server=url, ssl=None), ages=ages)
+    session = open_session(Access(server=url, ssl=None), watches=watches)
 
+    relists: list[str] = []
+    watches.on_relist = lambda: relists.append("tasks")
     server.says(200, {})
-    async with session.get(f"{server.url}/list") as response:
+    async with session.get(f"{server.url}/tasks") as response:
         await response.read()
-    assert ages.oldest() is None
+    assert watches.oldest() is None
+    assert relists == [], "the list before the watch is the first one"
 
     async with session.get(f"{url}/tasks", params={"watch": "true"}) as response:
-        assert ages.oldest() == 0
+        assert watches.oldest() == 0
         stream = response.content.iter_chunked(1024)
         assert b"BOOKMARK" in await anext(stream)
         now = 70.0
-        assert ages.oldest() == 60
+        assert watches.oldest() == 60
         more.set()
         assert b"BOOKMARK" in await anext(stream)
-        assert ages.oldest() == 0
+        assert watches.oldest() == 0
+    server.says(200, {})
+    server.says(200, {})
+    for path in ("/tasks", "/discovery"):
+        async with session.get(f"{server.url}{path}") as response:
+            await response.read()
+    assert relists == ["tasks"]
     await session.close()
     await runner.cleanup()
 

@@ -13,7 +13,7 @@ from prometheus_client.exposition import generate_latest
 from task_contract.models import Priority, Status
 from task_operator.__main__ import main
 from task_operator.cache import Cache
-from task_operator.cluster import WatchAges
+from task_operator.cluster import Watches
 from task_operator.controller import merge_patch
 from task_operator.handlers import kopf_settings
 from task_operator.health import Health
@@ -239,9 +239,9 @@ def test_kopf_is_told_to_watch_and_nothing_else() -> None:
 async def test_liveness_is_the_age_of_the_watches_and_readiness_the_first_list() -> None:
     now = 1000.0
     ready = False
-    ages = WatchAges(clock=lambda: now)
+    watches = Watches(expected=2, clock=lambda: now)
     listen = f"127.0.0.1:{free_port()}"
-    health = Health(listen=listen, ages=ages, ready=lambda: ready, metrics=Metrics(), clock=lambda: now)
+    health = Health(listen=listen, watches=watches, ready=lambda: ready, metrics=Metrics(), clock=lambda: now)
     await health.warm_up()
     async with aiohttp.ClientSession(f"http://{listen}") as session:
 
@@ -255,15 +255,15 @@ async def test_liveness_is_the_age_of_the_watches_and_readiness_the_first_list()
         assert await ask("/readyz") == (200, "ok\n")
 
         now += 200
-        assert await ask("/healthz") == (503, "no watch was opened in 200 s\n")
-        ages.touch("/tasks")
-        ages.touch("/jobs")
+        assert await ask("/healthz") == (503, "the watches were not opened in 200 s\n")
+        watches.touch("/tasks")
+        watches.touch("/jobs")
         now += 179
         assert (await ask("/healthz"))[0] == 200
-        ages.touch("/tasks")
+        watches.touch("/tasks")
         now += 2
         assert await ask("/healthz") == (503, "a watch has been silent for 181 s\n")
-        ages.touch("/jobs")
+        watches.touch("/jobs")
         assert (await ask("/healthz"))[0] == 200
 
         health._lag = 11
