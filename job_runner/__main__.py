@@ -156,7 +156,8 @@ async def _search(options: argparse.Namespace, loaded: "Settings") -> int:
         )
     finally:
         await ledger.aclose()
-    print(as_json(answers) if options.json else as_table(answers))  # noqa: T201 - the command's output
+    if output := as_json(answers) if options.json else as_table(answers):
+        print(output)  # noqa: T201 - the command's output
     return 0
 
 
@@ -167,7 +168,9 @@ async def _health(options: argparse.Namespace, loaded: "Settings") -> int:
 
     ledger = Ledger(loaded.postgres_url.get_secret_value())
     try:
-        asked = health.checks(None, settings=loaded, ledger=ledger, embedder=make_embedder(loaded.embedding_model))
+        embedder = make_embedder(loaded.embedding_model)
+        asked = health.checks(None, settings=loaded, ledger=ledger, embedder=embedder)
+        await health.warm_up(asked, embedder=embedder)
         result = await health.check(asked)
     finally:
         await ledger.aclose()

@@ -2,6 +2,7 @@
 
 import time
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -151,7 +152,7 @@ def test_language_by_script(text: str, language: str) -> None:
         {"max_tokens": 5},
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, int]) -> None:
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="cannot"):
         SplitSettings(**settings)
 
@@ -202,7 +203,7 @@ def test_any_text_and_settings_give_exact_chunks(
         count_tokens=None if max_tokens is None else lambda piece: len(piece.encode()),
     )
     found = list(split(document(text, headings=headings), settings))
-    covered = set()
+    covered: set[int] = set()
     for ordinal, chunk in enumerate(found):
         assert chunk.ordinal == ordinal
         assert chunk.text == text[chunk.start : chunk.end]

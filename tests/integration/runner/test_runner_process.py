@@ -190,7 +190,8 @@ def test_a_document_that_cannot_be_processed_is_a_permanent_error(runner: Runner
 @pytest.mark.parametrize("variable", ["TASKS_POSTGRES_URL", "TASKS_MILVUS_URL", "TASKS_ELASTICSEARCH_URL"])
 def test_a_store_that_is_down_gives_the_attempt_back(runner: Runner, variable: str) -> None:
     scheme = "postgresql" if "POSTGRES" in variable else "http"
-    code, outcome = runner.run(runner.task("handbook.pdf"), **{variable: f"{scheme}://127.0.0.1:1/x"})
+    runner.environment |= {variable: f"{scheme}://127.0.0.1:1/x"}
+    code, outcome = runner.run(runner.task("handbook.pdf"))
     assert (code, outcome.outcome) == (ExitCode.STORE_UNAVAILABLE, Outcome.GIVEN_BACK)
 
 

@@ -52,7 +52,7 @@ def rows(count: int, *, document_id: str = ODD_ID, version: int = 1, texts: str 
 
 def vectors(count: int, *, seed: int = 1) -> "np.ndarray[tuple[int, int], np.dtype[np.float32]]":
     drawn = np.random.default_rng(seed).normal(size=(count, DIMENSION)).astype(np.float32)
-    return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+    return np.asarray(drawn / np.linalg.norm(drawn, axis=1, keepdims=True), dtype=np.float32)
 
 
 @pytest.fixture(params=["milvus", "milvus-lite", "memory"])
@@ -95,11 +95,11 @@ async def check_chunk_store(store: VectorIndex | TextIndex) -> None:
     """What both kinds of store promise alike."""
 
     async def write(data: list[Row]) -> None:
-        await (
-            store.write(data)
-            if isinstance(store, (MemoryTextIndex, ElasticsearchIndex))
-            else store.write(data, vectors(len(data)))
-        )  # type: ignore[call-arg]  # told apart by isinstance
+        if isinstance(store, (MemoryTextIndex, ElasticsearchIndex)):
+            await store.write(data)
+        else:
+            assert isinstance(store, (MemoryVectorIndex, MilvusIndex))
+            await store.write(data, vectors(len(data)))
 
     # Nothing is there, and removing nothing is no error.
     assert await store.stored(ODD_ID, 1) == {}
@@ -233,8 +233,10 @@ async def test_two_pods_create_a_knowledge_base_at_once(store_urls: dict[str, st
     for pod in (pods[0], pods[3]):
         pod._client.drop_alias(where.alias)
         pod._client.drop_collection(where.name)
-    for store in [*pods, *texts]:
-        await store.aclose()
+    for pod in pods:
+        await pod.aclose()
+    for text in texts:
+        await text.aclose()
 
 
 async def test_an_index_is_strict_about_its_fields(store_urls: dict[str, str]) -> None:
