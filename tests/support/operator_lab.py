@@ -357,8 +357,6 @@ class Proxy:
         self.killed = False
         self.refuse: Callable[[str, str], web.Response | None] = lambda method, path: None
         """Answers in place of the API server: for faults."""
-        self.freeze = asyncio.Event()
-        """Set: watches bring nothing any more, without being closed."""
         self._streams: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
@@ -432,8 +430,6 @@ class Proxy:
                 answer.set_status(response.status)
                 await answer.prepare(request)
                 async for chunk in response.content.iter_any():
-                    if self.freeze.is_set():
-                        await asyncio.Event().wait()
                     await answer.write(chunk)
         except (aiohttp.ClientError, ConnectionError):
             pass  # the operator was killed, or the API server has closed
