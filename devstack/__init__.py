@@ -5,7 +5,7 @@
 
 `up` may be repeated, interrupted, run twice at once and run after a reboot; it reuses what runs. `down` leaves no
 process, mount, bridge, control group or packet filter rule behind, and no data: what lasts is the cache of builds.
-One devstack runs on a machine, in a network namespace to be exact.
+One devstack runs on a machine, in a network namespace to be exact; a second one is refused and told who is there.
 
 Parts: `cluster` (etcd, API server, controller manager, scheduler), `node` (containerd, kubelet, kube-proxy, DNS) and
 `stores` (PostgreSQL, Redis, Milvus, Elasticsearch).
@@ -73,14 +73,19 @@ def up(parts: Iterable[str] = PARTS) -> Endpoints:
         return found
 
 
-def down() -> None:
-    """End everything that `up` started, in whatever state it is, and put the machine back as it was."""
+def down(*, keep_data: bool = False) -> None:
+    """End everything that `up` started, in whatever state it is, and put the machine back as it was.
+
+    With KEEP_DATA documents and what is in the stores stay for the next `up`; the cluster's objects never do.
+    """
     machine.require_root()
     with _lock(), step("ending the devstack"):
-        stores.down(purge=True)
+        stores.down(purge=not keep_data)
         node.down()
         cluster.down()
         network.down()
+        if keep_data:
+            return
         lock = _lock_path()
         for entry in state_dir().iterdir():
             if entry == lock:

@@ -74,9 +74,9 @@ def _up(options: argparse.Namespace) -> int:
     return 0
 
 
-def _down(_: argparse.Namespace) -> int:
+def _down(options: argparse.Namespace) -> int:
     began = time.monotonic()
-    devstack.down()
+    devstack.down(keep_data=options.keep_data)
     say(f"Down in {time.monotonic() - began:.1f} s. The cache of builds stays in {cache_dir()}.")
     return 0
 
@@ -166,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     up.set_defaults(command=_up)
     down = commands.add_parser("down", help="end everything and put the machine back as it was; data is deleted")
+    down.add_argument("--keep-data", action="store_true", help="keep documents and what is in the stores for the next up")
     down.set_defaults(command=_down)
     status = commands.add_parser("status", help="show what runs, since when and its memory; exit code 3 unless all do")
     status.set_defaults(command=_status)

@@ -3,6 +3,9 @@
 The bridge `cni0` carries 10.244.0.1: the address of the API server for pods, of the node, of the stores and of the
 DNS. Whatever is changed is written down first, with the boot it belongs to; so `down` puts it back whoever died when,
 and after a reboot, which undoes all of it, the old notes do not count.
+
+The bridge's alias names the state folder of the devstack that made it. It is how a second one in the same network
+namespace learns who is there, and it goes when the namespace does.
 """
 
 import ipaddress
@@ -10,19 +13,21 @@ import json
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from devstack.cache import state_dir
-from devstack.process import boot_id, run
-from devstack.progress import DevstackError
+from devstack.process import boot_id, living, run
+from devstack.progress import DevstackError, step
 
 BRIDGE = "cni0"
 ADDRESS = "10.244.0.1"
 PODS = "10.244.0.0/16"
 SERVICES = "10.96.0.0/16"
 RULE_COMMENT = "processing-tasks-devstack"
+_ALIAS = "processing-tasks-devstack of "
 
 # Pods reach Services of pods on the same bridge only when bridged packets pass the packet filter.
 _SETTINGS = {"net/ipv4/ip_forward": "1", "net/bridge/bridge-nf-call-iptables": "1"}
@@ -40,14 +45,17 @@ _SET_BY_OTHERS = (
 def up() -> None:
     """Make the bridge with its address, let its packets pass, and set what pods need of the kernel; idempotent.
 
-    Raises DevstackError when the bridge's name, its addresses or the proxy's tables are in use by something else.
+    Raises DevstackError when the bridge's name, its addresses or the proxy's tables are in use by something else; when
+    that is another devstack the error names its state folder and a process of it. After one whose processes have all
+    been killed this clears up first, and keeps its data.
     """
     notes = _notes()
     if notes is None:
-        _refuse_others()
+        _make_way()
         _remember_settings()  # from here on, the bridge and the tables count as ours
     if not _bridge_exists():
         run(["ip", "link", "add", BRIDGE, "type", "bridge"], doing=f"make the bridge {BRIDGE}")
+    run(["ip", "link", "set", BRIDGE, "alias", f"{_ALIAS}{state_dir()}"], doing=f"sign the bridge {BRIDGE}")
     run(["ip", "address", "replace", f"{ADDRESS}/16", "dev", BRIDGE], doing=f"give {BRIDGE} its address")
     run(["ip", "link", "set", BRIDGE, "up"], doing=f"start the bridge {BRIDGE}")
     # Without a default route (a laptop that is offline) this machine would have no way to the Services.
@@ -65,6 +73,13 @@ def down() -> None:
     notes = _notes()
     if notes is None:
         return
+    _remove()
+    for name, value in notes["settings"].items():
+        _write_setting(name, value)
+    _notes_path().unlink()
+
+
+def _remove() -> None:
     for chain, direction in _rules():
         while _iptables("-D", *_rule(chain, direction)):
             pass
@@ -73,9 +88,6 @@ def down() -> None:
             run(["nft", "delete", "table", family, "kube-proxy"], doing="remove the proxy's packet filter")
     if _bridge_exists():
         run(["ip", "link", "delete", BRIDGE], doing=f"remove the bridge {BRIDGE}")
-    for name, value in notes["settings"].items():
-        _write_setting(name, value)
-    _notes_path().unlink()
 
 
 def require_free(address: str, port: int, remedy: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> None:
@@ -100,6 +112,38 @@ def overlapping(routes: Iterable[dict[str, Any]], networks: Iterable[str]) -> li
         if any(isinstance(destination, ipaddress.IPv4Network) and destination.overlaps(network) for network in ours):
             found.append(f"{destination} on {route.get('dev', route.get('type', 'unknown'))}")
     return found
+
+
+def holder() -> Path | None:
+    """Return the state folder of the devstack that holds this network namespace, or None when none has signed it."""
+    if not _bridge_exists():
+        return None
+    links = json.loads(run(["ip", "-json", "link", "show", "dev", BRIDGE], doing=f"look at the bridge {BRIDGE}"))
+    alias: str = links[0].get("ifalias", "")
+    return Path(alias.removeprefix(_ALIAS)) if alias.startswith(_ALIAS) else None
+
+
+def _make_way() -> None:
+    other = holder()
+    if other is not None and other != state_dir():
+        if processes := living(other):
+            name, process = next(iter(processes.items()))
+            raise DevstackError(
+                f"cannot start a second devstack in this network namespace: the one in {other} runs here ({name} is "
+                f"process {process.pid}); use that one, or end it with `DEVSTACK_STATE={other} python -m devstack down`"
+            )
+        _clear_up_after(other)
+    _refuse_others()
+
+
+def _clear_up_after(other: Path) -> None:
+    """Remove what the killed devstack in OTHER left running and mounted; its documents and stores keep their data."""
+    with step(f"clearing up after the devstack in {other}, none of whose processes is left"):
+        command = [sys.executable, "-m", "devstack", "down", "--keep-data"]
+        project = Path(__file__).parent.parent
+        run(command, doing=f"clear up after {other}", env={"DEVSTACK_STATE": str(other)}, cwd=project)
+        if holder() == other:  # its folder, with the notes of what to remove, is gone too
+            _remove()
 
 
 def _refuse_others() -> None:

@@ -101,7 +101,16 @@ def running(name: str) -> bool:
 
 def find(name: str) -> Process | None:
     """Return the living process that was started as NAME, or None."""
-    record = _record(name)
+    return _living(_record(name))
+
+
+def living(state: Path) -> dict[str, Process]:
+    """Return the living processes, by name, of the devstack whose state folder is STATE: ours or another one's."""
+    found = {path.stem: _living(_read_record(path)) for path in sorted((state / "pid").glob("*.json"))}
+    return {name: process for name, process in found.items() if process is not None}
+
+
+def _living(record: Mapping[str, str]) -> Process | None:
     if not record or record["boot"] != boot_id():
         return None
     recorded = parse_stat(record["stat"])
@@ -229,8 +238,12 @@ def _record_path(name: str) -> Path:
 
 def _record(name: str) -> dict[str, str]:
     """Read the record of NAME; {} when there is none or its writer died at it, before the command began."""
+    return _read_record(_record_path(name))
+
+
+def _read_record(path: Path) -> dict[str, str]:
     try:
-        record = json.loads(_record_path(name).read_text())
+        record = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) and {"boot", "stat", "key"} <= record.keys() else {}

@@ -213,6 +213,31 @@ def strange_bridge() -> None:
     assert_as(before)
 
 
+def second_devstack() -> None:
+    """A second one is told who is there; after a killed one it clears up, and starts."""
+    before = machine()
+    first, second = state_dir(), state_dir().with_name("second")
+    devstack.up(["node"])
+    assert_pod_runs()
+    (first / "documents" / "kept").mkdir(parents=True)
+    pids = [server.pid for server in process.living(first).values()]
+    os.environ["DEVSTACK_STATE"] = str(second)
+    for parts in (["cluster"], ["stores"]):
+        with pytest.raises(devstack.DevstackError, match=f"the one in {first} runs here") as refused:
+            devstack.up(parts)
+        assert any(f"process {pid}" in str(refused.value) for pid in pids)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    process.wait_until("the end of the first", lambda: not process.living(first), seconds=10)
+    devstack.up(["node"])
+    assert_pod_runs()
+    assert (first / "documents" / "kept").exists()
+    devstack.down()
+    os.environ["DEVSTACK_STATE"] = str(first)
+    devstack.down()
+    assert_as(before)
+
+
 if __name__ == "__main__":
     scenarios = [
         leaves_nothing,
@@ -221,6 +246,7 @@ if __name__ == "__main__":
         after_reboot,
         down_after_reboot,
         strange_bridge,
+        second_devstack,
     ]
     {scenario.__name__: scenario for scenario in scenarios}[sys.argv[1]]()
     print(json.dumps({"scenario": sys.argv[1]}))
