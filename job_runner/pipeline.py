@@ -547,29 +547,28 @@ async def _end(task: asyncio.Task[Any]) -> None:
 
 
 class _Writer:
-    """Writes in the background, in order; two at most are under way, so that no more than two batches are in memory."""
+    """Writes in the background: one is under way while the next batch is computed, so that a crash loses little."""
 
     def __init__(self, ready: Callable[[], Awaitable[None]]) -> None:
         self._ready = ready
-        self._running: list[asyncio.Task[None]] = []
+        self._running: asyncio.Task[None] | None = None
 
     async def start(self, write: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Start a write when the stores are ready. Raises what an earlier write raised."""
-        self._running.append(asyncio.create_task(self._after_ready(write)))
-        while len(self._running) > 2:
-            await self._running.pop(0)
+        """Start a write when the one before has ended and the stores are ready. Raises what the one before raised."""
+        await self.finish()
+        self._running = asyncio.create_task(self._after_ready(write))
 
     async def _after_ready(self, write: Callable[[], Coroutine[Any, Any, None]]) -> None:
         await self._ready()
         await write()
 
     async def finish(self) -> None:
-        """Wait for all."""
-        while self._running:
-            await self._running.pop(0)
+        """Wait for the write that is under way."""
+        if self._running is not None:
+            await self._running
+            self._running = None
 
     async def abandon(self) -> None:
-        """Cancel all, after another failure. What they may have written is of a version that nobody reads."""
-        for one in self._running:
-            one.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        """Cancel the write, after another failure. What it may have written is of a version that nobody reads."""
+        if self._running is not None:
+            await _end(self._running)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
@@ -15,6 +15,7 @@ import asyncpg
 import pytest
 
 from job_runner.ledger import Ledger
+from tests.support.runner_lab import KnowledgeBases, Lab
 
 _NEEDED = ("TASKS_POSTGRES_URL", "TASKS_MILVUS_URL", "TASKS_ELASTICSEARCH_URL")
 
@@ -72,3 +73,21 @@ def milvus_lite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             assert server.poll() is None, (folder / "log").read_text()
         yield f"http://127.0.0.1:{port}"
         server.terminate()
+
+
+@pytest.fixture(scope="module")
+def knowledge_bases(store_urls: dict[str, str]) -> Iterator[KnowledgeBases]:
+    """Knowledge bases that the tests of a module share."""
+    knowledge_bases = KnowledgeBases(store_urls)
+    yield knowledge_bases
+    asyncio.run(knowledge_bases.drop())
+
+
+@pytest.fixture
+async def lab(
+    store_urls: dict[str, str], database: str, tmp_path: Path, knowledge_bases: KnowledgeBases
+) -> AsyncIterator[Lab]:
+    """Documents and tasks of a test, on the real stores."""
+    lab = Lab({**store_urls, "TASKS_POSTGRES_URL": database}, folder=tmp_path, knowledge_bases=knowledge_bases)
+    yield lab
+    await lab.aclose()

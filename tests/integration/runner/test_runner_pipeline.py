@@ -1,0 +1,462 @@
+"""Whole documents on real stores: what is published, what is computed, and what is left when processes die or meet."""
+
+import asyncio
+import json
+import shutil
+import signal
+import uuid
+from typing import Any
+
+import pytest
+
+from job_runner.embed import PackagedEmbedder
+from job_runner.ledger import Ledger
+from job_runner.search import search
+from job_runner.stores import opener
+from task_contract.errors import Fenced
+from task_contract.lifecycle import ExitCode
+from task_contract.messages import AttemptOutcome, Outcome
+from tests.support.pdf import PdfPage, make_pdf
+from tests.support.runner_lab import NAMESPACE, ROOT, HashEmbedder, Lab, Reached, run_watched
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
+
+EXAMPLES = ROOT / "examples/documents"
+COUNT = 100
+"""Sentences, and chunks, of the test document: more than three batches."""
+
+
+def sentences(count: int = COUNT, *, changed: int | None = None) -> list[str]:
+    return [f"Sentence {number}{' was changed' if number == changed else ''}" for number in range(count)]
+
+
+def counts(outcome: AttemptOutcome) -> tuple[int | None, int | None, int | None]:
+    """Return (chunks, embedded, reused)."""
+    assert outcome.result is not None, outcome
+    return outcome.result.chunks, outcome.result.embedded, outcome.result.reused
+
+
+# ---------------------------------------------------------------------------------------------------- documents, whole
+
+
+async def test_real_documents_are_found_by_meaning_and_by_words(lab: Lab) -> None:
+    embedder = lab.embedder = PackagedEmbedder()
+    lab.take_own_knowledge_base()
+    for name in ("handbook.pdf", "operations-guide.zh.md"):
+        shutil.copy(EXAMPLES / name, lab.documents)
+        task = lab.task(f"/data/{name}", documentId=name, chunkSize=1000, chunkOverlap=200, metadata={"team": "知识库"})
+        outcome, code = await lab.run(task)
+        assert (code, outcome.reason) == (ExitCode.SUCCEEDED, "Completed"), outcome
+        assert outcome.result is not None
+        assert outcome.result.chunks == outcome.result.milvus_count == outcome.result.elasticsearch_count
+        assert outcome.result.pages == (10 if name.endswith("pdf") else None)
+        assert set(outcome.result.seconds or ()) == {"fetch", "parse", "split", "embed", "store", "verify", "publish"}
+    settings = lab.settings()
+    ledger = Ledger(settings.postgres_url.get_secret_value())
+    for case in json.loads((EXAMPLES / "questions.json").read_text()):
+        answers = await search(
+            case["question"],
+            namespace=NAMESPACE,
+            kb_id=lab.kb_id,
+            top_k=3,
+            ledger=ledger,
+            embedder=embedder,
+            open_stores=opener(settings, dimension=embedder.dimension),
+        )
+        by_words = [] if case["question"].isascii() != (case["document"] == "handbook.pdf") else [answers.elasticsearch]
+        for hits in [answers.milvus, *by_words]:
+            [best, *_] = [hit for hit in hits if case["answer"] in hit.text] or pytest.fail(f"{case}: {hits}")
+            assert best.document_id == lab.document_id(case["document"])
+            assert case["heading"] in best.text or case["heading"] in best.heading_path
+            if case["page"]:
+                assert best.page_start <= case["page"] <= best.page_end
+            else:
+                assert best.page_start == 0
+    await ledger.aclose()
+
+
+async def test_both_stores_hold_the_same_rows(lab: Lab) -> None:
+    (lab.documents / "a.md").write_text("# 一\n\n第一段。\n\n# 二\n\n第二段有更多的字。\n" * 10)
+    outcome, _ = await lab.run(lab.task("a.md", metadata={"k": "v"}))
+    in_vectors, in_texts = await lab.contents("a.md")
+    assert in_vectors == in_texts
+    assert len(in_vectors) == counts(outcome)[0]
+    text = (lab.documents / "a.md").read_text()
+    assert all(row["text"] == text[row["char_start"] : row["char_end"]] for row in in_vectors)
+    assert {row["language"] for row in in_vectors} == {"zh"}
+    assert {row["metadata"]["k"] for row in in_vectors} == {"v"}
+    assert {row["heading_path"] for row in in_vectors} <= {"一", "二"}
+
+
+async def test_a_bad_page_is_recorded_and_the_rest_is_published(lab: Lab) -> None:
+    pages = [PdfPage([(11, "First page.")]), PdfPage(damaged=True), PdfPage([(11, "Third page.")])]
+    (lab.documents / "a.pdf").write_bytes(make_pdf(pages))
+    outcome, _ = await lab.run(lab.task("a.pdf"))
+    assert outcome.result is not None
+    assert (outcome.result.pages, outcome.result.failed_pages) == (3, 1)
+    assert outcome.result.chunks
+
+
+# ------------------------------------------------------------------------------------------------------------- updates
+
+
+async def test_an_update_replaces_and_computes_only_what_is_new(lab: Lab) -> None:
+    lab.write(sentences())
+    assert counts((await lab.run(lab.task(at=0)))[0]) == (COUNT, COUNT, 0)
+    lab.write(sentences(changed=40))
+    outcome, _ = await lab.run(lab.task(at=1))
+    assert counts(outcome) == (COUNT, 1, COUNT - 1)
+    assert await lab.versions() == {2: (COUNT, COUNT)}
+    assert await lab.published() == 2
+    assert lab.embedded == COUNT + 1
+    lab.write(sentences())  # and back
+    assert counts((await lab.run(lab.task(at=2)))[0]) == (COUNT, 1, COUNT - 1)
+    assert await lab.versions() == {3: (COUNT, COUNT)}
+
+
+async def test_unchanged_content_costs_nothing(lab: Lab) -> None:
+    lab.write(sentences())
+    await lab.run(lab.task(at=0))
+    outcome, code = await lab.run(lab.task(at=1))
+    assert (code, outcome.reason) == (ExitCode.SUCCEEDED, "Unchanged")
+    assert counts(outcome) == (COUNT, 0, COUNT)
+    assert outcome.result is not None
+    assert outcome.result.version == 1
+    assert "parse" not in (outcome.result.seconds or {})
+
+
+@pytest.mark.parametrize("change", [{"chunkSize": 150}, {"metadata": {"a": "b"}}, {"processingMode": "fixed"}])
+async def test_other_settings_are_another_content(lab: Lab, change: dict[str, Any]) -> None:
+    lab.write(sentences(5))
+    await lab.run(lab.task(at=0))
+    assert (await lab.run(lab.task(at=1, **change)))[0].reason == "Completed"
+    assert await lab.published() == 2
+
+
+@pytest.mark.parametrize("store", ["vectors", "texts"])
+async def test_unchanged_content_is_written_again_where_a_store_has_lost_it(lab: Lab, store: str) -> None:
+    lab.write(sentences(10))
+    await lab.run(lab.task(at=0))
+    lost: Any = getattr(lab.stores, store)
+    await lost.ensure()
+    await lost.delete(list(await lost.stored(lab.document_id("a.txt"), 1))[:3])
+    outcome, _ = await lab.run(lab.task(at=1))
+    assert outcome.reason == "Completed"
+    assert counts(outcome) == (10, 3 if store == "vectors" else 0, 7 if store == "vectors" else 10)
+    assert await lab.versions() == {2: (10, 10)}
+
+
+async def test_an_older_task_that_comes_last_changes_nothing(lab: Lab) -> None:
+    lab.write(sentences(5))
+    await lab.run(lab.task(at=10))
+    lab.write(sentences(6))
+    outcome, code = await lab.run(lab.task(at=5))
+    assert (code, outcome.reason) == (ExitCode.SUCCEEDED, "Superseded")
+    assert await lab.versions() == {1: (5, 5)}
+    assert await lab.published() == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- crashes
+
+KILLED_AT = [
+    "ledger.begin 1 after",
+    "vectors.ensure 1 after",
+    "texts.write 1 before",
+    "texts.write 1 after",
+    "vectors.write 1 before",
+    "vectors.write 1 after",
+    "vectors.write 3 before",
+    "vectors.write 4 after",
+    "texts.stored 1 after",
+    "ledger.commit 1 before",
+    "ledger.commit 1 after",
+    "vectors.delete_below 1 before",
+    "vectors.delete_below 1 after",
+    "texts.delete_below 1 after",
+]
+
+
+@pytest.mark.parametrize("point", KILLED_AT)
+async def test_a_killed_runner_loses_nothing_and_computes_nothing_twice(lab: Lab, point: str) -> None:
+    lab.write([f"Old {number}" for number in range(20)])
+    await lab.run(lab.task(at=0))
+    lab.write(sentences())
+    before = lab.embedded
+    task = lab.task(at=1)
+    process = lab.command(
+        "tests.support.dying_runner", lab.task_file(task), str(lab.counter), point, environment={"TASKS_HOLDER": "first"}
+    )
+    _, errors = await asyncio.to_thread(process.communicate, timeout=60)
+    assert process.returncode == -signal.SIGKILL, errors
+    committed = point == "ledger.commit 1 after" or "delete_below" in point
+    assert await lab.published() == (2 if committed else 1), "readers see one whole version"
+
+    outcome, code = await lab.run(task, attempt=2)
+    assert (code, outcome.reason) == (ExitCode.SUCCEEDED, "Completed"), outcome
+    assert await lab.versions() == {2: (COUNT, COUNT)}
+    assert await lab.published() == 2
+    in_vectors, in_texts = await lab.contents()
+    assert in_vectors == in_texts
+    assert [row["text"][:12].strip(".") for row in in_vectors] == [f"Sentence {n}"[:12].strip(".") for n in range(COUNT)]
+    assert lab.embedded - before <= COUNT + 64, "at most the batch that is written and the one that is computed"
+    if "vectors" not in point or committed:
+        assert counts(outcome)[0] == COUNT
+
+
+async def test_a_process_that_is_killed_again_and_again_gets_on(lab: Lab) -> None:
+    lab.write(sentences())
+    task = lab.task()
+    for attempt in range(1, 4):
+        process = lab.command("tests.support.dying_runner", lab.task_file(task), str(lab.counter), "vectors.write 2 before")
+        await asyncio.to_thread(process.communicate, timeout=60)
+        assert len(await lab.stores.vectors.stored(lab.document_id("a.txt"), 1)) >= 32 * attempt
+    outcome, _ = await lab.run(task, attempt=4)
+    assert counts(outcome)[2] == 96
+    assert await lab.versions() == {1: (COUNT, COUNT)}
+
+
+async def test_a_file_that_was_replaced_between_attempts_is_read_anew(lab: Lab) -> None:
+    lab.write(sentences())
+    task = lab.task()
+    process = lab.command("tests.support.dying_runner", lab.task_file(task), str(lab.counter), "vectors.write 2 after")
+    await asyncio.to_thread(process.communicate, timeout=60)
+    lab.write(sentences(10, changed=3))
+    outcome, _ = await lab.run(task, attempt=2)
+    assert counts(outcome)[0] == 10
+    assert await lab.versions() == {2: (10, 10)}, "the rows of the older content had a lower number"
+
+
+# -------------------------------------------------------------------------------------------------------- competition
+
+
+async def test_of_two_pods_of_one_attempt_one_commits(lab: Lab) -> None:
+    lab.write(sentences())
+    task = lab.task()
+    slow = HashEmbedder(seconds=0.2)
+    ended = await asyncio.gather(lab.run(task, embedder=slow), lab.run(task, embedder=slow))
+    assert sorted(outcome.outcome for outcome, _ in ended) == [Outcome.FENCED, Outcome.SUCCEEDED]
+    assert sorted(code for _, code in ended) == [ExitCode.SUCCEEDED, ExitCode.FENCED]
+    assert await lab.versions() == {1: (COUNT, COUNT)}
+    recorded = await lab.fetch(
+        "SELECT outcome->>'outcome' FROM task_results WHERE task_uid = $1", uuid.UUID(task.metadata.uid)
+    )
+    assert recorded == "Succeeded"
+
+
+@pytest.mark.parametrize("point", ["ledger.begin 1 before", "vectors.write 1 after", "ledger.commit 1 before"])
+async def test_a_fence_that_is_raised_before_the_commit_stops_it(lab: Lab, point: str) -> None:
+    lab.write(sentences(40))
+    task = lab.task()
+
+    async def raise_fence() -> None:
+        await lab.fetch("INSERT INTO task_fences (task_uid, reason) VALUES ($1, 'Canceled')", uuid.UUID(task.metadata.uid))
+
+    with pytest.raises(Fenced):
+        await run_watched(task, lab.settings(), lab.embedder, Reached(point, raise_fence))
+    assert await lab.published() is None
+    outcome, code = await lab.run(task, attempt=2)
+    assert (outcome.outcome, code) == (Outcome.FENCED, ExitCode.FENCED)
+
+
+async def test_a_fence_that_comes_after_the_commit_is_late(lab: Lab) -> None:
+    lab.write(sentences(5))
+    task = lab.task()
+
+    async def raise_fence() -> None:
+        await lab.fetch("INSERT INTO task_fences (task_uid, reason) VALUES ($1, 'Canceled')", uuid.UUID(task.metadata.uid))
+
+    done = await run_watched(task, lab.settings(), lab.embedder, Reached("ledger.commit 1 after", raise_fence))
+    assert done.reason == "Completed"
+    assert await lab.published() == 1
+
+
+@pytest.mark.parametrize("point", ["vectors.write 1 after", "texts.stored 1 after", "ledger.commit 1 before"])
+async def test_a_newer_task_that_is_overtaken_still_wins(lab: Lab, point: str) -> None:
+    """The older task begins later, publishes first, and removes the rows of the newer one, which has the lower number."""
+    lab.write(sentences(40), "new.txt")
+    lab.write(sentences(30), "old.txt")
+
+    async def overtake() -> None:
+        outcome, _ = await lab.run(lab.task("old.txt", at=5, documentId="a.txt"))
+        assert outcome.reason == "Completed"
+
+    task = lab.task("new.txt", at=10, documentId="a.txt")
+    done = await run_watched(task, lab.settings(verify_seconds=5), lab.embedder, Reached(point, overtake))
+    assert done.reason == "Completed"
+    assert await lab.versions() == {3: (40, 40)}
+    assert await lab.published() == 3
+
+
+@pytest.mark.parametrize("point", ["vectors.write 1 after", "texts.stored 1 after", "ledger.commit 1 before"])
+async def test_an_older_task_that_is_overtaken_is_superseded(lab: Lab, point: str) -> None:
+    lab.write(sentences(40), "new.txt")
+    lab.write(sentences(30), "old.txt")
+
+    async def overtake() -> None:
+        outcome, _ = await lab.run(lab.task("new.txt", at=10, documentId="a.txt"))
+        assert outcome.reason == "Completed"
+
+    task = lab.task("old.txt", at=5, documentId="a.txt")
+    done = await run_watched(task, lab.settings(verify_seconds=5), lab.embedder, Reached(point, overtake))
+    assert done.reason == "Superseded"
+    assert (await lab.versions())[2] == (40, 40)
+    assert await lab.published() == 2
+
+
+async def test_eight_tasks_on_one_knowledge_base_and_two_on_one_document(lab: Lab) -> None:
+    for number in range(4):
+        lab.write(sentences(20 + number), f"{number}.txt")
+    tasks = [lab.task(f"{number}.txt", at=at, documentId=f"d{number}") for number in range(4) for at in (0, 1)]
+    ended = await asyncio.gather(*(lab.run(task) for task in tasks))
+    assert all(code is ExitCode.SUCCEEDED for _, code in ended), ended
+    for number in range(4):
+        published = await lab.published(f"d{number}")
+        versions = await lab.versions(f"d{number}")
+        assert versions[published or 0] == (20 + number, 20 + number)
+
+
+# --------------------------------------------------------------------------------------------------------- ends of all
+
+
+async def test_a_stop_hands_the_attempt_back_and_the_next_one_goes_on(lab: Lab) -> None:
+    lab.embedder = PackagedEmbedder()
+    (lab.documents / "a.txt").write_text(
+        "".join(f"这是第{number}句，讲的是知识库的备份与恢复办法。" for number in range(6000))
+    )
+    task = lab.task(chunkSize=300)
+    process = lab.command("job_runner", "run", lab.task_file(task))
+    await lab.stores.vectors.ensure()
+    async with asyncio.timeout(60):
+        while len(await lab.stores.vectors.stored(lab.document_id("a.txt"), 1)) < 64:
+            assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    output, errors = await asyncio.to_thread(process.communicate, timeout=5)
+    assert process.returncode == ExitCode.HANDED_BACK, errors
+    assert AttemptOutcome.parse(output).reason == "HandedBack"  # type: ignore[union-attr]  # None fails the test
+    assert await lab.published() is None
+    outcome, _ = await lab.run(task)
+    assert (counts(outcome)[2] or 0) >= 64
+
+
+async def test_an_attempt_ends_at_its_timeout(lab: Lab) -> None:
+    lab.write(sentences(1000))
+    outcome, code = await lab.run(lab.task(timeout="2s"), embedder=HashEmbedder(seconds=0.5))
+    assert (code, outcome.reason) == (ExitCode.RETRYABLE, "Timeout")
+    assert outcome.error is not None
+    assert "cannot finish within 2s" in outcome.error.message
+
+
+@pytest.mark.parametrize("variable", ["TASKS_POSTGRES_URL", "TASKS_MILVUS_URL", "TASKS_ELASTICSEARCH_URL"])
+async def test_a_store_that_is_down_gives_the_attempt_back(lab: Lab, variable: str) -> None:
+    lab.embedder = PackagedEmbedder()
+    lab.write(sentences(3))
+    down = {"TASKS_POSTGRES_URL": "postgresql://nobody@127.0.0.1:9/none"}.get(variable, "http://127.0.0.1:9")
+    process = lab.command("job_runner", "run", lab.task_file(lab.task()), environment={variable: down})
+    output, errors = await asyncio.to_thread(process.communicate, timeout=60)
+    assert process.returncode == ExitCode.STORE_UNAVAILABLE, errors
+    outcome = AttemptOutcome.parse(output)
+    assert outcome is not None
+    assert (outcome.outcome, outcome.reason) == (Outcome.GIVEN_BACK, "StoreUnavailable")
+    assert outcome.error is not None
+    assert f"check {variable}" in outcome.error.message
+
+
+async def test_a_broken_pdf_fails_at_once_and_says_why(lab: Lab) -> None:
+    lab.embedder = PackagedEmbedder()
+    shutil.copy(EXAMPLES / "broken.pdf", lab.documents)
+    task = lab.task("broken.pdf")
+    process = lab.command("job_runner", "run", lab.task_file(task))
+    output, errors = await asyncio.to_thread(process.communicate, timeout=30)
+    assert process.returncode == ExitCode.PERMANENT, errors
+    outcome = AttemptOutcome.parse(output)
+    assert outcome is not None
+    assert outcome.error is not None
+    assert (outcome.reason, outcome.error.stage, outcome.error.retryable) == ("DocumentUnreadable", "parse", False)
+    # The kubelet and the operator's fall-back say the same.
+    assert AttemptOutcome.parse((lab.folder / "termination-log").read_text()) == outcome
+    row = await lab.fetch("SELECT outcome FROM task_results WHERE task_uid = $1", uuid.UUID(task.metadata.uid))
+    assert AttemptOutcome.parse(row) == outcome
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason", "message"),
+    [
+        ({"filePath": "missing.txt"}, "DocumentNotFound", "cannot find missing.txt"),
+        ({"filePath": "../a.txt"}, "DocumentRefused", "not below the document volume"),
+        ({"embeddingModel": "other"}, "InvalidTask", "cannot embed with 'other'"),
+        ({"chunkSize": 100, "chunkOverlap": 100}, "InvalidTask", "overlap must be"),
+        ({"metadata": {"k": "\x00" * 1000} | {str(n): "\x01" * 1000 for n in range(12)}}, "InvalidTask", "payload.metadata"),
+    ],
+)
+async def test_tasks_that_cannot_succeed_say_why(lab: Lab, payload: dict[str, Any], reason: str, message: str) -> None:
+    lab.write(sentences(3))
+    task = lab.task(**{"file": payload.pop("filePath", "a.txt"), **payload})
+    outcome, code = await lab.run(task)
+    assert (code, outcome.reason) == (ExitCode.PERMANENT, reason)
+    assert outcome.error is not None
+    assert message in outcome.error.message
+
+
+async def test_too_many_chunks_are_refused_before_any_work(lab: Lab) -> None:
+    lab.write(sentences(20))
+    outcome, code = await lab.run(lab.task(), max_chunks=10)
+    assert (code, outcome.reason) == (ExitCode.PERMANENT, "DocumentRefused")
+    assert lab.embedded == 0
+
+
+async def test_a_knowledge_base_of_another_model_is_refused(lab: Lab) -> None:
+    lab.write(sentences(3))
+    await lab.run(lab.task(at=0))
+    other = HashEmbedder()
+    other.fingerprint = "hash-2"
+    outcome, code = await lab.run(lab.task(at=1, documentId="b"), embedder=other)
+    assert (code, outcome.reason) == (ExitCode.PERMANENT, "ModelMismatch")
+
+
+# -------------------------------------------------------------------------------------------- without a cluster, by hand
+
+
+async def test_the_command_line_from_a_file_to_an_answer(lab: Lab) -> None:
+    lab.embedder = PackagedEmbedder()
+    lab.take_own_knowledge_base()
+    shutil.copy(EXAMPLES / "operations-guide.zh.md", lab.documents)
+    manifest = lab.folder / "task.yaml"
+    manifest.write_text(f"""
+apiVersion: tasks.zzdsj.io/v1
+kind: ProcessingTask
+metadata: {{name: guide, namespace: {NAMESPACE}}}
+spec:
+  type: document_processing
+  kbId: {lab.kb_id}
+  payload: {{filePath: operations-guide.zh.md}}
+""")
+
+    async def call(*arguments: str) -> tuple[int, str, str]:
+        process = lab.command("job_runner", *arguments)
+        output, errors = await asyncio.to_thread(process.communicate, timeout=60)
+        return process.returncode, output, errors
+
+    assert await call("migrate") == (0, "the tables are up to date\n", "")
+    code, output, errors = await call("run", str(manifest))
+    assert code == 0, errors
+    assert all(json.loads(line) for line in errors.splitlines()), "logs are JSON"
+    where = ("--namespace", NAMESPACE, "--kb-id", lab.kb_id, "--query", "柴油发电机多久启动", "--top-k", "1")
+    code, output, errors = await call("search", "--json", *where)
+    assert code == 0, errors
+    hits = [json.loads(line) for line in output.splitlines()]
+    assert [hit["store"] for hit in hits] == ["milvus", "elasticsearch"]
+    for hit in hits:
+        assert (hit["documentId"], hit["version"], hit["pageStart"]) == ("operations-guide.zh.md", 1, None)
+        assert "七、应急处理" in " ".join(hit["headingPath"]) or hit["headingPath"]
+        assert "九十秒" in hit["text"]
+    code, output, _ = await call("search", *where)
+    assert "Milvus, by meaning" in output
+    assert "operations-guide.zh.md (version 1)" in output
+    assert await call("search", "--kb-id", "nothing", "--query", "x") == (
+        65,
+        "",
+        "cannot search nothing: namespace default has no such knowledge base; check both names\n",
+    )
+    code, output, _ = await call("health")
+    assert code == 0
+    assert output.count("healthy") >= 5

@@ -1,0 +1,330 @@
+"""A knowledge base of its own for a test of the runner, on real stores: tasks, attempts, and what the stores hold after."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import numpy as np
+import numpy.typing as npt
+
+from job_runner.attempt import identity, run_attempt
+from job_runner.embed import normalized
+from job_runner.index import Generation
+from job_runner.ledger import Ledger
+from job_runner.pipeline import DocumentPipeline, Done
+from job_runner.progress import SilentProgress
+from job_runner.settings import Settings
+from job_runner.stores import Stores, opener
+from task_contract.lifecycle import ExitCode
+from task_contract.messages import AttemptOutcome
+from task_contract.models import ProcessingTask
+
+NAMESPACE = "test"
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class HashEmbedder:
+    """A model that takes no time: equal texts have equal vectors, and each computed text is counted in a file."""
+
+    name = "hash"
+    fingerprint = "hash-1"
+    dimension = 16
+    max_tokens = None
+
+    def __init__(self, counter: Path | None = None, *, seconds: float = 0) -> None:
+        self._counter = counter
+        self._seconds = seconds
+
+    def count_tokens(self, text: str) -> int:
+        return len(text)
+
+    def warm_up(self) -> None:
+        pass
+
+    def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        time.sleep(self._seconds)
+        if self._counter is not None:
+            with self._counter.open("a") as file:
+                file.writelines("x\n" for _ in texts)
+        drawn = [np.random.default_rng(abs(hash_of(text))).normal(size=self.dimension) for text in texts]
+        return normalized(np.array(drawn, dtype=np.float32), dimension=self.dimension)
+
+
+def hash_of(text: str) -> int:
+    return int.from_bytes(uuid.uuid5(uuid.NAMESPACE_OID, text).bytes[:8], "big")
+
+
+class Reached:
+    """Acts at a point of the pipeline: ``"texts.write 2 before"`` is before the second write of rows to Elasticsearch."""
+
+    def __init__(self, point: str, act: Callable[[], Awaitable[None]]) -> None:
+        name, number, side = point.split()
+        self._wanted = name, int(number), side
+        self._act = act
+        self._counts: dict[str, int] = {}
+
+    async def before(self, name: str) -> int:
+        """Count a call that begins; return its number."""
+        self._counts[name] = number = self._counts.get(name, 0) + 1
+        await self._at(name, number, "before")
+        return number
+
+    async def after(self, name: str, number: int) -> None:
+        await self._at(name, number, "after")
+
+    async def _at(self, *point: object) -> None:
+        if point == self._wanted:
+            await self._act()
+
+
+class Watched:
+    """Stands before a ledger or a store, and tells `reached` of each call."""
+
+    def __init__(self, inner: Any, name: str, reached: Reached) -> None:
+        self._inner = inner
+        self._name = name
+        self._reached = reached
+
+    def __getattr__(self, method: str) -> Any:
+        call = getattr(self._inner, method)
+
+        async def watched(*arguments: Any, **options: Any) -> Any:
+            number = await self._reached.before(f"{self._name}.{method}")
+            answer = await call(*arguments, **options)
+            await self._reached.after(f"{self._name}.{method}", number)
+            return answer
+
+        return watched
+
+
+async def run_watched(task: ProcessingTask, settings: Settings, embedder: Any, reached: Reached) -> Done:
+    """Run the pipeline of a task with every call to ledger and stores watched."""
+    uid, created_at = identity(task)
+    ledger = Ledger(settings.postgres_url.get_secret_value())
+    open_stores = opener(settings, dimension=embedder.dimension)
+
+    def watched_stores(generation: Generation) -> Stores:
+        stores = open_stores(generation)
+        return Stores(
+            vectors=Watched(stores.vectors, "vectors", reached),
+            texts=Watched(stores.texts, "texts", reached),
+        )
+
+    try:
+        return await DocumentPipeline(
+            task,
+            uid=uid,
+            created_at=created_at,
+            settings=settings,
+            ledger=Watched(ledger, "ledger", reached),  # type: ignore[arg-type]  # passes every method on
+            embedder=embedder,
+            open_stores=watched_stores,
+            progress=SilentProgress(),
+        ).run()
+    finally:
+        await ledger.aclose()
+
+
+class Lab:
+    """Documents and tasks of one test. Tests share knowledge bases, one a model: a new collection takes Milvus seconds."""
+
+    def __init__(self, urls: dict[str, str], *, folder: Path, knowledge_bases: "KnowledgeBases") -> None:
+        self._knowledge_bases = knowledge_bases
+        self._own: str | None = None
+        self._key = uuid.uuid4().hex[:8]
+        self.folder = folder
+        self.documents = folder / "documents"
+        self.documents.mkdir()
+        self.environment = {
+            **urls,
+            "TASKS_DOCUMENT_ROOT": str(self.documents),
+            "TASKS_TERMINATION_LOG": str(folder / "termination-log"),
+        }
+        (folder / "termination-log").touch()
+        self.counter = folder / "embedded"
+        self.counter.touch()
+        self.embedder: Any = HashEmbedder(self.counter)
+
+    @property
+    def kb_id(self) -> str:
+        return self._own or self._knowledge_bases.of(self.embedder.dimension)
+
+    def take_own_knowledge_base(self) -> None:
+        self._own = self._knowledge_bases.new(self.embedder.dimension)
+
+    def document_id(self, name: str) -> str:
+        """Return the identity of a document of this test."""
+        return f"{self._key}/{name}"
+
+    def settings(self, **changes: object) -> Settings:
+        given = {name.removeprefix("TASKS_").lower(): value for name, value in self.environment.items()}
+        return Settings.model_validate({**given, "holder": uuid.uuid4().hex, "log_level": "warning", **changes})
+
+    def task(
+        self, file: str = "a.txt", *, uid: UUID | None = None, at: int = 0, timeout: str | None = None, **payload: object
+    ) -> ProcessingTask:
+        """Return a task; ``at`` is its creation in seconds after noon."""
+        payload["documentId"] = self.document_id(str(payload.get("documentId", file)))
+        spec: dict[str, object] = {
+            "type": "document_processing",
+            "kbId": self.kb_id,
+            "payload": {"filePath": file, "chunkSize": 100, "chunkOverlap": 0, **payload},
+        }
+        if timeout is not None:
+            spec["timeout"] = timeout
+        created = (NOON + timedelta(seconds=at)).isoformat()
+        metadata = {"name": "a", "namespace": NAMESPACE, "uid": str(uid or uuid.uuid4()), "creationTimestamp": created}
+        return ProcessingTask.model_validate({"metadata": metadata, "spec": spec})
+
+    def write(self, sentences: Sequence[str], file: str = "a.txt") -> None:
+        """Write a document of which each sentence becomes one chunk (with the chunk size of :meth:`task`)."""
+        new = self.documents / f"{file}.new"
+        new.write_text("\n\n".join(sentence.ljust(90, ".") + " end." for sentence in sentences))
+        new.rename(self.documents / file)
+
+    async def run(
+        self, task: ProcessingTask, *, embedder: Any = None, **settings: object
+    ) -> tuple[AttemptOutcome, ExitCode]:
+        """Carry out one attempt in this process."""
+        return await run_attempt(
+            task,
+            settings=self.settings(**settings),
+            started=time.monotonic(),
+            make=lambda name: embedder or self.embedder,
+        )
+
+    def command(self, *arguments: str, environment: dict[str, str] | None = None, **options: Any) -> "subprocess.Popen[str]":
+        """Start the runner's command line."""
+        return subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            env={
+                "PATH": os.environ["PATH"],
+                "PYTHONPATH": f"{ROOT}:{ROOT / 'crds'}",
+                **self.environment,
+                **(environment or {}),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=self.folder,
+            **options,
+        )
+
+    def task_file(self, task: ProcessingTask) -> str:
+        path = self.folder / f"{uuid.uuid4().hex}.json"
+        path.write_text(json.dumps(task.manifest()))
+        return str(path)
+
+    @property
+    def embedded(self) -> int:
+        """How many texts were computed in all."""
+        return len(self.counter.read_text().splitlines())
+
+    @cached_property
+    def stores(self) -> Stores:
+        return opener(self.settings(), dimension=self.embedder.dimension)(Generation(NAMESPACE, self.kb_id, 1))
+
+    async def versions(self, document: str = "a.txt", *, up_to: int = 9) -> dict[int, tuple[int, int]]:
+        """Return version → (rows in Milvus, rows in Elasticsearch) for the versions that have any."""
+        found = {}
+        for version in range(1, up_to + 1):
+            counts = await asyncio.gather(
+                self.stores.vectors.stored(self.document_id(document), version),
+                self.stores.texts.stored(self.document_id(document), version),
+            )
+            if counts[0] or counts[1]:
+                found[version] = (len(counts[0]), len(counts[1]))
+        return found
+
+    async def contents(self, document: str = "a.txt") -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return the rows of a document, of all versions, in both stores, in order, without what differs between tasks."""
+        vectors: Any = self.stores.vectors
+        texts: Any = self.stores.texts
+        await vectors.ensure()
+        identity = self.document_id(document)
+        rows = await vectors._run("read", vectors._query, f'document_id == "{identity}"', ["*"])
+        await texts.stored(identity, 1)  # refreshes
+        query = {"term": {"document_id": identity}}
+        hits = (await texts._client.search(index=texts._name, query=query, size=10_000))["hits"]["hits"]
+        dropped = {"task_uid", "embedding", "metadata_pairs", "id", "version"}
+
+        def plain(row: dict[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in row.items() if name not in dropped}
+
+        def ordered(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            return sorted((plain(row) for row in found), key=lambda row: int(row["ordinal"]))
+
+        return ordered([dict(row) for row in rows]), ordered([hit["_source"] for hit in hits])
+
+    async def fetch(self, query: str, *arguments: object) -> Any:
+        """Ask PostgreSQL for one value."""
+        connection = await asyncpg.connect(self.environment["TASKS_POSTGRES_URL"])
+        try:
+            return await connection.fetchval(query, *arguments)
+        finally:
+            await connection.close()
+
+    async def published(self, document: str = "a.txt") -> int | None:
+        found: int | None = await self.fetch(
+            "SELECT published_version FROM documents WHERE namespace = $1 AND kb_id = $2 AND document_id = $3",
+            NAMESPACE,
+            self.kb_id,
+            self.document_id(document),
+        )
+        return found
+
+    async def aclose(self) -> None:
+        await self.stores.aclose()
+
+
+class KnowledgeBases:
+    """Those of one test module; dropped from both stores at its end."""
+
+    def __init__(self, urls: dict[str, str]) -> None:
+        self._urls = urls
+        self._shared: dict[int, str] = {}
+        self._all: list[tuple[str, int]] = []
+
+    def of(self, dimension: int) -> str:
+        if dimension not in self._shared:
+            self._shared[dimension] = self.new(dimension)
+        return self._shared[dimension]
+
+    def new(self, dimension: int) -> str:
+        kb_id = f"lab-{uuid.uuid4().hex[:12]}"
+        self._all.append((kb_id, dimension))
+        return kb_id
+
+    async def drop(self) -> None:
+        settings = Settings.model_validate(
+            {name.removeprefix("TASKS_").lower(): value for name, value in self._urls.items()}
+        )
+        for kb_id, dimension in self._all:
+            stores: Any = opener(settings, dimension=dimension)(Generation(NAMESPACE, kb_id, 1))
+            await drop(stores.vectors, stores.texts)
+
+
+async def drop(vectors: Any, texts: Any) -> None:
+    """Remove the collection and the index of a generation, if they are there, and close both stores."""
+
+    def drop_collection() -> None:
+        if vectors._client.has_collection(vectors._name):
+            vectors._client.drop_alias(vectors._generation.alias)
+            vectors._client.drop_collection(vectors._name)
+
+    await vectors._run("drop", drop_collection)
+    await texts._client.options(ignore_status=404).indices.delete(index=texts._name)
+    await vectors.aclose()
+    await texts.aclose()
