@@ -39,11 +39,13 @@ def poll(what: str, check: Callable[[], bool], *, seconds: float = 60) -> None:
 
 
 def search(installed: Installed, *, kb_id: str, query: str) -> dict[str, dict[str, Any]]:
-    """Return the best hit of each store."""
+    """Return the best hit of each store; nothing for a knowledge base into which nothing was ever written."""
     command = [sys.executable, "-m", "job_runner", "search", "--json", "--top-k", "1", "--query", query]
     command += ["--namespace", installation.TASK_NAMESPACE, "--kb-id", kb_id]
     environment = os.environ | installed.endpoints.host_urls
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    if "has no such knowledge base" in answer.stderr:
+        return {}
     assert answer.returncode == 0, answer.stderr
     return {hit["store"]: hit for hit in map(json.loads, answer.stdout.splitlines())}
 
