@@ -98,7 +98,7 @@ def describe() -> str:
     """Return the variables with their meaning and defaults, for ``--help``."""
     lines = []
     for name, field in Settings.model_fields.items():
-        default = "required" if field.is_required() else field.get_default(call_default_factory=False)
-        shown = "" if default is None else f" [{default}]"
+        default = "required" if field.is_required() else field.default
+        shown = "" if field.default_factory is not None or default is None else f" [{default}]"
         lines.append(f"  {PREFIX}{name.upper()}{shown}\n      {field.description}")
     return "\n".join(lines)
