@@ -139,16 +139,23 @@ async def _ended(
     current = asyncio.ensure_future(work())
     stopped = False
 
+    def end() -> None:
+        """Cancel, and again each second: a library may swallow a cancellation that meets its own timeout."""
+        if not current.done():
+            current.cancel()
+            loop.call_later(1, end)
+
     def stop() -> None:
         nonlocal stopped
         stopped = True
         log.info("asked to stop: the attempt is handed back")
-        current.cancel()
+        end()
 
+    # They stay until the loop is closed: a signal that comes while the outcome is being written must not cut it off.
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     # Monotonic clocks of Linux are one clock: loop.time() and time.monotonic() agree.
-    timer = loop.call_at(until, current.cancel)
+    timer = loop.call_at(until, end)
     try:
         outcome: AttemptOutcome = await current
     except asyncio.CancelledError:
@@ -166,8 +173,6 @@ async def _ended(
         return outcome, ExitCode.SUCCEEDED if outcome.error is None else ExitCode.RETRYABLE
     finally:
         timer.cancel()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
     return AttemptOutcome.of_error(error, attempt=attempt), exit_code(error)
 
 

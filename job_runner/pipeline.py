@@ -425,12 +425,12 @@ class DocumentPipeline:
         A stop or a timeout that comes meanwhile is late: the task succeeds. Every call in it has a timeout of its own.
         """
         task = asyncio.create_task(publishing)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if task.cancelled():
-                raise
-            return await task
+        while True:
+            try:
+                return await asyncio.shield(task)
+            except asyncio.CancelledError:
+                if task.cancelled():
+                    raise
 
     async def _publish(
         self, intent: Intent, read: _Read, counts: tuple[int, int], *, embedded: int, stores: Stores

@@ -338,6 +338,36 @@ async def test_a_stop_hands_the_attempt_back_and_the_next_one_goes_on(lab: Lab) 
     assert (counts(outcome)[2] or 0) >= 64
 
 
+@pytest.mark.parametrize("point", ["ledger.commit 1 before", "ledger.commit 1 after", "vectors.delete_below 1 after"])
+async def test_what_is_being_published_is_not_interrupted(lab: Lab, point: str) -> None:
+    lab.write(sentences(5))
+    work: asyncio.Task[Any]
+
+    async def cancel() -> None:
+        for _ in range(3):  # a stop, a timeout, and once more
+            work.cancel()
+            await asyncio.sleep(0)
+
+    work = asyncio.create_task(run_watched(lab.task(), lab.settings(), lab.embedder, Reached(point, cancel)))
+    assert (await work).reason == "Completed"
+    assert await lab.versions() == {1: (5, 5)}
+    assert await lab.published() == 1
+
+
+@pytest.mark.parametrize("point", ["ledger.begin 1 after", "vectors.write 1 before", "texts.stored 1 after"])
+async def test_before_that_it_is_interrupted_at_once(lab: Lab, point: str) -> None:
+    lab.write(sentences(40))
+    work: asyncio.Task[Any]
+
+    async def cancel() -> None:
+        work.cancel()
+
+    work = asyncio.create_task(run_watched(lab.task(), lab.settings(), lab.embedder, Reached(point, cancel)))
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    assert await lab.published() is None
+
+
 async def test_an_attempt_ends_at_its_timeout(lab: Lab) -> None:
     lab.write(sentences(1000))
     outcome, code = await lab.run(lab.task(timeout="2s"), embedder=HashEmbedder(seconds=0.5))
