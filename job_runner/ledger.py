@@ -260,6 +260,16 @@ class Ledger:
             )
             return {row["document_id"]: row["published_version"] for row in rows}
 
+    async def is_empty(self, *, namespace: str, kb_id: str) -> bool:
+        """Return whether readers see no document at all; its collection and its index may not exist yet."""
+        async with self._connection("read the published versions") as connection:
+            return not await connection.fetchval(
+                "SELECT EXISTS (SELECT FROM documents"
+                " WHERE namespace = $1 AND kb_id = $2 AND published_version IS NOT NULL)",
+                namespace,
+                kb_id,
+            )
+
     async def knowledge_base(self, *, namespace: str, kb_id: str) -> tuple[int, str, int] | None:
         """Return generation, model fingerprint and dimension of a knowledge base; ``None`` for one that is not there."""
         async with self._connection("read the knowledge base") as connection:

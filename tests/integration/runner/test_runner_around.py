@@ -7,11 +7,12 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
+import asyncpg
 import pytest
 import redis.asyncio
 
 from job_runner import health
-from job_runner.index import Hit
+from job_runner.index import Generation, Hit
 from job_runner.ledger import Ledger
 from job_runner.progress import RedisProgress
 from job_runner.search import search
@@ -203,4 +204,33 @@ async def test_only_what_is_published_is_found_however_much_stands_before_it(lab
         await found(lab.kb_id, other)
     with pytest.raises(DocumentNotFound, match="no such knowledge base"):
         await found("nothing", HashEmbedder())
+    await ledger.aclose()
+
+
+async def test_before_the_first_publication_nothing_is_found_and_no_store_is_asked(lab: Lab) -> None:
+    url = lab.settings().postgres_url.get_secret_value()
+    connection = await asyncpg.connect(url)
+    await connection.execute(
+        "INSERT INTO knowledge_bases (namespace, kb_id, model_fingerprint, dimension) VALUES ($1, $2, $3, $4)",
+        NAMESPACE,
+        lab.kb_id,
+        HashEmbedder().fingerprint,
+        HashEmbedder().dimension,
+    )
+    await connection.close()
+    ledger = Ledger(url)
+
+    def no_stores(generation: Generation) -> Stores:
+        raise AssertionError(f"{generation} was opened")
+
+    answers = await search(
+        "one",
+        namespace=NAMESPACE,
+        kb_id=lab.kb_id,
+        top_k=2,
+        ledger=ledger,
+        embedder=HashEmbedder(),
+        open_stores=no_stores,
+    )
+    assert (answers.milvus, answers.elasticsearch) == ([], [])
     await ledger.aclose()
