@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 UV_VERSION := 0.13.9
 PACKAGES := crds operator job_runner client devstack tests
 
-.PHONY: help demo test test-unit test-integration test-e2e bench lint format generate lock images up down status clean
+.PHONY: help demo test test-unit test-integration test-e2e bench lint format generate lock images up down status logs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[1m%-17s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ down: $(READY) ## Stop the devstack; nothing of it is left running
 
 status: $(READY) ## What of the devstack runs
 	@$(BIN)/python -m devstack status
+
+logs: $(READY) ## The ends of all logs: devstack processes, operator, the youngest pods (LINES=50 for more)
+	@$(BIN)/python -m devstack logs --lines $(or $(LINES),15)
 
 clean: ## Remove what was built here (the cache of builds stays: rm -r ~/.cache/processing-tasks)
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis $(VENV)

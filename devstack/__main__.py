@@ -1,8 +1,9 @@
-"""Command line of the devstack: up, down, status, env, images, and the product on it: install, uninstall, demo."""
+"""Command line of the devstack: up, down, status, logs, env, images, and the product on it: install, uninstall, demo."""
 
 import argparse
 import os
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from devstack.cache import cache_dir, state_dir
 from devstack.process import Process, find, log_path
 from devstack.progress import DevstackError, say
 
+_LINE = 400
+"""Characters of a log's line that `logs` shows."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -99,6 +102,39 @@ def _status(_: argparse.Namespace) -> int:
     return 0 if all(row.process for row in listed) else 3
 
 
+def _logs(options: argparse.Namespace) -> int:
+    """Show the ends of the logs: the devstack's processes, the operator, and the youngest pods of tasks."""
+    from devstack import installation
+
+    def show(title: str, text: str) -> None:
+        lines = [
+            line if len(line) <= _LINE else f"{line[:_LINE]}..." for line in text.strip().splitlines()[-options.lines :]
+        ]
+        print(f"==> {title} <==", *lines or ["(nothing)"], "", sep="\n")
+
+    for row in rows():
+        path = log_path(row.name)
+        if path.exists():
+            state = "running" if row.process else "stopped"
+            show(f"{row.part}: {row.name} ({state}), {path}", path.read_text(errors="replace"))
+    if find("apiserver") is None:
+        say("The API server does not run: no logs of the operator and of tasks.")
+        return 0
+    reach = [str(tools.kubectl()), f"--kubeconfig={cluster.kubeconfig()}"]
+
+    def kubectl(*arguments: str) -> str:
+        done = subprocess.run([*reach, *arguments], capture_output=True, text=True, timeout=60, check=False)
+        return done.stdout + done.stderr
+
+    tail = f"--tail={options.lines}"
+    operator = f"deploy/{installation.RELEASE}-operator"
+    show("operator", kubectl("logs", "-n", installation.SYSTEM_NAMESPACE, operator, "--all-containers", tail))
+    youngest = ["--sort-by=.metadata.creationTimestamp", "--no-headers", "--output=custom-columns=:metadata.name"]
+    for pod in kubectl("get", "pods", "-n", installation.TASK_NAMESPACE, *youngest).split()[-options.pods :]:
+        show(f"pod {pod}", kubectl("logs", "-n", installation.TASK_NAMESPACE, pod, "--all-containers", tail))
+    return 0
+
+
 def _env(_: argparse.Namespace) -> int:
     endpoints = devstack.endpoints()
     for name, value in {"KUBECONFIG": str(endpoints.kubeconfig), **endpoints.host_urls}.items():
@@ -170,6 +206,10 @@ def _parser() -> argparse.ArgumentParser:
     down.set_defaults(command=_down)
     status = commands.add_parser("status", help="show what runs, since when and its memory; exit code 3 unless all do")
     status.set_defaults(command=_status)
+    logs = commands.add_parser("logs", help="show the ends of all logs: processes, operator, the youngest pods of tasks")
+    logs.add_argument("--lines", type=int, default=15, metavar="N", help="lines of each (default: 15)")
+    logs.add_argument("--pods", type=int, default=3, metavar="N", help="so many pods of tasks (default: 3)")
+    logs.set_defaults(command=_logs)
     env = commands.add_parser("env", help='print exports for a shell: eval "$(python -m devstack env)"')
     env.set_defaults(command=_env)
     image = commands.add_parser("images", help="build the images, load them into a running node, print sizes by package")

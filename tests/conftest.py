@@ -5,11 +5,13 @@ minutes is not under the time limit of a test.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
 from devstack import PARTS, Endpoints
+from devstack import endpoints as where
+from tests.support import evidence
 from tests.support.devstack import bring_up, fresh_namespace, started_here
 
 FIXTURES = {"cluster": ["cluster"], "node": ["cluster", "node"], "stores": ["stores"], "devstack_node": list(PARTS)}
@@ -54,6 +56,18 @@ def namespace(cluster: Endpoints) -> Iterator[str]:
     """A fresh namespace under Pod Security `restricted`; deleted after the test."""
     with fresh_namespace(cluster) as name:
         yield name
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add to the report of a failed test what its namespaces in the cluster show."""
+    report = yield
+    if report.failed and isinstance(item, pytest.Function) and call.when in {"setup", "call"}:
+        for namespace in evidence.namespaces(item.funcargs):
+            report.sections += evidence.gather(where(), namespace)
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,6 +1,5 @@
 """Fixtures of the end-to-end tests: the product installed with its chart, as a user installs it."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,20 +40,3 @@ def installed(devstack_node: Endpoints) -> Installed:
         client=TaskClient(kubernetes.client.CustomObjectsApi(api), namespace=installation.TASK_NAMESPACE),
         documents=documents,
     )
-
-
-@pytest.fixture(autouse=True)
-def told_when_it_fails(request: pytest.FixtureRequest, installed: Installed) -> Iterator[None]:
-    """After a failed test, print the tasks, the pods' logs and the operator's."""
-    failed_before = request.session.testsfailed
-    yield
-    if request.session.testsfailed == failed_before:
-        return
-    for command in (
-        ["get", "ptask,job,pod", "-o", "wide"],
-        ["get", "ptask", "-o", "yaml"],
-        ["logs", "--tail=40", "--prefix", "-l", "app.kubernetes.io/managed-by=processing-tasks"],
-        ["logs", "--tail=60", "-n", installation.SYSTEM_NAMESPACE, f"deploy/{installation.RELEASE}-operator"],
-    ):
-        answer = installed.kubectl.attempt(*command)
-        print(f"\n$ kubectl {' '.join(command)}\n{answer.stdout}{answer.stderr}")
