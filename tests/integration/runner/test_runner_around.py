@@ -7,7 +7,6 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-import asyncpg
 import pytest
 import redis.asyncio
 
@@ -208,17 +207,9 @@ async def test_only_what_is_published_is_found_however_much_stands_before_it(lab
 
 
 async def test_before_the_first_publication_nothing_is_found_and_no_store_is_asked(lab: Lab) -> None:
-    url = lab.settings().postgres_url.get_secret_value()
-    connection = await asyncpg.connect(url)
-    await connection.execute(
-        "INSERT INTO knowledge_bases (namespace, kb_id, model_fingerprint, dimension) VALUES ($1, $2, $3, $4)",
-        NAMESPACE,
-        lab.kb_id,
-        HashEmbedder().fingerprint,
-        HashEmbedder().dimension,
-    )
-    await connection.close()
-    ledger = Ledger(url)
+    # The knowledge base is known: the lab has entered it. Nothing was ever published.
+    ledger = Ledger(lab.settings().postgres_url.get_secret_value())
+    assert await ledger.knowledge_base(namespace=NAMESPACE, kb_id=lab.kb_id) is not None
 
     def no_stores(generation: Generation) -> Stores:
         raise AssertionError(f"{generation} was opened")
