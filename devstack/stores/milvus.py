@@ -37,6 +37,8 @@ SERVICE_PORT = 19530
 
 _DEFAULT_PORT = 19630  # not 19530, which a server of this machine's owner may hold
 _USER = "root"
+_HUNG = 20.0
+"""Seconds after which a server that runs without answering is replaced: seen after hours of collections coming and going."""
 _INITIAL_PASSWORD = "Milvus"  # noqa: S105 - what every Milvus begins with; ours replaces it at the first start
 _SESSIONS = "by-dev/meta/session/"  # etcd.rootPath and metaSubPath of the wheel's configuration
 _TEMPORARY = Path("/tmp/milvus")  # noqa: S108 - the server writes a small file there; no setting moves it
@@ -71,7 +73,14 @@ def up() -> None:
         "LD_LIBRARY_PATH": str(package / "bin"),
         **common.digest_of(*sorted(configuration.iterdir())),
     }
-    start(NAME, [str(package / "bin" / "milvus"), "run", "standalone"], env=environment, cwd=folder)
+    command = [str(package / "bin" / "milvus"), "run", "standalone"]
+    if not start(NAME, command, env=environment, cwd=folder):
+        try:
+            wait_until("an answer of Milvus", _is_ready, seconds=_HUNG, processes=[NAME])
+        except DevstackError:
+            say("    Milvus runs and does not answer: starting it anew, with its data")
+            stop(NAME, kill=True)
+            start(NAME, command, env=environment, cwd=folder)
     wait_until("an answer of Milvus", _is_ready, seconds=120, processes=[NAME])
     # Killed between start and here, it still has the initial password, and the next `up` changes it.
     if not _accepts(password(NAME)):
