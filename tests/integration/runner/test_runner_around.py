@@ -11,7 +11,7 @@ import pytest
 import redis.asyncio
 
 from job_runner import health
-from job_runner.index import Generation, Hit
+from job_runner.index import Hit
 from job_runner.ledger import Ledger
 from job_runner.progress import RedisProgress
 from job_runner.search import search
@@ -203,25 +203,4 @@ async def test_only_what_is_published_is_found_however_much_stands_before_it(lab
         await found(lab.kb_id, other)
     with pytest.raises(DocumentNotFound, match="no such knowledge base"):
         await found("nothing", HashEmbedder())
-    await ledger.aclose()
-
-
-async def test_before_the_first_publication_nothing_is_found_and_no_store_is_asked(lab: Lab) -> None:
-    # The knowledge base is known: the lab has entered it. Nothing was ever published.
-    ledger = Ledger(lab.settings().postgres_url.get_secret_value())
-    assert await ledger.knowledge_base(namespace=NAMESPACE, kb_id=lab.kb_id) is not None
-
-    def no_stores(generation: Generation) -> Stores:
-        raise AssertionError(f"{generation} was opened")
-
-    answers = await search(
-        "one",
-        namespace=NAMESPACE,
-        kb_id=lab.kb_id,
-        top_k=2,
-        ledger=ledger,
-        embedder=HashEmbedder(),
-        open_stores=no_stores,
-    )
-    assert (answers.milvus, answers.elasticsearch) == ([], [])
     await ledger.aclose()
