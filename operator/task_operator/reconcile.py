@@ -319,7 +319,8 @@ def _judge(observed: Observed, view: View, verdict: Verdict, *, now: datetime, r
         raise AssertionError("a verdict without content")
     failure = verdict.failure
     if not failure.retryable or view.attempt > task.spec.retry.limit:
-        return Decision(status=failed(task, failure, now=now, view=view, started_at=verdict.started_at))
+        status = failed(task, failure, now=now, view=view, result=verdict.result, started_at=verdict.started_at)
+        return Decision(status=status)
     delay = retry_delay(task.spec.retry, failures=view.attempt, random=random)
     retry_at = to_second(now + delay, up=delay > timedelta())
     retrying = status_in(

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from task_contract.lifecycle import conditions
 from task_contract.messages import AttemptOutcome
-from task_contract.models import Attempt, Executor, Failure, Phase, ProcessingTask, QueueStatus, Status
+from task_contract.models import Attempt, Executor, Failure, Phase, ProcessingTask, QueueStatus, Result, Status
 from task_operator.observation import Ending, View
 
 _ATTEMPTS_KEPT: Final = 5  # the bound of status.attempts
@@ -90,6 +90,7 @@ def failed(
     *,
     now: datetime,
     view: View | None = None,
+    result: Result | None = None,
     started_at: datetime | None = None,
 ) -> Status:
     """Return the status of a failed task; without ``view`` it failed before any attempt of this kind."""
@@ -113,6 +114,7 @@ def failed(
         queue=None,
         retry_at=None,
         error=failure,
+        result=result,
         finished_at=to_second(now),
         **changes,
     )

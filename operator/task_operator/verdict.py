@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 
 from task_contract.lifecycle import ExitCode
 from task_contract.messages import AttemptOutcome, Outcome
-from task_contract.models import Failure, Phase, QueueStatus
+from task_contract.models import Failure, Phase, QueueStatus, Result
 from task_operator.jobs import JobState, PodReport, pods_of
 from task_operator.observation import Decision, Need, Observed, Policy, Store, StoredOutcome
 from task_operator.statuses import clip
@@ -14,11 +14,13 @@ from task_operator.statuses import clip
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How an attempt ended: exactly one of the three is there."""
+    """How an attempt ended: exactly one of success, failure and given_back is there."""
 
     success: AttemptOutcome | None = None
     failure: Failure | None = None
     given_back: QueueStatus | None = None
+    result: Result | None = None
+    """What a failed attempt found all the same, such as the state of each component in a health check."""
     started_at: datetime | None = None
 
 
@@ -75,7 +77,7 @@ def verdict_of(outcome: AttemptOutcome, started: datetime | None) -> Verdict:
             # Nobody has ended the task, so another pod held the attempt: whether that one published, the next attempt sees.
             return Verdict(failure=error.model_copy(update={"retryable": True}), started_at=started)
         case Outcome.FAILED:
-            return Verdict(failure=error, started_at=started)
+            return Verdict(failure=error, result=outcome.result, started_at=started)
 
 
 def _verdict_of_kubernetes(job: JobState, pod: PodReport | None) -> Verdict:

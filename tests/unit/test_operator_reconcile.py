@@ -8,7 +8,7 @@ import pytest
 
 from task_contract.lifecycle import ARROWS
 from task_contract.messages import AttemptOutcome, Outcome, ProgressEvent
-from task_contract.models import Metadata, Phase, Stage, Status
+from task_contract.models import Component, ComponentHealth, Metadata, Phase, Result, Stage, Status
 from task_operator.jobs import Waiting
 from task_operator.observation import Decision, Fence, FenceState, Need, Observed, Refusal, Store, StoredOutcome
 from task_operator.reconcile import decide, refuse
@@ -842,6 +842,22 @@ def test_texts_that_are_too_long_for_a_status_are_cut() -> None:
     lost = decide(gone, now=at(NOW), random=0.5).status
     assert lost is not None
     Status.model_validate(lost.manifest())
+
+
+def test_a_failed_health_check_still_tells_the_state_of_each_component() -> None:
+    found = Result(
+        components=[ComponentHealth(name=Component.MILVUS, healthy=False, milliseconds=5000, message="no answer")]
+    )
+    outcome = failure("Unhealthy").model_copy(update={"result": found})
+    observed = Observed(
+        task=task(status=processing(), spec={"retry": {"limit": 0}}),
+        jobs=(failed(),),
+        answered=PODS,
+        pods=(ended_pod(outcome=outcome),),
+    )
+    status = decide(observed, now=at(NOW), random=0.5).status
+    assert status is not None
+    assert (status.phase, status.result) == (Phase.FAILED, found)
 
 
 def test_only_five_attempts_are_kept_and_the_number_goes_on() -> None:
