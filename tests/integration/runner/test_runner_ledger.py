@@ -67,8 +67,10 @@ async def test_a_version_is_visible_once_it_is_committed(ledger: Ledger) -> None
     assert (intent.standing, intent.version, intent.epoch, intent.resumed) == (Standing.WORK, 1, 1, False)
     assert intent.published is None
     assert await published(ledger, first) is None
+    assert await ledger.is_empty(namespace=first.namespace, kb_id=first.kb_id)
     assert await ledger.commit(intent, chunk_count=3) is Commit.DONE
     assert await published(ledger, first) == 1
+    assert not await ledger.is_empty(namespace=first.namespace, kb_id=first.kb_id)
     second = await ledger.begin(later(first, at=1))
     assert (second.standing, second.version) == (Standing.WORK, 2)
     assert second.published is not None
