@@ -42,9 +42,10 @@ _WEAK_BORDERS: Final = (re.compile(r"\n\s*"), re.compile(r"[，、：,;:]\s*"), 
 _NON_SPACE: Final = re.compile(r"\S")
 _COMBINING: Final = re.compile(r"[\u0300-\u036f\u200d\ufe00-\ufe0f\U0001f3fb-\U0001f3ff]")
 
-_HAN: Final = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-_KANA_HANGUL: Final = re.compile(r"[\u3040-\u30ff\uac00-\ud7af]")
-_LATIN: Final = re.compile(r"[A-Za-z\u00c0-\u024f]")
+# Runs and not single characters: a match costs more than the characters in it.
+_HAN: Final = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
+_KANA_HANGUL: Final = re.compile(r"[\u3040-\u30ff\uac00-\ud7af]+")
+_LATIN: Final = re.compile(r"[A-Za-z\u00c0-\u024f]+")
 _LANGUAGE_SAMPLE: Final = 600
 """Characters that decide the language of a chunk."""
 
@@ -100,7 +101,7 @@ def language_of(text: str) -> str:
     if text.isascii():
         return "en" if _LATIN.search(text) else "other"
     sample = text[:_LANGUAGE_SAMPLE]
-    han, kana_hangul, latin = (len(script.findall(sample)) for script in (_HAN, _KANA_HANGUL, _LATIN))
+    han, kana_hangul, latin = (sum(map(len, script.findall(sample))) for script in (_HAN, _KANA_HANGUL, _LATIN))
     if kana_hangul > han // 10 and kana_hangul * 4 > latin:
         return "other"
     if han * 4 > latin:  # a Chinese word has two characters where an English one has five and more
