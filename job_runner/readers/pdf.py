@@ -1,193 +1,14 @@
-"""From the bytes of a file to :class:`~job_runner.document.ParsedDocument`: PDF, Markdown and plain text.
+"""PDF: text without running heads and page numbers, lines joined to paragraphs, headings from the outline or from sizes."""
 
-These functions run in the child process of :mod:`job_runner.parse_child`, because a file may crash a library or ask for
-any amount of memory. They import nothing of the contract, so that the child starts in a fraction of a second; what goes
-wrong is a :class:`ReadingFailed` whose ``reason`` names an error of :mod:`task_contract.errors`.
-"""
-
-import codecs
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from job_runner.document import Heading, Kind, Page, ParsedDocument
-
-PARSER_VERSION: Final = "1"
-"""Part of the pipeline fingerprint: raise it whenever the same bytes would give another text, page or heading."""
-
-OnProgress = Callable[[int, int], None]
-"""Called with (pages done, pages in all)."""
-
-
-class ReadingFailed(Exception):
-    """A file cannot be read. ``reason`` is DocumentUnreadable, DocumentEmpty or DocumentRefused."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.message = message
-
-
-def read(path: Path, *, kind: Kind, name: str, on_progress: OnProgress = lambda done, total: None) -> ParsedDocument:
-    """Read a file of a known kind; ``name`` is what messages call it.
-
-    Raises :class:`ReadingFailed`.
-    """
-    match kind:
-        case Kind.PDF:
-            document = _read_pdf(path, name=name, on_progress=on_progress)
-        case Kind.MARKDOWN:
-            document = _markdown(decode(path.read_bytes(), name=name))
-        case Kind.TEXT:
-            document = _plain(decode(path.read_bytes(), name=name))
-    if not document.text.strip():
-        raise ReadingFailed("DocumentEmpty", f"cannot index {name}: there is no text in it")
-    return document
-
-
-# ------------------------------------------------------------------------------------------------------------- charset
-
-_BYTE_ORDER_MARKS: Final = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16: its mark starts with that of UTF-16
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-_GUESSED: Final = ("big5", "cp932", "euc_jp", "cp949", "cp1252", "cp1250", "cp1251", "koi8_r")
-"""Among these the guess is made: with all that Python knows, a few accents make a DOS code page of the Baltic likely."""
-_NON_ASCII: Final = re.compile(r"[^\x00-\x7f]")
-_CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f\ufffd]")
-_CHARSET_SAMPLE: Final = 4000
-_COMMON_SHARE: Final = 0.75
-"""Share of common characters from which a text counts as GB18030. Chinese prose has above 0.95; Big5, Shift-JIS and Latin
-texts that happen to decode have far less, as their bytes land on rare characters."""
-
-
-def decode(data: bytes, *, name: str) -> str:
-    r"""Return the text of a file with ``\n`` line ends: by its byte order mark, else UTF-8, GB18030, or the best guess."""
-    text = _decode(data, name=name)
-    if len(_CONTROL.findall(text, 0, 100_000)) > len(text[:100_000]) // 100:
-        raise ReadingFailed(
-            "DocumentRefused", f"cannot read {name}: it holds binary data, not text; give a PDF, Markdown or text file"
-        )
-    return _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
-
-
-def _decode(data: bytes, *, name: str) -> str:
-    for mark, encoding in _BYTE_ORDER_MARKS:
-        if data.startswith(mark):
-            try:
-                return data.decode(encoding)
-            except UnicodeDecodeError as error:
-                message = f"cannot read {name}: it is marked as {encoding} and byte {error.start} is not; save it as UTF-8"
-                raise ReadingFailed("DocumentUnreadable", message) from error
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        pass
-    try:
-        text = data.decode("gb18030")
-    except UnicodeDecodeError:
-        pass
-    else:
-        if _common_chinese(text) >= _COMMON_SHARE:
-            return text
-    # Imported here: most files are UTF-8, and the import costs as much as reading one.
-    import charset_normalizer
-
-    best = charset_normalizer.from_bytes(data[:1_000_000], cp_isolation=list(_GUESSED)).best()
-    if best is not None:
-        try:
-            return data.decode(best.encoding)
-        except UnicodeDecodeError:
-            pass
-    raise ReadingFailed("DocumentUnreadable", f"cannot read {name}: its character set is unknown; save it as UTF-8")
-
-
-def _common_chinese(text: str) -> float:
-    """Return which share of the characters beyond ASCII is punctuation or first-level characters of GB 2312."""
-    sample = "".join(_NON_ASCII.findall(text, 0, 20 * _CHARSET_SAMPLE)[:_CHARSET_SAMPLE])
-    if not sample:
-        return 0
-    leads = sample.encode("gb2312", errors="ignore")[::2]
-    return sum(0xA1 <= lead <= 0xA3 or 0xB0 <= lead <= 0xD7 for lead in leads) / len(sample)
-
-
-# ---------------------------------------------------------------------------------------------------------------- text
-
-
-def _plain(text: str) -> ParsedDocument:
-    """Plain text; form feeds, as old printers knew them, start pages."""
-    pages = [Page(number=1, start=0)]
-    pages += [Page(number=number, start=feed.end()) for number, feed in enumerate(re.finditer("\f", text), start=2)]
-    return ParsedDocument(kind=Kind.TEXT, text=text, pages=tuple(pages))
-
-
-# ------------------------------------------------------------------------------------------------------------ markdown
-
-_FRONT_MATTER: Final = re.compile(r"\A---[ \t]*\n(.*?)\n(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
-_TITLE: Final = re.compile(r"^title:[ \t]*[\"']?(.+?)[\"']?[ \t]*$", re.MULTILINE)
-_FENCE: Final = re.compile(r" {0,3}(`{3,}|~{3,})")
-_ATX: Final = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*\Z")
-_SETEXT: Final = re.compile(r" {0,3}(=+|-{2,})[ \t]*\Z")
-_NOT_A_PARAGRAPH: Final = re.compile(r"[ \t]*(?:[-*+>|#]|\d+[.)]|`{3}|~{3}|\Z)| {4}")
-_MARKUP: Final = re.compile(r"`+|\*\*|__(?=\S)|(?<=\S)__|!?\[([^\]]*)\]\([^)]*\)")
-
-
-def _markdown(text: str) -> ParsedDocument:
-    """Markdown as it is written, with its headings; the front matter is left out, its title becomes a heading."""
-    title = None
-    if front_matter := _FRONT_MATTER.match(text):
-        text = text[front_matter.end() :]
-        found = _TITLE.search(front_matter.group(1))
-        title = found.group(1) if found else None
-    headings = _markdown_headings(text)
-    if title is not None and not any(heading.level == 1 for heading in headings):
-        headings.insert(0, Heading(start=0, end=0, level=1, title=title))
-    return ParsedDocument(kind=Kind.MARKDOWN, text=text, pages=(Page(number=1, start=0),), headings=tuple(headings))
-
-
-def _markdown_headings(text: str) -> list[Heading]:
-    headings: list[Heading] = []
-    fence: str | None = None
-    previous, previous_start = "", 0
-    offset = 0
-    for line in re.findall(r"[^\n]*\n|[^\n]+", text):
-        start, offset = offset, offset + len(line)
-        content = line.rstrip("\n")
-        mark = _FENCE.match(content)
-        if fence is not None:
-            if mark and mark.group(1).startswith(fence) and not content[mark.end() :].strip():
-                fence = None
-            previous = ""
-            continue
-        if mark:
-            fence, previous = mark.group(1), ""
-            continue
-        if (atx := _ATX.match(content)) and (title := _clean_title(atx.group(2) or "")):
-            headings.append(Heading(start=start, end=offset, level=len(atx.group(1)), title=title))
-        elif (under := _SETEXT.match(content)) and (title := _clean_title(previous)):
-            headings.append(
-                Heading(start=previous_start, end=offset, level=1 if under.group(1)[0] == "=" else 2, title=title)
-            )
-        # Only a paragraph of one line becomes a heading by what stands below it; " " stands for any other line.
-        if not content.strip():
-            previous = ""
-        else:
-            previous = " " if previous or _NOT_A_PARAGRAPH.match(content) else content
-            previous_start = start
-    return headings
-
-
-def _clean_title(title: str) -> str:
-    return _MARKUP.sub(lambda markup: markup.group(1) or "", title).strip()
-
-
-# ----------------------------------------------------------------------------------------------------------------- PDF
+from job_runner.readers.failure import OnProgress, ReadingFailed
 
 _HEADING_LINE_LIMIT: Final = 100
 _HEADING_SHARE: Final = 0.25
@@ -219,7 +40,8 @@ class _Line:
     """Level of a heading; 0: no heading."""
 
 
-def _read_pdf(path: Path, *, name: str, on_progress: OnProgress) -> ParsedDocument:
+def read_pdf(path: Path, *, name: str, on_progress: OnProgress) -> ParsedDocument:
+    """Read a PDF page by page; a page that cannot be read is recorded. Raises :class:`ReadingFailed`."""
     import pypdfium2
 
     try:

@@ -1,0 +1,37 @@
+"""From the bytes of a file to :class:`~job_runner.document.ParsedDocument`: one module for each kind of file.
+
+These functions run in the child process of :mod:`job_runner.parse_child`, because a file may crash a library or ask for
+any amount of memory. They import nothing of the contract, so that the child starts in a fraction of a second; what goes
+wrong is a :class:`ReadingFailed` whose ``reason`` names an error of :mod:`task_contract.errors`.
+"""
+
+from pathlib import Path
+from typing import Final
+
+from job_runner.document import Kind, ParsedDocument
+from job_runner.readers.charset import decode
+from job_runner.readers.failure import OnProgress, ReadingFailed
+from job_runner.readers.pdf import read_pdf
+from job_runner.readers.text import read_markdown, read_plain
+
+__all__ = ["PARSER_VERSION", "OnProgress", "ReadingFailed", "decode", "read"]
+
+PARSER_VERSION: Final = "1"
+"""Part of the pipeline fingerprint: raise it whenever the same bytes would give another text, page or heading."""
+
+
+def read(path: Path, *, kind: Kind, name: str, on_progress: OnProgress = lambda done, total: None) -> ParsedDocument:
+    """Read a file of a known kind; ``name`` is what messages call it.
+
+    Raises :class:`ReadingFailed`.
+    """
+    match kind:
+        case Kind.PDF:
+            document = read_pdf(path, name=name, on_progress=on_progress)
+        case Kind.MARKDOWN:
+            document = read_markdown(decode(path.read_bytes(), name=name))
+        case Kind.TEXT:
+            document = read_plain(decode(path.read_bytes(), name=name))
+    if not document.text.strip():
+        raise ReadingFailed("DocumentEmpty", f"cannot index {name}: there is no text in it")
+    return document
