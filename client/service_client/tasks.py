@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 import kubernetes.client
 import kubernetes.config
@@ -17,6 +17,9 @@ from kubernetes.client.exceptions import ApiException
 from task_contract import names
 from task_contract.errors import InvalidTask
 from task_contract.models import ProcessingTask, Spec, parse_manifest
+
+FIELD_MANAGER: Final = "processing-tasks-client"
+"""Who this client is in ``metadata.managedFields`` of the tasks that it creates and cancels."""
 
 
 class TaskClientError(Exception):
@@ -89,7 +92,7 @@ class TaskClient:
         except InvalidTask as error:
             raise TaskRefused(error.message) from error
         try:
-            return ProcessingTask.model_validate(self._api.create_namespaced_custom_object(**self._where, body=body))
+            created = self._api.create_namespaced_custom_object(**self._where, body=body, field_manager=FIELD_MANAGER)
         except ApiException as error:
             if error.status == 409 and name is not None:
                 found = self.get(name)
@@ -97,6 +100,7 @@ class TaskClient:
                     return found
                 raise TaskConflict(f"cannot create task {name}: it exists with another spec; choose another name") from error
             raise _translated(error, f"cannot create task {name or '(unnamed)'}") from error
+        return ProcessingTask.model_validate(created)
 
     def get(self, name: str) -> ProcessingTask:
         """Return a task. Raises :class:`TaskNotFound`."""
@@ -108,7 +112,9 @@ class TaskClient:
     def cancel(self, name: str) -> ProcessingTask:
         """Ask for the end of a task. It ends as Canceled, or as Completed if it had been published before."""
         try:
-            patched = self._api.patch_namespaced_custom_object(**self._where, name=name, body={"spec": {"cancel": True}})
+            patched = self._api.patch_namespaced_custom_object(
+                **self._where, name=name, body={"spec": {"cancel": True}}, field_manager=FIELD_MANAGER
+            )
         except ApiException as error:
             raise _translated(error, f"cannot cancel task {name}") from error
         return ProcessingTask.model_validate(patched)

@@ -7,7 +7,7 @@ message names the field and the remedy.
 from typing import Any, Final
 
 from task_contract.models import AVAILABLE_TYPES, Spec, Status, TaskType
-from task_contract.names import GROUP, KIND, PLURAL, SHORT_NAME, VERSION
+from task_contract.names import GROUP, KIND, PART_OF, PLURAL, SHORT_NAME, VERSION
 from task_contract.structural import Schema, structural_schema
 
 _AVAILABLE: Final = ", ".join(AVAILABLE_TYPES)
@@ -193,7 +193,11 @@ def custom_resource_definition() -> dict[str, Any]:
         "kind": "CustomResourceDefinition",
         "metadata": {
             "name": f"{PLURAL}.{GROUP}",
-            "labels": {"app.kubernetes.io/name": "processing-tasks", "app.kubernetes.io/part-of": "processing-tasks"},
+            "labels": {
+                "app.kubernetes.io/name": "processing-tasks",
+                "app.kubernetes.io/component": "api",
+                "app.kubernetes.io/part-of": PART_OF,
+            },
         },
         "spec": {
             "group": GROUP,

@@ -15,6 +15,8 @@ KIND: Final = "ProcessingTask"
 PLURAL: Final = "processingtasks"
 SHORT_NAME: Final = "ptask"
 
+PART_OF: Final = "processing-tasks"
+"""Value of the label ``app.kubernetes.io/part-of`` on everything that the product makes."""
 MANAGED_BY_LABEL: Final = "app.kubernetes.io/managed-by"
 MANAGED_BY: Final = "processing-tasks"
 """Value of :data:`MANAGED_BY_LABEL` on every Job of ours; the operator's watch on Jobs selects by it."""

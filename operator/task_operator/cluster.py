@@ -41,6 +41,8 @@ _TOKEN_AGE: Final = 60.0  # seconds; the kubelet renews a projected token long b
 _CONNECTIONS: Final = 32
 _REQUEST_TIMEOUT: Final = 30.0  # seconds
 _PAGE: Final = 100
+FIELD_MANAGER: Final = "processing-tasks-operator"
+"""Who the operator is in ``metadata.managedFields``. Its status writes are told apart there by ``subresource: status``."""
 MANAGED_SELECTOR: Final = f"{MANAGED_BY_LABEL}={MANAGED_BY}"
 """Selects the Jobs that are ours, on the server."""
 
@@ -325,7 +327,8 @@ class Cluster:
 
     async def create_job(self, job: Manifest) -> Manifest:
         """Create a Job; :class:`Conflict` if the name is taken."""
-        return await self._object("POST", _path(_JOBS, job["metadata"]["namespace"], "jobs"), body=job)
+        path = _path(_JOBS, job["metadata"]["namespace"], "jobs")
+        return await self._object("POST", path, body=job, params={"fieldManager": FIELD_MANAGER})
 
     async def delete_job(self, namespace: str, name: str, *, uid: str) -> None:
         """Delete this very Job and, after it, its pods with their grace period. One that is gone already is fine."""
@@ -336,8 +339,13 @@ class Cluster:
     ) -> Manifest:
         """Merge ``patch`` into the status of this very task; :class:`Conflict` if it has changed since that version."""
         body = {"metadata": {"uid": uid, "resourceVersion": str(resource_version)}, "status": patch}
-        path = _path(_TASKS, namespace, PLURAL, name)
-        return await self._object("PATCH", f"{path}/status", body=body, content_type="application/merge-patch+json")
+        return await self._object(
+            "PATCH",
+            f"{_path(_TASKS, namespace, PLURAL, name)}/status",
+            body=body,
+            params={"fieldManager": FIELD_MANAGER},
+            content_type="application/merge-patch+json",
+        )
 
     async def delete_task(self, namespace: str, name: str, *, uid: str, resource_version: int) -> None:
         """Delete this very task unless it has changed since that version; one that is gone already is fine."""

@@ -21,6 +21,7 @@ from task_contract.names import (
     KIND,
     MANAGED_BY,
     MANAGED_BY_LABEL,
+    PART_OF,
     TASK_ANNOTATION,
     TASK_FILE,
     TASK_NAME_ANNOTATION,
@@ -60,6 +61,25 @@ class RunnerTemplate:
     node_selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: tuple[Mapping[str, Any], ...] = ()
     image_pull_secrets: tuple[str, ...] = ()
+    instance: str = "processing-tasks"
+    """Name of the installation (the release of the chart), for the label ``app.kubernetes.io/instance``."""
+    version: str = ""
+    """Of the product, for the label ``app.kubernetes.io/version``; empty: unknown, and the label is left out."""
+
+
+def common_labels(template: RunnerTemplate, *, name: str, component: str) -> dict[str, str]:
+    """Return the labels that Kubernetes recommends, for an object that the operator makes.
+
+    https://kubernetes.io/docs/concepts/overview/working-with-objects/common-labels/
+    """
+    labels = {
+        "app.kubernetes.io/name": name,
+        "app.kubernetes.io/instance": template.instance,
+        "app.kubernetes.io/component": component,
+        "app.kubernetes.io/part-of": PART_OF,
+        MANAGED_BY_LABEL: MANAGED_BY,
+    }
+    return labels | ({"app.kubernetes.io/version": template.version} if template.version else {})
 
 
 def queue_stamp(task: ProcessingTask) -> str:
@@ -113,10 +133,7 @@ def build_job(task: ProcessingTask, *, attempt: int, template: RunnerTemplate) -
     metadata = task.metadata
     if metadata.uid is None:
         raise ValueError(f"cannot build a Job for task {metadata.name}: it has no uid; take it from the API server")
-    labels = {
-        "app.kubernetes.io/name": "processing-task-runner",
-        "app.kubernetes.io/component": "runner",
-        MANAGED_BY_LABEL: MANAGED_BY,
+    labels = common_labels(template, name="processing-task-runner", component="runner") | {
         TASK_UID_LABEL: metadata.uid,
         ATTEMPT_LABEL: str(attempt),
         TYPE_LABEL: str(task.spec.type),

@@ -1,5 +1,7 @@
 """The operator's settings: environment variables with prefix ``OPERATOR_``, read and checked once at start."""
 
+import re
+from importlib import metadata
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
@@ -9,6 +11,7 @@ from task_contract.models import Priority
 from task_operator.jobs import RunnerTemplate
 
 PREFIX: Final = "OPERATOR_"
+_LABEL_VALUE: Final = r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
 
 
 class SettingsError(ValueError):
@@ -64,6 +67,8 @@ class Settings(BaseSettings):
     runner_tolerations: tuple[dict[str, Any], ...] = ()
     image_pull_secrets: tuple[str, ...] = ()
     """Names of Secrets with registry credentials, as a JSON list."""
+    instance: Annotated[str, Field(pattern=_LABEL_VALUE)] = "processing-tasks"
+    """Name of the installation, for the label app.kubernetes.io/instance of what the operator makes."""
     listen: Annotated[str, AfterValidator(_address)] = "0.0.0.0:8081"
     """Where /healthz, /readyz and /metrics are served."""
     resync_seconds: Annotated[float, Field(ge=1, le=3600)] = 300
@@ -83,7 +88,18 @@ class Settings(BaseSettings):
             node_selector=self.runner_node_selector,
             tolerations=self.runner_tolerations,
             image_pull_secrets=self.image_pull_secrets,
+            instance=self.instance,
+            version=product_version(),
         )
+
+
+def product_version() -> str:
+    """Return the version of the product as a label may hold it; empty when it runs without being installed."""
+    try:
+        version = metadata.version("processing-tasks")
+    except metadata.PackageNotFoundError:
+        return ""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", version)[:63]
 
 
 def load_settings() -> Settings:

@@ -89,6 +89,18 @@ def test_renders_as_before(rendered: tuple[str, dict[str, Document]]) -> None:
     assert found == list(yaml.safe_load_all(golden.read_text(encoding="utf-8")))
 
 
+RECOMMENDED_LABELS = {"name", "instance", "component", "part-of", "managed-by", "version"}
+
+
+def test_every_object_and_pod_has_the_recommended_labels(rendered: tuple[str, dict[str, Document]]) -> None:
+    for identity, document in rendered[1].items():
+        described = [document["metadata"]]
+        if document["kind"] == "Deployment":
+            described.append(document["spec"]["template"]["metadata"])
+        for metadata in described:
+            assert {f"app.kubernetes.io/{label}" for label in RECOMMENDED_LABELS} <= metadata["labels"].keys(), identity
+
+
 def test_no_name_is_rendered_twice(rendered: tuple[str, dict[str, Document]], helm: Helm) -> None:
     name, documents = rendered
     assert len(render(helm, "--values", DATA / f"{name}.values.yaml")) == len(documents)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,30 @@ async def test_a_task_runs_and_kubectl_can_wait_for_it(place: Place, process: St
     assert (owner["uid"], owner["controller"], owner["blockOwnerDeletion"]) == (made["metadata"]["uid"], True, True)
     columns = await asyncio.to_thread(kubectl, "get", "ptask", "handbook", "-o", "wide", "--no-headers")
     assert columns.split()[:7] == ["handbook", "document_processing", "kb-42", "high", "Completed", "100", "1"]
+
+
+async def test_every_write_names_its_manager_and_every_object_its_application(place: Place, process: Start) -> None:
+    async with process(OPERATOR_INSTANCE="release-1").at_work(), Kubelet(place, outcomes={1: SUCCESS}).at_work():
+        await place.create()
+        await place.wait_for("Completed")
+        task, jobs, pods = await place.task(), await place.objects("jobs"), await place.objects("pods")
+
+    assert task is not None
+    managers = {(one["manager"], one.get("subresource")) for one in task["metadata"]["managedFields"]}
+    assert ("processing-tasks-operator", "status") in managers
+    assert {one["manager"] for one in jobs[0]["metadata"]["managedFields"] if one.get("subresource") is None} == {
+        "processing-tasks-operator"
+    }
+    for made in (jobs[0], pods[0]):
+        labels = made["metadata"]["labels"]
+        assert {name.removeprefix("app.kubernetes.io/"): value for name, value in labels.items() if "app.k" in name} == {
+            "name": "processing-task-runner",
+            "instance": "release-1",
+            "component": "runner",
+            "part-of": "processing-tasks",
+            "managed-by": "processing-tasks",
+            "version": version("processing-tasks"),
+        }
 
 
 async def test_a_permanent_failure_ends_the_task_at_once(place: Place, process: Start) -> None:

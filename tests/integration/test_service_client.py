@@ -34,6 +34,15 @@ def test_a_named_task_is_created_once_however_often_it_is_submitted(client: Task
     assert client.submit(SPEC).metadata.uid != first.metadata.uid
 
 
+def test_what_the_client_wrote_is_told_from_what_others_did(client: TaskClient, namespace: str, kubectl: Kubectl) -> None:
+    client.submit(SPEC, name="one")
+    client.cancel("one")
+    found = kubectl.get("ptask", "one", "-n", namespace, "--show-managed-fields")
+    managed = found["metadata"]["managedFields"]
+    assert {one["manager"] for one in managed} == {"processing-tasks-client"}
+    assert found["spec"]["cancel"] is True
+
+
 def test_a_name_that_another_spec_has_is_a_conflict(client: TaskClient) -> None:
     client.submit(SPEC, name="one")
     with pytest.raises(TaskConflict, match="another spec"):

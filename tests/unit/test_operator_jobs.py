@@ -48,6 +48,8 @@ FULL = RunnerTemplate(
     node_selector={"pool": "tasks"},
     tolerations=({"key": "tasks", "operator": "Exists", "effect": "NoSchedule"},),
     image_pull_secrets=("registry",),
+    instance="release-1",
+    version="1.2.3",
 )
 HEALTH_CHECK = {"type": "health_check", "kbId": None, "payload": {"components": ["postgres"]}, "retry": {"limit": 0}}
 

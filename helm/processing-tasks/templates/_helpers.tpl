@@ -139,6 +139,8 @@ redis: TASKS_REDIS_URL
 {{- end }}
 - name: OPERATOR_IMAGE_PULL_SECRETS
   value: {{ toJson $secrets | quote }}
+- name: OPERATOR_INSTANCE
+  value: {{ $root.Release.Name }}
 - name: OPERATOR_LISTEN
   value: 0.0.0.0:8081
 - name: OPERATOR_RESYNC_SECONDS
