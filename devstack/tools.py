@@ -61,6 +61,17 @@ def helm() -> Path:
     return cached("helm", [HELM.encode()], build, keep=2) / "helm"
 
 
+def program(source: Path) -> Path:
+    """Return the program of the Go module in the folder SOURCE, named after it; built once for each state of the folder."""
+
+    def build(file: Path) -> None:
+        _require_go()
+        with step(f"building {source.name} from its Go module (the first time: half a minute)"):
+            _go("build", "-ldflags", "-s -w", "-o", file, ".", doing=f"build {source.name}", cwd=source)
+
+    return cached(source.name, [source, " ".join(_GO_ENV.values()).encode()], build, keep=2)
+
+
 def kubernetes_version() -> str:
     """Return the version of Kubernetes that go.mod asks for, such as v1.34.4."""
     found = re.search(r"^\s*k8s\.io/kubernetes (v\S+)", (_KUBE / "go.mod").read_text(), re.MULTILINE)

@@ -1,0 +1,178 @@
+"""Every phase as tools read it that know nothing of us: kstatus, the library behind kpt, Flux and cli-utils.
+
+The statuses are the ones that the operator decides upon, stored by the real API server, which adds its defaults.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from task_contract.models import Failure, Phase, ProcessingTask, QueueStatus, Status
+from task_operator.controller import merge_patch
+from task_operator.observation import Ending, Need, Observed, view_of
+from task_operator.reconcile import decide
+from task_operator.statuses import completed, ended, failed, given_back, queued
+from tests.support.devstack import Kubectl
+from tests.support.kstatus import kstatus
+from tests.support.operator_values import at, ended_pod, failure, job, success
+from tests.support.operator_values import failed as failed_job
+
+pytestmark = pytest.mark.integration
+
+Decide = Callable[[ProcessingTask], Status]
+
+
+def _decided(task: ProcessingTask, **observed: Any) -> Status:
+    status = decide(Observed(task=task, **observed), now=at(40), random=0.5).status
+    assert status is not None
+    return status
+
+
+def _of_job(task: ProcessingTask, **fields: Any) -> dict[str, Any]:
+    """Return the fields by which a Job belongs to this task and to its present stay in the queue."""
+    view = view_of(Observed(task=task))
+    stamp = (task.status.queued_at or task.metadata.creation_timestamp or at(0)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {"name": view.name, "owner_uid": task.metadata.uid, "queue_stamp": stamp, "uid": "job", **fields}
+
+
+def _processing(task: ProcessingTask) -> Status:
+    return _decided(task, jobs=(job(**_of_job(task, ready=1)),))
+
+
+def _retrying(task: ProcessingTask) -> Status:
+    pods = (ended_pod(job_uid="job", outcome=failure()),)
+    return _decided(task, jobs=(failed_job(**_of_job(task)),), pods=pods, answered=frozenset({Need.PODS}))
+
+
+def _waiting(task: ProcessingTask) -> Status:
+    return queued(task, QueueStatus(reason="Unschedulable", message="no node fits", since=at(40)), now=at(40))
+
+
+def _given_back(task: ProcessingTask) -> Status:
+    queue = QueueStatus(reason="StoreUnavailable", message="cannot reach Milvus", since=at(40))
+    return queued(task, queue, now=at(40), **given_back(task, view_of(Observed(task=task)), now=at(40)))
+
+
+def _completed(task: ProcessingTask) -> Status:
+    return completed(task, view_of(Observed(task=task)), success(), None, now=at(60))
+
+
+def _superseded(task: ProcessingTask) -> Status:
+    return completed(task, view_of(Observed(task=task)), success(reason="Superseded"), None, now=at(60))
+
+
+def _failed(task: ProcessingTask) -> Status:
+    return failed(task, Failure(reason="DocumentEmpty", message="cannot find text", retryable=False), now=at(60))
+
+
+def _canceled(task: ProcessingTask) -> Status:
+    ending = Ending(phase=Phase.CANCELED, reason="Canceled", message="canceled by spec.cancel")
+    return ended(task, view_of(Observed(task=task)), ending, now=at(60))
+
+
+class Tasks:
+    """Tasks of one namespace, given the statuses that the operator would write."""
+
+    def __init__(self, kubectl: Kubectl, namespace: str) -> None:
+        self._kubectl = kubectl
+        self._namespace = namespace
+
+    def create(self, name: str) -> dict[str, Any]:
+        spec = {"type": "document_processing", "kbId": "kb", "payload": {"filePath": "a.pdf"}}
+        metadata = {"name": name, "namespace": self._namespace}
+        self._kubectl.apply(
+            {"apiVersion": "tasks.zzdsj.io/v1", "kind": "ProcessingTask", "metadata": metadata, "spec": spec}
+        )
+        return self.get(name)
+
+    def get(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self._kubectl.get("ptask", name, "-n", self._namespace)
+        return found
+
+    def patch(self, name: str, patch: dict[str, Any], *options: str) -> dict[str, Any]:
+        body = json.dumps(patch)
+        self._kubectl("patch", "ptask", name, "-n", self._namespace, "--type=merge", "-p", body, *options)
+        return self.get(name)
+
+    def write(self, name: str, *steps: Decide) -> dict[str, Any]:
+        """Write the statuses that STEPS decide upon, one after the other; return the task as it is then stored."""
+        for step in steps:
+            task = ProcessingTask.model_validate(self.get(name))
+            patch = merge_patch(task.status.manifest(), step(task).manifest())
+            self.patch(name, {"status": patch}, "--subresource=status")
+        return self.get(name)
+
+
+@pytest.fixture
+def tasks(kubectl: Kubectl, namespace: str) -> Tasks:
+    return Tasks(kubectl, namespace)
+
+
+@pytest.mark.parametrize(
+    ("steps", "phase", "expected"),
+    [
+        ((), "Queued", "InProgress"),
+        ((_waiting,), "Queued", "InProgress"),
+        ((_processing,), "Processing", "InProgress"),
+        ((_processing, _given_back), "Queued", "InProgress"),
+        ((_processing, _retrying), "Retrying", "InProgress"),
+        ((_processing, _retrying, _processing), "Processing", "InProgress"),
+        ((_processing, _completed), "Completed", "Current"),
+        ((_processing, _superseded), "Completed", "Current"),
+        ((_processing, _retrying, _completed), "Completed", "Current"),
+        ((_failed,), "Failed", "Failed"),
+        ((_processing, _retrying, _failed), "Failed", "Failed"),
+        ((_waiting, _canceled), "Canceled", "Failed"),
+        ((_processing, _canceled), "Canceled", "Failed"),
+    ],
+    ids=lambda value: (
+        (" → ".join(step.__name__.strip("_") for step in value) or "just created") if isinstance(value, tuple) else None
+    ),
+)
+def test_every_phase_is_what_the_table_says(tasks: Tasks, steps: tuple[Decide, ...], phase: str, expected: str) -> None:
+    tasks.create("one")
+    stored = tasks.write("one", *steps)
+    assert stored["status"]["phase"] == phase
+    ((status, _),) = kstatus(stored)
+    assert status == expected
+    task = ProcessingTask.model_validate(stored)
+    types = {one.type: one.status for one in task.status.conditions}
+    assert (
+        types
+        == {
+            "Queued": {"Ready": "False"},
+            "Processing": {"Ready": "False", "Succeeded": "Unknown", "Reconciling": "True"},
+            "Retrying": {"Ready": "False", "Succeeded": "Unknown", "Reconciling": "True"},
+            "Completed": {"Ready": "True", "Succeeded": "True"},
+            "Failed": {"Ready": "False", "Succeeded": "False", "Stalled": "True"},
+            "Canceled": {"Ready": "False", "Succeeded": "False", "Stalled": "True"},
+        }[phase]
+    )
+
+
+@pytest.mark.parametrize(("end", "expected"), [(_completed, "Current"), (_failed, "Failed")])
+def test_an_edit_of_a_finished_task_is_in_progress_until_it_is_acknowledged(
+    tasks: Tasks, end: Decide, expected: str
+) -> None:
+    tasks.create("one")
+    tasks.write("one", _processing, end)
+    edited = tasks.patch("one", {"spec": {"ttlSecondsAfterFinished": 3600}})
+    assert edited["metadata"]["generation"] == 2
+    assert edited["status"]["observedGeneration"] == 1
+    acknowledged = tasks.write("one", _decided)
+    assert acknowledged["status"]["observedGeneration"] == 2
+    assert [status for status, _ in kstatus(edited, acknowledged)] == ["InProgress", expected]
+
+
+def test_an_edit_of_a_waiting_task_leaves_it_in_progress(tasks: Tasks) -> None:
+    tasks.create("one")
+    edited = tasks.patch("one", {"spec": {"priority": "high"}})
+    waiting = tasks.write("one", _waiting)
+    assert [status for status, _ in kstatus(edited, waiting)] == ["InProgress", "InProgress"]
+
+
+def test_the_message_of_a_failure_is_the_tasks_own(tasks: Tasks) -> None:
+    tasks.create("one")
+    assert kstatus(tasks.write("one", _failed)) == [("Failed", "cannot find text")]
