@@ -37,7 +37,7 @@ SERVICE_PORT = 19530
 
 _DEFAULT_PORT = 19630  # not 19530, which a server of this machine's owner may hold
 _USER = "root"
-_HUNG = 20.0
+HUNG = 20.0
 """Seconds after which a server that runs without answering is replaced: seen after hours of collections coming and going."""
 _INITIAL_PASSWORD = "Milvus"  # noqa: S105 - what every Milvus begins with; ours replaces it at the first start
 _SESSIONS = "by-dev/meta/session/"  # etcd.rootPath and metaSubPath of the wheel's configuration
@@ -54,8 +54,11 @@ def environment(address: str) -> dict[str, str]:
     return {"TASKS_MILVUS_URL": f"http://{address}", "TASKS_MILVUS_TOKEN": f"{_USER}:{password(NAME)}"}
 
 
-def up() -> None:
-    """Start the server and see to it that only our password opens it; one that runs is kept."""
+def up(*, hung: float = HUNG) -> None:
+    """Start the server and see to it that only our password opens it; one that runs is kept.
+
+    One that runs and does not answer for HUNG seconds is killed and started anew, with its data.
+    """
     package = common.wheel(NAME, _unpack) / "milvus"
     folder = common.folder(NAME)
     configuration = folder / "configs"  # the server looks for this name in its working folder
@@ -76,7 +79,7 @@ def up() -> None:
     command = [str(package / "bin" / "milvus"), "run", "standalone"]
     if not start(NAME, command, env=environment, cwd=folder):
         try:
-            wait_until("an answer of Milvus", _is_ready, seconds=_HUNG, processes=[NAME])
+            wait_until("an answer of Milvus", _is_ready, seconds=hung, processes=[NAME])
         except DevstackError:
             say("    Milvus runs and does not answer: starting it anew, with its data")
             stop(NAME, kill=True)

@@ -289,7 +289,9 @@ class TestMachine:
             Path(folder).chmod(0o755)
             yield Path(folder, "state")
 
-    @pytest.mark.parametrize("scenario", ["leaves_nothing", "survives_kills", "strange_bridge", "second_devstack"])
+    @pytest.mark.parametrize(
+        "scenario", ["leaves_nothing", "survives_kills", "strange_bridge", "second_devstack", "hung_milvus"]
+    )
     def test_machine_is_left_as_it_was(self, scenario: str, state: Path) -> None:
         play(scenario, state)
 

@@ -14,12 +14,15 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pymilvus import MilvusClient
 
 import devstack
-from devstack import cluster, node, process, stores
+from devstack import cluster, network, node, process, stores
 from devstack.cache import state_dir
+from devstack.stores import milvus
 from tests.support.devstack import Kubectl
 
 FOLDERS = ("/run/containerd", "/run/netns", "/var/lib/cni", "/var/lib/kubelet", "/var/lib/containerd", "/var/log/containers")
@@ -238,6 +241,26 @@ def second_devstack() -> None:
     assert_as(before)
 
 
+def hung_milvus() -> None:
+    """A Milvus that runs and does not answer is replaced by the next `up`, with its data; one that answers is kept."""
+    before = machine()
+    network.up()
+    milvus.up()
+    first = process.find(milvus.NAME)
+    assert first is not None
+    reached = milvus.environment(f"127.0.0.1:{milvus.port()}")
+    options: dict[str, Any] = {"uri": reached["TASKS_MILVUS_URL"], "token": reached["TASKS_MILVUS_TOKEN"], "timeout": 30}
+    MilvusClient(**options).create_collection("kept", dimension=4)
+    milvus.up(hung=1)
+    assert process.find(milvus.NAME) == first
+    os.kill(first.pid, signal.SIGSTOP)
+    milvus.up(hung=1)
+    assert process.find(milvus.NAME) not in {first, None}
+    assert MilvusClient(**options).list_collections() == ["kept"]
+    devstack.down()
+    assert_as(before)
+
+
 if __name__ == "__main__":
     scenarios = [
         leaves_nothing,
@@ -247,6 +270,7 @@ if __name__ == "__main__":
         down_after_reboot,
         strange_bridge,
         second_devstack,
+        hung_milvus,
     ]
     {scenario.__name__: scenario for scenario in scenarios}[sys.argv[1]]()
     print(json.dumps({"scenario": sys.argv[1]}))
