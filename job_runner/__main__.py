@@ -143,7 +143,7 @@ async def _search(options: argparse.Namespace, loaded: "Settings") -> int:
     from job_runner.stores import opener
 
     ledger = Ledger(loaded.postgres_url.get_secret_value())
-    embedder = make_embedder(loaded.embedding_model)
+    embedder = await asyncio.to_thread(make_embedder, loaded.embedding_model)
     try:
         answers = await search(
             options.query,
@@ -168,7 +168,7 @@ async def _health(options: argparse.Namespace, loaded: "Settings") -> int:
 
     ledger = Ledger(loaded.postgres_url.get_secret_value())
     try:
-        embedder = make_embedder(loaded.embedding_model)
+        embedder = await asyncio.to_thread(make_embedder, loaded.embedding_model)
         asked = health.checks(None, settings=loaded, ledger=ledger, embedder=embedder)
         await health.warm_up(asked, embedder=embedder)
         result = await health.check(asked)

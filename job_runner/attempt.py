@@ -98,7 +98,7 @@ async def run_attempt(
             )
 
         async def work() -> AttemptOutcome:
-            embedder = make(settings.embedding_model)
+            embedder = await asyncio.to_thread(make, settings.embedding_model)
             if task.spec.type is TaskType.HEALTH_CHECK:
                 return await _health_check(task, settings=settings, ledger=ledger, embedder=embedder, progress=progress)
             if task.spec.type is not TaskType.DOCUMENT_PROCESSING:

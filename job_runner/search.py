@@ -44,7 +44,7 @@ async def search(
     stores = open_stores(Generation(namespace, kb_id, generation))
 
     async def by_meaning() -> list[Hit]:
-        vector = (await asyncio.to_thread(embedder.embed, [query]))[0]
+        vector = await asyncio.to_thread(embedder.embed_query, query)
         return await published_hits(lambda limit, offset: stores.vectors.search(vector, limit=limit, offset=offset))
 
     async def by_words() -> list[Hit]:

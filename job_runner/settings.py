@@ -43,7 +43,7 @@ class Settings(BaseSettings):
     document_root: Path = Path(DOCUMENT_ROOT)
     """Folder of the document volume."""
     embedding_model: str = PACKAGED_MODEL
-    """Name of the embedding model."""
+    """Embedding model: one that a package carries, by name, or the absolute path of a folder of sentence-transformers."""
     max_document_bytes: Annotated[int, Field(ge=1)] = 512 * 2**20
     """Largest document."""
     max_chunks: Annotated[int, Field(ge=1, le=1_000_000)] = 100_000

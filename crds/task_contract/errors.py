@@ -10,6 +10,7 @@
     │   ├── DocumentUnreadable    damaged, encrypted or lying about its type
     │   ├── DocumentEmpty         no text in it
     │   ├── ModelMismatch         the knowledge base was filled by another embedding model
+    │   ├── ModelUnavailable      the runner's image has not the embedding model of its settings, or a damaged one
     │   └── StoreCapacity         a store's limit on collections, shards or fields
     ├── RetryableError            another attempt may succeed: counted against spec.retry.limit
     │   ├── AttemptTimeout
@@ -81,6 +82,12 @@ class ModelMismatch(PermanentError):
     """The knowledge base was filled by another embedding model; vectors of two models cannot be compared."""
 
     reason = "ModelMismatch"
+
+
+class ModelUnavailable(PermanentError):
+    """The embedding model that the runner's settings name is not in its image, or damaged."""
+
+    reason = "ModelUnavailable"
 
 
 class StoreCapacity(PermanentError):

@@ -61,6 +61,10 @@ class HashEmbedder:
         drawn = [np.random.default_rng(abs(hash_of(text))).normal(size=self.dimension) for text in texts]
         return normalized(np.array(drawn, dtype=np.float32), dimension=self.dimension)
 
+    def embed_query(self, text: str) -> npt.NDArray[np.float32]:
+        vector: npt.NDArray[np.float32] = self.embed([text])[0]
+        return vector
+
 
 def hash_of(text: str) -> int:
     return int.from_bytes(uuid.uuid5(uuid.NAMESPACE_OID, text).bytes[:8], "big")
@@ -107,6 +111,15 @@ class Watched:
             return answer
 
         return watched
+
+
+async def run_pipeline(task: ProcessingTask, settings: Settings, embedder: Any) -> Done:
+    """Run the pipeline of a task, without what stands around it in a process of its own."""
+
+    async def never() -> None:
+        raise AssertionError("no point of the pipeline has the number 0")
+
+    return await run_watched(task, settings, embedder, Reached("none 0 before", never))
 
 
 async def run_watched(task: ProcessingTask, settings: Settings, embedder: Any, reached: Reached) -> Done:
@@ -250,14 +263,7 @@ class Lab:
 
     async def contents(self, document: str = "a.txt") -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Return the rows of a document, of all versions, in both stores, in order, without what differs between tasks."""
-        vectors: Any = self.stores.vectors
-        texts: Any = self.stores.texts
-        await vectors.ensure()
-        identity = self.document_id(document)
-        rows = await vectors._run("read", vectors._query, f'document_id == "{identity}"', ["*"])
-        await texts.stored(identity, 1)  # refreshes
-        query = {"term": {"document_id": identity}}
-        hits = (await texts._client.search(index=texts._name, query=query, size=10_000))["hits"]["hits"]
+        in_vectors, in_texts = await rows_of(self.stores, self.document_id(document))
         dropped = {"task_uid", "embedding", "metadata_pairs", "id", "version"}
 
         def plain(row: dict[str, Any]) -> dict[str, Any]:
@@ -266,7 +272,7 @@ class Lab:
         def ordered(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
             return sorted((plain(row) for row in found), key=lambda row: int(row["ordinal"]))
 
-        return ordered([dict(row) for row in rows]), ordered([hit["_source"] for hit in hits])
+        return ordered(in_vectors), ordered(in_texts)
 
     async def fetch(self, query: str, *arguments: object) -> Any:
         """Ask PostgreSQL for one value."""
@@ -287,6 +293,18 @@ class Lab:
 
     async def aclose(self) -> None:
         await self.stores.aclose()
+
+
+async def rows_of(stores: Stores, document_id: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return every row of a document, of all versions, from Milvus and from Elasticsearch, as they are stored."""
+    vectors: Any = stores.vectors
+    texts: Any = stores.texts
+    await vectors.ensure()
+    rows = await vectors._run("read", vectors._query, f'document_id == "{document_id}"', ["*"])
+    await texts.stored(document_id, 1)  # refreshes
+    query = {"term": {"document_id": document_id}}
+    hits = (await texts._client.search(index=texts._name, query=query, size=10_000))["hits"]["hits"]
+    return [dict(row) for row in rows], [hit["_source"] | {"id": hit["_id"]} for hit in hits]
 
 
 class KnowledgeBases:
