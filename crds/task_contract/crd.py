@@ -227,6 +227,7 @@ def custom_resource_definition() -> dict[str, Any]:
                         _column("Stage", ".status.stage"),
                         _column("Progress", ".status.progress", kind="integer", description="Percent of the attempt"),
                         _column("Attempt", ".status.attempt", kind="integer"),
+                        _column("Waiting", ".status.queue.reason", description="Why it does not run"),
                         _column("Age", ".metadata.creationTimestamp", kind="date"),
                         _column("Chunks", ".status.result.chunks", kind="integer", wide=True),
                         _column("Reason", '.status.conditions[?(@.type=="Ready")].reason', wide=True),

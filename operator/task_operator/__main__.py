@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import socket
 import sys
 from collections.abc import Coroutine, Sequence
 from typing import Any, Final
@@ -16,8 +17,10 @@ import uvloop
 from task_contract.migrations import migrate
 from task_operator.cluster import Access, Cluster, ClusterError, KubeconfigError, Watches
 from task_operator.controller import Controller
+from task_operator.events import Events
 from task_operator.handlers import build_registry, kopf_settings
 from task_operator.health import Health
+from task_operator.jobs import common_labels
 from task_operator.metrics import Metrics
 from task_operator.progress import ProgressFeed
 from task_operator.projection import Database
@@ -71,12 +74,21 @@ async def run(settings: Settings) -> int:
     watches = Watches(expected=2 * max(1, len(settings.namespaces)))  # tasks and Jobs
     cluster = Cluster(access)
     database = None if settings.postgres_url is None else Database(settings.postgres_url, metrics=metrics)
+    template = settings.runner_template()
+    events = Events(
+        cluster.create_event,
+        instance=socket.gethostname(),
+        labels=common_labels(template, name="processing-tasks", component="operator"),
+        metrics=metrics,
+    )
     controller = Controller(
         api=cluster,
-        template=settings.runner_template(),
+        template=template,
         metrics=metrics,
         database=database,
+        announce=events.submit,
         namespaces=settings.namespaces,
+        policy=settings.policy(),
         resync_seconds=settings.resync_seconds,
     )
     health = Health(
@@ -96,6 +108,7 @@ async def run(settings: Settings) -> int:
     parts = [
         _start("controller", controller.run(watches.open)),
         _start("health", health.run()),
+        _start("events", events.run()),
         *([] if database is None else [_start("projection", database.run())]),
         *([] if feed is None else [_start("progress", feed.run())]),
     ]

@@ -272,6 +272,7 @@ def open_session(access: Access, *, watches: Watches | None = None) -> aiohttp.C
 _TASKS: Final = f"/apis/{GROUP}/{VERSION}"
 _JOBS: Final = "/apis/batch/v1"
 _CORE: Final = "/api/v1"
+_EVENTS: Final = "/apis/events.k8s.io/v1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +318,21 @@ class Cluster:
         pages = self._pages(_CORE, "pods", namespace, labelSelector=f"{TASK_UID_LABEL}={task_uid}")
         return [pod async for page in pages for pod in page.items]
 
+    async def pod_refusal(self, namespace: str, *, job_uid: str) -> str | None:
+        """Return what the Job controller last said when it could not create a pod of this Job; None if it said nothing.
+
+        It says so in Events only; they are searched on the server, and gone after an hour.
+        """
+        selector = f"regarding.uid={job_uid},reason=FailedCreate"
+        found = [
+            one async for page in self._pages(_EVENTS, "events", namespace, fieldSelector=selector) for one in page.items
+        ]
+        if not found:
+            return None
+        latest = max(found, key=lambda event: int(event["metadata"]["resourceVersion"]))
+        note: str = latest.get("note") or ""
+        return note.removeprefix("(combined from similar events): ").removeprefix("Error creating: ")
+
     async def get_task(self, namespace: str, name: str) -> Manifest:
         """Return a task as it is now."""
         return await self._object("GET", _path(_TASKS, namespace, PLURAL, name))
@@ -329,6 +345,11 @@ class Cluster:
         """Create a Job; :class:`Conflict` if the name is taken."""
         path = _path(_JOBS, job["metadata"]["namespace"], "jobs")
         return await self._object("POST", path, body=job, params={"fieldManager": FIELD_MANAGER})
+
+    async def create_event(self, event: Manifest) -> Manifest:
+        """Create an Event (``events.k8s.io/v1``); :class:`Conflict` if it was told before."""
+        path = _path(_EVENTS, event["metadata"]["namespace"], "events")
+        return await self._object("POST", path, body=event, params={"fieldManager": FIELD_MANAGER})
 
     async def delete_job(self, namespace: str, name: str, *, uid: str) -> None:
         """Delete this very Job and, after it, its pods with their grace period. One that is gone already is fine."""

@@ -56,9 +56,10 @@ from task_operator.cluster import (
     Unavailable,
     is_quota,
 )
+from task_operator.events import of_transition, of_wait
 from task_operator.jobs import JobState, PodReport, RunnerTemplate, build_job, current_attempt, pod_report
 from task_operator.metrics import Metrics
-from task_operator.observation import Decision, Fence, Need, Observed, Policy, Refusal, Store, StoredOutcome
+from task_operator.observation import Decision, Fence, Need, Observed, Policy, Refusal, Store, StoredOutcome, view_of
 from task_operator.projection import Database, DatabaseUnavailable
 from task_operator.reconcile import decide, refuse
 from task_operator.workqueue import WorkQueue
@@ -68,7 +69,7 @@ _log = structlog.get_logger(__name__)
 _WORKERS: Final = 24
 _ORPHAN_PATIENCE: Final = 3.0  # seconds in which the garbage collector may do it
 _CONFLICTS: Final = 4  # looks in a row that may end in a conflict before the task waits
-_ROUNDS: Final = 8  # a decision asks for at most one thing a round, and there are four
+_ROUNDS: Final = 8  # a decision asks for at most one thing a round, and there are five
 
 
 class Api(Protocol):
@@ -78,6 +79,7 @@ class Api(Protocol):
     def list_tasks(self, namespace: str | None) -> AsyncIterator[Page]: ...  # noqa: D102
     def list_jobs(self, namespace: str | None) -> AsyncIterator[Page]: ...  # noqa: D102
     async def list_pods(self, namespace: str, *, task_uid: str) -> list[Manifest]: ...  # noqa: D102
+    async def pod_refusal(self, namespace: str, *, job_uid: str) -> str | None: ...  # noqa: D102
     async def get_task(self, namespace: str, name: str) -> Manifest: ...  # noqa: D102
     async def get_job(self, namespace: str, name: str) -> Manifest: ...  # noqa: D102
     async def create_job(self, job: Manifest) -> Manifest: ...  # noqa: D102
@@ -94,6 +96,7 @@ class _Facts:
 
     answered: frozenset[Need] = frozenset()
     pods: tuple[PodReport, ...] = ()
+    pod_refusal: str | None = None
     result: StoredOutcome | None = None
     fence: Fence | None = None
     refusal: Refusal | None = None
@@ -105,6 +108,8 @@ class _Live:
 
     progress: ProgressEvent | None = None
     written: datetime | None = None
+    announced: str | None = None
+    """Name of the Event of the wait that was told last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +135,7 @@ class Controller:
         template: RunnerTemplate,
         metrics: Metrics,
         database: Database | None = None,
+        announce: Callable[[Manifest], None] = lambda _: None,
         namespaces: Sequence[str] = (),
         policy: Policy | None = None,
         resync_seconds: float = 300,
@@ -141,6 +147,7 @@ class Controller:
         self._template = template
         self._metrics = metrics
         self._database = database
+        self._announce = announce
         self._namespaces: tuple[str | None, ...] = tuple(namespaces) or (None,)
         self._policy = policy or Policy()
         self._resync_seconds = resync_seconds
@@ -416,6 +423,7 @@ class Controller:
             _log.info("deleting a task after its TTL", namespace=key[0], task=key[1])
             await self._api.delete_task(*key, uid=task.cached.uid, resource_version=task.cached.resource_version)
             return
+        self._announce_wait(task)
         if changed:
             self._queue.add(key)  # whether that was all, a look at what is there now tells
         elif decision.after is not None and decision.after.total_seconds() <= self._resync_seconds:
@@ -430,7 +438,7 @@ class Controller:
         for _ in range(_ROUNDS):
             observed = Observed(
                 task=task.parsed,
-                jobs=tuple(job for job in self._cache.jobs(task.key) if job.owner_uid == task.cached.uid),
+                jobs=self._jobs_of(task.parsed),
                 jobs_changed_at=self._cache.jobs_changed_at(task.key),
                 store=Store() if database is None else Store(configured=True, down_since=database.down_since),
                 projected=None if database is None else database.acknowledged(task.cached.uid),
@@ -439,6 +447,7 @@ class Controller:
                 refusal=facts.refusal,
                 answered=facts.answered,
                 pods=facts.pods,
+                pod_refusal=facts.pod_refusal,
                 result=facts.result,
                 fence=facts.fence,
             )
@@ -450,12 +459,22 @@ class Controller:
             facts.answered |= decision.needs
         raise RuntimeError(f"no decision about {task.key} after {_ROUNDS} rounds: {decision.needs}")
 
+    def _jobs_of(self, task: ProcessingTask) -> tuple[JobState, ...]:
+        key = (task.metadata.namespace, task.metadata.name)
+        return tuple(job for job in self._cache.jobs(key) if job.owner_uid == task.metadata.uid)
+
     async def _answer(self, need: Need, task: ProcessingTask, facts: _Facts, decision: Decision) -> None:
         namespace, uid = task.metadata.namespace, task.metadata.uid or ""
         attempt = current_attempt(task.status)
         match need:
             case Need.PODS:
                 facts.pods = tuple(pod_report(pod) for pod in await self._api.list_pods(namespace, task_uid=uid))
+            case Need.POD_REFUSAL:
+                job = view_of(Observed(task=task, jobs=self._jobs_of(task))).job
+                try:
+                    facts.pod_refusal = await self._api.pod_refusal(namespace, job_uid="" if job is None else job.uid)
+                except Forbidden as error:  # the reason for a wait is worth less than the wait itself
+                    _log.warning("cannot read why a pod was refused; grant list on events", error=error.message)
             case Need.JOB:
                 name = build_job(task, attempt=attempt, template=self._template)["metadata"]["name"]
                 try:
@@ -502,10 +521,21 @@ class Controller:
                 attempt=status.attempt,
                 reason=next((one.reason for one in status.conditions if one.type == "Ready"), None),
             )
+            if (event := of_transition(task.metadata, task.status, status, now=self._clock())) is not None:
+                self._announce(event)
             if status.phase.finished:
                 kind = "unknown" if task.parsed is None else str(task.parsed.spec.type)
                 self._metrics.finished(type_=kind, status=status)
         return True
+
+    def _announce_wait(self, task: _Task) -> None:
+        event = of_wait(task.metadata, task.status, now=self._clock())
+        if event is None:
+            return
+        live = self._live.setdefault(task.cached.uid, _Live())
+        if live.announced != event["metadata"]["name"]:
+            live.announced = event["metadata"]["name"]
+            self._announce(event)
 
     async def _create(self, task: ProcessingTask, *, attempt: int) -> Refusal | None:
         """Create the Job of an attempt, or find it created; return why the API server refuses it."""

@@ -17,6 +17,8 @@ class Need(StrEnum):
     """Whether the Job of the current attempt exists, asked of the API server and not of the cache."""
     PODS = "pods"
     """The pods of the task."""
+    POD_REFUSAL = "pod refusal"
+    """What the Job controller said when the cluster would not let it create the pod."""
     RESULT = "result"
     """The row of the current attempt in ``task_results``."""
     FENCE = "fence"
@@ -76,6 +78,10 @@ class Policy:
     """So long a pod may take to start before anybody looks why."""
     pod_look_interval: timedelta = timedelta(seconds=60)
     """Longest time between two looks at pods that do not start."""
+    pending_deadline: timedelta = timedelta(hours=1)
+    """So long a pod may fail to start for reasons of its own, such as its image; zero: for ever."""
+    capacity_deadline: timedelta = timedelta(days=1)
+    """So long it may wait for room (a node, quota) that others may hold; zero: for ever."""
     give_back_delay: timedelta = timedelta(seconds=5)
     """Wait before an attempt that was given back is tried again; doubles while that repeats."""
     give_back_max_delay: timedelta = timedelta(seconds=60)
@@ -109,6 +115,7 @@ class Observed:
     answered: frozenset[Need] = frozenset()
     """Which of the following were looked up."""
     pods: tuple[PodReport, ...] = ()
+    pod_refusal: str | None = None
     result: StoredOutcome | None = None
     fence: Fence | None = None
     """None although answered: PostgreSQL cannot be reached."""

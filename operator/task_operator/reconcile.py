@@ -26,7 +26,7 @@ from task_contract.models import (
     Status,
     TaskType,
 )
-from task_operator.jobs import JobState, pods_of
+from task_operator.jobs import JobState
 from task_operator.observation import Decision, Ending, FenceState, Need, Observed, Policy, Refusal, View, view_of
 from task_operator.statuses import (
     clip,
@@ -43,6 +43,7 @@ from task_operator.statuses import (
     without_attempt,
 )
 from task_operator.verdict import Verdict, judge_job, verdict_of, wait_for_store
+from task_operator.waits import overdue, time_left, wait_of, waiting
 
 _DEFAULT: Final = Policy()
 
@@ -227,6 +228,8 @@ def _with_job(observed: Observed, view: View, job: JobState, *, now: datetime, r
             return verdict
         return _judge(observed, view, verdict, now=now, random=random, policy=policy)
     if job.deleting:
+        if ending := overdue(observed.task.status.queue, attempt=view.attempt, now=now, policy=policy):
+            return _stop(observed, view, ending, now=now, policy=policy)
         return Decision(after=timedelta(seconds=5))  # by hand; judged when it is gone
     if job.ready:
         return _running(observed, view, job, now=now, policy=policy)
@@ -273,25 +276,17 @@ def _starting(observed: Observed, view: View, job: JobState, *, now: datetime, p
     changed = observed.jobs_changed_at or job.created_at or now
     if now - changed < policy.pod_patience:
         return Decision(after=policy.pod_patience - max(now - changed, timedelta()))
+    queue = wait_of(observed, job, now=now)
+    if isinstance(queue, Need):
+        return Decision(needs=frozenset({queue}))
+    if queue is None:
+        return Decision(after=timedelta(seconds=1))  # the Job controller has yet to say what the pods already do
+    if ending := overdue(queue, attempt=view.attempt, now=now, policy=policy):
+        return _stop(observed, view, ending, now=now, policy=policy)
     waited = now - (job.created_at or changed)
     after = min(max(waited / 2, policy.pod_patience), policy.pod_look_interval)
-    if job.suspended:
-        queue = QueueStatus(reason="JobSuspended", message=f"Job {job.name} is suspended", since=to_second(now))
-    else:
-        if Need.PODS not in observed.answered:
-            return Decision(needs=frozenset({Need.PODS}))
-        pods = pods_of(job, observed.pods)
-        if any(pod.running for pod in pods) or (pods and not any(pod.waiting for pod in pods)):
-            return Decision(after=timedelta(seconds=1))  # the Job controller has yet to say what the pods already do
-        waiting = next((pod.waiting for pod in pods if pod.waiting is not None), None)
-        disrupted = next((pod for pod in pods if pod.disrupted is not None), None)
-        if waiting is None:
-            reason, message = "PodNotCreated", f"the pod of Job {job.name} does not exist yet: kubectl describe job"
-        elif disrupted is not None and waiting.reason == "PodPending":
-            reason, message = "Evicted", f"{disrupted.disrupted}: {disrupted.message}"
-        else:
-            reason, message = waiting.reason, waiting.message
-        queue = QueueStatus(reason=clip(reason), message=clip(message) or None, since=to_second(now))
+    if (left := time_left(queue, now=now, policy=policy)) is not None:
+        after = min(after, left)
     if status.queue is not None and status.queue.reason == queue.reason:
         return Decision(after=after)
     if status.phase is Phase.RETRYING:
@@ -356,6 +351,8 @@ def _give_back_delay(status: Status, *, now: datetime, policy: Policy) -> timede
 
 def _without_job(observed: Observed, view: View, *, now: datetime, random: float, policy: Policy) -> Decision:
     task, status = observed.task, observed.task.status
+    if ending := overdue(status.queue, attempt=view.attempt, now=now, policy=policy):
+        return _stop(observed, view, ending, now=now, policy=policy)
     if view.blocker is not None:
         # Given back before; its name is free once it is gone.
         delete = () if view.blocker.deleting else (view.blocker,)
@@ -403,13 +400,13 @@ def _refused(task: ProcessingTask, view: View, refusal: Refusal, *, now: datetim
         failure = Failure(reason=refusal.reason, message=clip(refusal.message), retryable=False)
         return Decision(status=failed(task, failure, now=now))
     status = task.status
-    repeated = status.queue is not None and status.queue.reason == refusal.reason
-    since = (status.queue.since if repeated and status.queue is not None else None) or to_second(now)
-    delay = min(max(now - since, policy.give_back_delay), policy.give_back_max_delay)
+    queue = waiting(status, refusal.reason, refusal.message, now=now)
+    delay = min(max(now - (queue.since or now), policy.give_back_delay), policy.give_back_max_delay)
+    if (left := time_left(queue, now=now, policy=policy)) is not None:
+        delay = min(delay, left)
     retry_at = to_second(now + delay, up=True)
-    queue = QueueStatus(reason=refusal.reason, message=clip(refusal.message), since=since)
     if status.phase is Phase.RETRYING:
-        waiting = status.model_copy(update={"queue": queue, "retry_at": retry_at})
+        waits = status.model_copy(update={"queue": queue, "retry_at": retry_at})
     else:
-        waiting = queued(task, queue, now=now, retry_at=retry_at)
-    return Decision(status=waiting, after=retry_at - now)
+        waits = queued(task, queue, now=now, retry_at=retry_at)
+    return Decision(status=waits, after=retry_at - now)

@@ -1,6 +1,7 @@
 """The operator's settings: environment variables with prefix ``OPERATOR_``, read and checked once at start."""
 
 import re
+from datetime import timedelta
 from importlib import metadata
 from typing import Annotated, Any, Final, Literal
 
@@ -9,6 +10,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from task_contract.models import Priority
 from task_operator.jobs import RunnerTemplate
+from task_operator.observation import Policy
 
 PREFIX: Final = "OPERATOR_"
 _LABEL_VALUE: Final = r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
@@ -67,6 +69,10 @@ class Settings(BaseSettings):
     runner_tolerations: tuple[dict[str, Any], ...] = ()
     image_pull_secrets: tuple[str, ...] = ()
     """Names of Secrets with registry credentials, as a JSON list."""
+    pending_deadline_seconds: Annotated[float, Field(ge=0)] = 3600
+    """So long a pod may fail to start for reasons of its own (image, configuration) before its task fails; 0: for ever."""
+    capacity_deadline_seconds: Annotated[float, Field(ge=0)] = 86_400
+    """So long a task may wait for a node or for quota before it fails; 0: for ever."""
     instance: Annotated[str, Field(pattern=_LABEL_VALUE)] = "processing-tasks"
     """Name of the installation, for the label app.kubernetes.io/instance of what the operator makes."""
     listen: Annotated[str, AfterValidator(_address)] = "0.0.0.0:8081"
@@ -90,6 +96,13 @@ class Settings(BaseSettings):
             image_pull_secrets=self.image_pull_secrets,
             instance=self.instance,
             version=product_version(),
+        )
+
+    def policy(self) -> Policy:
+        """Return the waits that are the operator's own."""
+        return Policy(
+            pending_deadline=timedelta(seconds=self.pending_deadline_seconds),
+            capacity_deadline=timedelta(seconds=self.capacity_deadline_seconds),
         )
 
 

@@ -118,6 +118,8 @@ BAD_VALUES: list[tuple[list[str], list[str]]] = [
     (["runner.image.digest=sha256:12"], ["/runner/image/digest"]),
     (["operator.logLevel=debug"], ["/operator/logLevel"]),
     (["operator.resyncSeconds=0"], ["/operator/resyncSeconds"]),
+    (["operator.pendingDeadlineSeconds=-1"], ["/operator/pendingDeadlineSeconds"]),
+    (["operator.capacityDeadlineSeconds=1h"], ["/operator/capacityDeadlineSeconds"]),
     (["operator.clusterWide=maybe"], ["/operator/clusterWide"]),
     (["operator.extraEnv[0].value=x"], ["/operator/extraEnv/0", "name"]),
     (["operator.resources.limit.memory=1Gi"], ["/operator/resources", "limit"]),
@@ -326,6 +328,7 @@ PERMISSIONS = {
     ("tasks.zzdsj.io", "processingtasks/finalizers"): ["update"],
     ("batch", "jobs"): ["get", "list", "watch", "create", "delete"],
     ("", "pods"): ["get", "list"],
+    ("events.k8s.io", "events"): ["create", "list"],
 }
 
 

@@ -179,7 +179,7 @@ def test_a_new_task_has_its_defaults_and_is_queued_without_a_write(kubectl: Kube
     assert found["status"]["phase"] == "Queued"
     assert found["status"]["conditions"][0]["reason"] == "Queued"
     table = kubectl.attempt("get", "ptask", "-n", namespace).stdout.splitlines()
-    assert table[0].split() == ["NAME", "TYPE", "KB", "PRIORITY", "PHASE", "STAGE", "PROGRESS", "ATTEMPT", "AGE"]
+    assert table[0].split() == ["NAME", "TYPE", "KB", "PRIORITY", "PHASE", "STAGE", "PROGRESS", "ATTEMPT", "WAITING", "AGE"]
     wide = kubectl.attempt("get", "ptask", "-n", namespace, "-o", "wide").stdout.splitlines()
     assert wide[0].split()[-3:] == ["CHUNKS", "REASON", "JOB"]
 

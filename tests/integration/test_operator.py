@@ -55,6 +55,14 @@ def process(place: Place, cluster: Endpoints, tmp_path: Path) -> Start:
     return start
 
 
+@pytest.fixture
+async def proxy(cluster: Endpoints, tmp_path: Path) -> AsyncIterator[Proxy]:
+    proxy = Proxy(Access.from_kubeconfig(cluster.kubeconfig), folder=tmp_path)
+    await proxy.start()
+    yield proxy
+    await proxy.aclose()
+
+
 def _conditions(status: dict[str, Any]) -> dict[str, str]:
     return {one["type"]: f"{one['status']}/{one['reason']}" for one in status["conditions"]}
 
@@ -140,6 +148,55 @@ async def test_attempts_end_at_the_limit(place: Place, process: Start) -> None:
 
     assert [one["number"] for one in status["attempts"]] == [1, 2]
     assert status["error"]["reason"] == "ParserCrashed"
+
+
+async def test_kubectl_describe_tells_retries_and_failures_once(
+    place: Place, process: Start, cluster: Endpoints, tmp_path: Path
+) -> None:
+    again = outcome(Outcome.FAILED, "ParserCrashed")
+    operator = process(OPERATOR_INSTANCE="release-1")
+    async with operator.at_work(), Kubelet(place, outcomes={1: again, 2: again}).at_work():
+        await place.create(retry={"limit": 1, "initialDelay": "1s", "maxDelay": "1s", "jitter": 0})
+        await place.wait_for("Failed")
+
+        async def told() -> list[dict[str, Any]]:
+            path = f"/apis/events.k8s.io/v1/namespaces/{place.namespace}/events"
+            listed = await place.kube.do("GET", path, fieldSelector="regarding.kind=ProcessingTask")
+            return list(listed["items"]) if len(listed["items"]) >= 2 else []
+
+        await until("the Events are there", told)
+        operator.kill()
+        operator.start()
+        await operator.ready()
+        events = await told()
+        shown = await asyncio.to_thread(Kubectl(cluster, place.namespace), "describe", "ptask", "handbook")
+
+    assert sorted(event["reason"] for event in events) == ["Failed", "Retrying"]
+    assert {event["type"] for event in events} == {"Warning"}
+    assert events[0]["metadata"]["labels"]["app.kubernetes.io/instance"] == "release-1"
+    assert {one["manager"] for event in events for one in event["metadata"]["managedFields"]} == {
+        "processing-tasks-operator"
+    }
+    table = shown[shown.index("Events:") :]
+    assert "attempt 1 failed (ParserCrashed): cannot go on: ParserCrashed; the next one starts at" in table
+    assert "Failed" in table
+    assert "tasks.zzdsj.io/operator" in table
+
+
+async def test_events_that_are_refused_change_nothing(place: Place, process: Start, proxy: Proxy) -> None:
+    def forbid(method: str, path: str) -> web.Response | None:
+        if "/events" not in path:
+            return None
+        body = {"kind": "Status", "reason": "Forbidden", "message": "events is forbidden: cannot create"}
+        return web.Response(status=403, text=json.dumps(body), content_type="application/json")
+
+    proxy.refuse = forbid
+    again = outcome(Outcome.FAILED, "ParserCrashed")
+    operator = process(kubeconfig=proxy.kubeconfig)
+    async with operator.at_work(), Kubelet(place, outcomes={1: again}).at_work():
+        await place.create()
+        await place.wait_for("Completed")
+        assert 'task_operator_events_total{result="failed"} 1.0' in (await operator.get("/metrics"))[1]
 
 
 async def test_a_store_that_is_down_costs_no_attempt(place: Place, process: Start) -> None:
@@ -323,14 +380,6 @@ async def test_jobs_of_tasks_that_are_gone_are_deleted(place: Place, process: St
 
 
 # ------------------------------------------------------------------------------------------------- faults on the way
-
-
-@pytest.fixture
-async def proxy(cluster: Endpoints, tmp_path: Path) -> AsyncIterator[Proxy]:
-    proxy = Proxy(Access.from_kubeconfig(cluster.kubeconfig), folder=tmp_path)
-    await proxy.start()
-    yield proxy
-    await proxy.aclose()
 
 
 async def test_watches_that_break_lose_nothing(place: Place, process: Start, proxy: Proxy) -> None:

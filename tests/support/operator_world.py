@@ -86,6 +86,9 @@ class World:
     async def list_pods(self, namespace: str, *, task_uid: str) -> list[dict[str, Any]]:
         return copy.deepcopy(list(self.pods.values()))
 
+    async def pod_refusal(self, namespace: str, *, job_uid: str) -> str | None:
+        return None
+
     async def get_task(self, namespace: str, name: str) -> dict[str, Any]:
         return copy.deepcopy(_found(self.tasks, (namespace, name)))
 

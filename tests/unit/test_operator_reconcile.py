@@ -1,6 +1,6 @@
 """Every arrow of a task's life as a row: what is observed, and what is decided upon it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -8,9 +8,9 @@ import pytest
 
 from task_contract.lifecycle import ARROWS
 from task_contract.messages import AttemptOutcome, Outcome, ProgressEvent
-from task_contract.models import Component, ComponentHealth, Metadata, Phase, Result, Stage, Status
+from task_contract.models import Component, ComponentHealth, Metadata, Phase, ProcessingTask, Result, Stage, Status
 from task_operator.jobs import Waiting
-from task_operator.observation import Decision, Fence, FenceState, Need, Observed, Refusal, Store, StoredOutcome
+from task_operator.observation import Decision, Fence, FenceState, Need, Observed, Policy, Refusal, Store, StoredOutcome
 from task_operator.reconcile import decide, refuse
 from tests.support.operator_values import (
     UID,
@@ -68,6 +68,12 @@ class Row:
     now: float = NOW
 
 
+def waits_since(reason: str, since: float) -> ProcessingTask:
+    """Return a task whose status says why it has not started, and since when."""
+    queue = {"reason": reason, "since": stamp(since)}
+    return task(status={"phase": "Queued", "attempt": 0, "queue": queue, "conditions": [condition(reason)]})
+
+
 QUEUED = task()
 CANCEL = {"cancel": True}
 SUSPEND = {"suspend": True}
@@ -103,10 +109,214 @@ ROWS = [
         after=19.5,
     ),
     Row(
-        "a Job whose pod does not exist says so",
+        "a Job whose pod does not exist has the reason looked for",
         Observed(task=QUEUED, jobs=(job(),), answered=PODS),
+        needs=frozenset({Need.POD_REFUSAL}),
+    ),
+    Row(
+        "a Job whose pod does not exist says so",
+        Observed(task=QUEUED, jobs=(job(),), answered=ALL),
         status={"queue.reason": "PodNotCreated"},
         after=19.5,
+    ),
+    Row(
+        "a pod that the quota does not allow says so in the cluster's words",
+        Observed(task=QUEUED, jobs=(job(),), answered=ALL, pod_refusal='pods "x" is forbidden: exceeded quota: few'),
+        status={
+            "queue.reason": "QuotaExceeded",
+            "queue.message": 'cannot create the pod: pods "x" is forbidden: exceeded quota: few',
+            "queue.since": stamp(NOW),
+            "conditions.Ready": "False/QuotaExceeded",
+        },
+        after=19.5,
+    ),
+    Row(
+        "a pod that admission refuses says so",
+        Observed(task=QUEUED, jobs=(job(),), answered=ALL, pod_refusal='pods "x" is forbidden: violates PodSecurity'),
+        status={"queue.reason": "PodForbidden"},
+        after=19.5,
+    ),
+    Row(
+        "a refusal that is known is not searched for again",
+        Observed(task=waits_since("QuotaExceeded", 10), jobs=(job(),), answered=PODS),
+        after=19.5,
+    ),
+    # ------------------------------------------------------------------------------------- pods that never start
+    Row(
+        "a wait of the same kind goes on, whatever it is called now",
+        Observed(
+            task=waits_since("PodPending", 10),
+            jobs=(job(),),
+            answered=PODS,
+            pods=(pod(waiting=Waiting("ImagePullBackOff", "no such image")),),
+        ),
+        status={"queue.reason": "ImagePullBackOff", "queue.since": stamp(10)},
+        after=19.5,
+    ),
+    Row(
+        "a wait for room does not count as one of the pod's own",
+        Observed(
+            task=waits_since("Unschedulable", 10),
+            jobs=(job(),),
+            answered=PODS,
+            pods=(pod(waiting=Waiting("ImagePullBackOff", "no such image")),),
+        ),
+        status={"queue.reason": "ImagePullBackOff", "queue.since": stamp(3650)},
+        after=60,
+        now=3650,
+    ),
+    Row(
+        "the end of the longest wait is not slept through",
+        Observed(
+            task=waits_since("ImagePullBackOff", 10),
+            jobs=(job(),),
+            answered=PODS,
+            pods=(pod(waiting=Waiting("ImagePullBackOff")),),
+        ),
+        after=10,
+        now=3600,
+    ),
+    Row(
+        "a pod that never starts for reasons of its own ends the task, fence first",
+        Observed(
+            task=waits_since("ImagePullBackOff", 10),
+            jobs=(job(),),
+            store=POSTGRES,
+            answered=PODS,
+            pods=(pod(waiting=Waiting("ImagePullBackOff", "no such image")),),
+        ),
+        needs=frozenset({Need.FENCE}),
+        now=3610,
+    ),
+    Row(
+        "a pod that never starts for reasons of its own ends the task",
+        Observed(
+            task=waits_since("ImagePullBackOff", 10),
+            jobs=(job(),),
+            store=POSTGRES,
+            answered=ALL,
+            pods=(pod(waiting=Waiting("ImagePullBackOff", "no such image")),),
+            fence=Fence(FenceState.RAISED),
+        ),
+        status={
+            "phase": "Failed",
+            "error.reason": "PendingDeadlineExceeded",
+            "error.retryable": False,
+            "error.message": "cannot start attempt 1 within 1h: ImagePullBackOff: no such image; look at the runner's image "
+            "and pull secrets in the chart's values, then create a new task",
+            "conditions.Stalled": "True/PendingDeadlineExceeded",
+            "queue": None,
+            "attempt": 0,
+        },
+        delete=[name_of(1)],
+        now=3610,
+    ),
+    Row(
+        "a commit that came first wins over that deadline too",
+        Observed(
+            task=waits_since("PodPending", 10),
+            jobs=(job(),),
+            store=POSTGRES,
+            answered=ALL,
+            pods=(pod(waiting=Waiting("PodPending")),),
+            fence=Fence(FenceState.COMMITTED, success()),
+        ),
+        after=1,
+        now=3610,
+    ),
+    Row(
+        "without a fence the Job goes first",
+        Observed(
+            task=waits_since("ImagePullBackOff", 10),
+            jobs=(job(),),
+            answered=PODS,
+            pods=(pod(waiting=Waiting("ImagePullBackOff")),),
+        ),
+        delete=[name_of(1)],
+        after=1,
+        now=3610,
+    ),
+    Row(
+        "and is waited for",
+        Observed(task=waits_since("ImagePullBackOff", 10), jobs=(job(deleting=True),)),
+        after=1,
+        now=3610,
+    ),
+    Row(
+        "and no other is made in its place",
+        Observed(task=waits_since("ImagePullBackOff", 10), answered=PODS),
+        status={"phase": "Failed", "error.reason": "PendingDeadlineExceeded"},
+        now=3610,
+    ),
+    Row(
+        "a pod that started at the last moment runs",
+        Observed(task=waits_since("ImagePullBackOff", 10), jobs=(job(ready=1),)),
+        status={"phase": "Processing", "queue": None},
+        now=3610,
+    ),
+    Row(
+        "a pod that started before the Job says so runs",
+        Observed(task=waits_since("ImagePullBackOff", 10), jobs=(job(),), answered=PODS, pods=(pod(running=True),)),
+        after=1,
+        now=3610,
+    ),
+    Row(
+        "room is waited for longer, since others may have it",
+        Observed(
+            task=waits_since("Unschedulable", 10),
+            jobs=(job(),),
+            answered=PODS,
+            pods=(pod(waiting=Waiting("Unschedulable", "0/1 nodes")),),
+        ),
+        after=60,
+        now=3610,
+    ),
+    Row(
+        "but not for ever",
+        Observed(
+            task=waits_since("Unschedulable", 10),
+            jobs=(job(),),
+            store=POSTGRES,
+            answered=ALL,
+            pods=(pod(waiting=Waiting("Unschedulable", "0/1 nodes")),),
+            fence=Fence(FenceState.RAISED),
+        ),
+        status={"phase": "Failed", "error.reason": "PendingDeadlineExceeded"},
+        delete=[name_of(1)],
+        now=86_410,
+    ),
+    Row(
+        "a quota that refuses the Job itself is no different",
+        Observed(task=waits_since("QuotaExceeded", 10), store=POSTGRES, answered=ALL, fence=Fence(FenceState.RAISED)),
+        status={"phase": "Failed", "error.reason": "PendingDeadlineExceeded"},
+        now=86_410,
+    ),
+    Row(
+        "the try at the end of the wait for a quota is not put off beyond it",
+        Observed(task=waits_since("QuotaExceeded", 10), refusal=Refusal("QuotaExceeded", "exceeded quota: pods")),
+        status={"queue.since": stamp(10), "retryAt": stamp(86_410)},
+        after=10,
+        now=86_400,
+    ),
+    Row(
+        "an attempt after a failure that never starts ends the task as well",
+        Observed(
+            task=task(status=retrying(queue={"reason": "ImagePullBackOff", "since": stamp(10)})),
+            jobs=(job(2),),
+            store=POSTGRES,
+            answered=ALL,
+            pods=(pod(2, waiting=Waiting("ImagePullBackOff")),),
+            fence=Fence(FenceState.RAISED),
+        ),
+        status={"phase": "Failed", "error.reason": "PendingDeadlineExceeded", "attempt": 1},
+        delete=[name_of(2)],
+        now=3610,
+    ),
+    Row(
+        "a store that is down, or a Job that somebody suspended, is waited for without end",
+        Observed(task=waits_since("JobSuspended", 10), jobs=(job(suspended=True),)),
+        after=60,
+        now=10_000_000,
     ),
     Row(
         "pods that run before the Job says so are no news",
@@ -772,6 +982,26 @@ def _read(written: dict[str, Any], path: str) -> Any:
         return found.get(rest)
     value = written.get(head)
     return value if not rest or value is None else _read(value, rest)
+
+
+def test_a_deadline_of_zero_is_none_and_a_long_cause_leaves_room_for_the_remedy() -> None:
+    pods = (pod(waiting=Waiting("ImagePullBackOff", "x" * 5000)),)
+    observed = Observed(task=waits_since("ImagePullBackOff", 10), jobs=(job(),), answered=PODS, pods=pods)
+    patient = Policy(pending_deadline=timedelta(), capacity_deadline=timedelta())
+    assert decide(observed, now=at(10_000_000), random=0.5, policy=patient) == Decision(after=timedelta(seconds=60))
+    gone = Observed(task=waits_since("QuotaExceeded", 10), answered=PODS)
+    assert decide(gone, now=at(10_000_000), random=0.5, policy=patient).create_attempt == 1
+    status = decide(replace(gone, task=observed.task), now=at(10_000), random=0.5).status
+    assert status is not None
+    assert status.error is not None
+    long = task(
+        status={"phase": "Queued", "attempt": 0, "queue": {"reason": "Odd", "message": "x" * 1024, "since": stamp(0)}}
+    )
+    status = decide(replace(gone, task=long), now=at(10_000), random=0.5).status
+    assert status is not None
+    assert status.error is not None
+    assert status.error.message.endswith("…; remove the cause, then create a new task")
+    Status.model_validate(status.manifest())
 
 
 def test_a_task_that_cannot_be_read_fails_with_the_reason_and_is_then_left_alone() -> None:

@@ -145,6 +145,10 @@ redis: TASKS_REDIS_URL
   value: 0.0.0.0:8081
 - name: OPERATOR_RESYNC_SECONDS
   value: {{ int $root.Values.operator.resyncSeconds | quote }}
+- name: OPERATOR_PENDING_DEADLINE_SECONDS
+  value: {{ int $root.Values.operator.pendingDeadlineSeconds | quote }}
+- name: OPERATOR_CAPACITY_DEADLINE_SECONDS
+  value: {{ int $root.Values.operator.capacityDeadlineSeconds | quote }}
 - name: OPERATOR_LOG_LEVEL
   value: {{ $root.Values.operator.logLevel | quote }}
 {{- with $root.Values.operator.extraEnv }}
@@ -173,6 +177,10 @@ redis: TASKS_REDIS_URL
 - apiGroups: [""]
   resources: [pods]
   verbs: [get, list]
+# Why the Job controller could not create a pod stands in Events alone; the operator tells retries and failures in Events of its own.
+- apiGroups: [events.k8s.io]
+  resources: [events]
+  verbs: [create, list]
 {{- end }}
 
 {{/* Checks the URLs of a dict "stores" that stands at "path". Here and not in the schema, whose errors print the value: it holds a password. */}}
