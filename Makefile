@@ -8,14 +8,18 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 UV_VERSION := 0.13.9
 PACKAGES := crds operator job_runner client devstack tests
+# Which cluster: make demo CLUSTER=embedded|kind|current NAMESPACE=name VALUES=file, on make's command line alone: a variable
+# NAMESPACE of the shell is likely to be about something else.
+given = $(if $(filter command,$(firstword $(origin $(1)))),$(2) $($(1)))
+CHOICE = $(call given,CLUSTER,--cluster) $(call given,NAMESPACE,--namespace) $(call given,VALUES,--values)
 
-.PHONY: help demo test test-unit test-integration test-e2e bench lint format generate lock images up down status logs clean
+.PHONY: help demo test test-unit test-integration test-e2e crash bench lint format generate lock images up down status logs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[1m%-17s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## Real documents through a real cluster into real stores, and two questions answered from them
-	@$(BIN)/python -m devstack demo
+	@$(BIN)/python -m devstack demo $(CHOICE)
 
 test: $(READY) ## All tests: unit, integration (real servers), end to end (real cluster)
 	@$(BIN)/python -m devstack up
@@ -31,6 +35,10 @@ test-integration: $(READY) ## Tests on a real API server, PostgreSQL, Redis, Mil
 test-e2e: $(READY) ## Tests on the whole installation: cluster, chart, images, stores
 	@$(BIN)/python -m devstack up
 	@$(BIN)/python -m pytest tests/e2e
+
+crash: $(READY) ## Kill operator and runner at every point of a document's life; prints a table, writes build/crash.json
+	@$(BIN)/python -m devstack up
+	@$(BIN)/python -m pytest tests/crash --all-points
 
 bench: $(READY) ## Measure; writes build/bench/NAME.json (make bench NAME=operator for one)
 	@$(BIN)/python -m tests.bench $(NAME)
@@ -65,16 +73,16 @@ images: $(READY) ## Build both images and print their sizes by package
 	@$(BIN)/python -m devstack images
 
 up: $(READY) ## Start the devstack: one-node Kubernetes, PostgreSQL, Redis, Milvus, Elasticsearch
-	@$(BIN)/python -m devstack up
+	@$(BIN)/python -m devstack up $(CHOICE)
 
 down: $(READY) ## Stop the devstack; nothing of it is left running
-	@$(BIN)/python -m devstack down
+	@$(BIN)/python -m devstack down $(CHOICE)
 
 status: $(READY) ## What of the devstack runs
 	@$(BIN)/python -m devstack status
 
 logs: $(READY) ## The ends of all logs: devstack processes, operator, the youngest pods (LINES=50 for more)
-	@$(BIN)/python -m devstack logs --lines $(or $(LINES),15)
+	@$(BIN)/python -m devstack logs --lines $(or $(LINES),15) $(CHOICE)
 
 clean: ## Remove what was built here (the cache of builds stays: rm -r ~/.cache/processing-tasks)
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis $(VENV)

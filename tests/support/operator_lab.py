@@ -1,4 +1,4 @@
-"""A place to try the operator as a process: a proxy that kills it at a write, a hand that plays kubelet, and the process.
+"""A place to try the operator as a process: a proxy that sees what it writes, a hand that plays kubelet, and the process.
 
 The API server and the Job controller are real. Pods are made and never run: a selector that no node has keeps the scheduler
 away, and :class:`Kubelet` writes into their status what a kubelet would.
@@ -224,12 +224,19 @@ def ended(outcome: AttemptOutcome, *, message: bool = True, **terminated: Any) -
     """Return the status of a pod whose runner has ended so."""
     good = outcome.outcome is Outcome.SUCCEEDED
     permanent = outcome.error is not None and not outcome.error.retryable
+    code = 0 if good else 65 if permanent else 75
+    return exited(code, message=outcome.termination_message() if message else "", **terminated)
+
+
+def exited(code: int, *, message: str = "", **terminated: Any) -> dict[str, Any]:
+    """Return the status of a pod whose container has ended with an exit code and a termination message."""
+    good = code == 0
     state = {
-        "exitCode": 0 if good else 65 if permanent else 75,
+        "exitCode": code,
         "reason": "Completed" if good else "Error",
         "startedAt": _now(),
         "finishedAt": _now(),
-        **({"message": outcome.termination_message()} if message else {}),
+        **({"message": message} if message else {}),
         **terminated,
     }
     return {
@@ -251,8 +258,17 @@ def free_port() -> int:
 class OperatorProcess:
     """The operator as it is deployed: a process of its own, told by environment variables."""
 
-    def __init__(self, *, kubeconfig: Path, namespaces: Sequence[str], folder: Path, **environment: str) -> None:
+    def __init__(
+        self,
+        *,
+        kubeconfig: Path,
+        namespaces: Sequence[str],
+        folder: Path,
+        command: Sequence[str] = ("task_operator", "run"),
+        **environment: str,
+    ) -> None:
         self.port = free_port()
+        self._command = [sys.executable, "-m", *command]
         self.log = folder / f"operator-{uuid.uuid4().hex[:8]}.log"
         self._environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("OPERATOR_", "TASKS_"))},
@@ -268,13 +284,7 @@ class OperatorProcess:
 
     def start(self) -> None:
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "task_operator", "run"],
-                cwd=ROOT,
-                env=self._environment,
-                stdout=log,
-                stderr=log,
-            )
+            self._process = subprocess.Popen(self._command, cwd=ROOT, env=self._environment, stdout=log, stderr=log)
 
     def kill(self) -> None:
         """Kill it at once; it gets no chance to do anything."""
@@ -343,7 +353,7 @@ class Write:
 
 
 class Proxy:
-    """Stands between the operator and the API server; counts the writes and may kill the operator at one of them."""
+    """Stands between the operator and the API server: counts its writes, refuses some, cuts its watches."""
 
     def __init__(self, access: Access, *, folder: Path) -> None:
         self._access = access
@@ -351,10 +361,6 @@ class Proxy:
         self._runner: web.AppRunner | None = None
         self.kubeconfig = folder / f"proxy-{uuid.uuid4().hex[:8]}.kubeconfig"
         self.writes: list[str] = []
-        self.kill_at: tuple[str, int, str] | None = None
-        """(label, which one of it, "before" or "after"): where the operator is to be killed."""
-        self.on_kill: Callable[[], None] = lambda: None
-        self.killed = False
         self.refuse: Callable[[str, str], web.Response | None] = lambda method, path: None
         """Answers in place of the API server: for faults."""
         self._streams: set[asyncio.Task[Any]] = set()
@@ -392,22 +398,8 @@ class Proxy:
             return await self._watch(request)
         if request.method == "GET":
             return await self._forward(request, body)
-        label = _write(request, body).label
-        nth = self.writes.count(label) + 1
-        self.writes.append(label)
-        before, after = ((label, nth, when) == self.kill_at and not self.killed for when in ("before", "after"))
-        if before:
-            self._kill(request)
-        answer = await self._forward(request, body) if not before else web.Response(status=502)
-        if after:
-            self._kill(request)
-        return answer
-
-    def _kill(self, request: web.Request) -> None:
-        self.killed = True
-        self.on_kill()
-        if request.transport is not None:
-            request.transport.abort()
+        self.writes.append(_write(request, body).label)
+        return await self._forward(request, body)
 
     async def _forward(self, request: web.Request, body: bytes) -> web.Response:
         async with self._session.request(
