@@ -21,9 +21,14 @@ help: ## Show this list
 demo: $(READY) ## Real documents through a real cluster into real stores, and two questions answered from them
 	@$(BIN)/python -m devstack demo $(CHOICE)
 
-test: $(READY) ## All tests: unit, integration (real servers), end to end (real cluster)
+# A test by name needs only the files that have it, and brings up by itself what it needs of the devstack.
+test: $(READY) ## All tests; make test NAME=test_cancel for those whose name holds it
+ifeq ($(origin NAME),command line)
+	@$(BIN)/python -m pytest $$(grep -rl --include='test_*.py' -e '$(NAME)' tests || echo tests) -k '$(NAME)'
+else
 	@$(BIN)/python -m devstack up
 	@$(BIN)/python -m pytest tests
+endif
 
 test-unit: $(READY) ## Tests that need no server: seconds
 	@$(BIN)/python -m pytest tests/unit -n 2

@@ -4,7 +4,7 @@ import contextlib
 import json
 import subprocess
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,14 @@ started_here: list[str] = []
 """Parts that this session started; they are left running, and the summary says so."""
 
 
-def bring_up(parts: Iterable[str]) -> Endpoints:
+_up: set[str] = set()
+"""Parts that this session has seen up: tests share them and leave them running."""
+
+
+def bring_up(parts: Collection[str]) -> Endpoints:
     """Bring up PARTS; what cannot be brought up fails the test with the one sentence that names the remedy."""
+    if _up.issuperset(parts):
+        return devstack.endpoints()
     mark = {"cluster": "apiserver", "node": "kubelet", "stores": "postgres"}
     fresh = [part for part in parts if not running(mark[part])]
     try:
@@ -30,6 +36,7 @@ def bring_up(parts: Iterable[str]) -> Endpoints:
     except DevstackError as error:
         pytest.fail(str(error), pytrace=False)
     started_here.extend(fresh)
+    _up.update(parts)
     return endpoints
 
 
