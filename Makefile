@@ -13,7 +13,7 @@ PACKAGES := crds operator job_runner client devstack tests
 given = $(if $(filter command,$(firstword $(origin $(1)))),$(2) $($(1)))
 CHOICE = $(call given,CLUSTER,--cluster) $(call given,NAMESPACE,--namespace) $(call given,VALUES,--values)
 
-.PHONY: help demo test test-unit test-integration test-e2e crash bench lint format generate lock images up down status logs clean
+.PHONY: help demo test test-unit test-integration test-e2e crash bench lint format generate lock images sbom up down status logs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[1m%-17s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ lock: $(READY) ## Pin all dependencies anew within the bounds of pyproject.toml
 
 images: $(READY) ## Build both images and print their sizes by package
 	@$(BIN)/python -m devstack images
+
+sbom: $(READY) ## What is in each image: build/sbom/*.cdx.json (CycloneDX), checked against its schema
+	@$(BIN)/python -m devstack.sbom
 
 up: $(READY) ## Start the devstack: one-node Kubernetes, PostgreSQL, Redis, Milvus, Elasticsearch
 	@$(BIN)/python -m devstack up $(CHOICE)

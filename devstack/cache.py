@@ -22,8 +22,12 @@ def cache_dir() -> Path:
 
 
 def state_dir() -> Path:
-    """Folder of what runs now: `DEVSTACK_STATE`, by default `/var/lib/processing-tasks-devstack`. `down` empties it."""
-    return Path(os.environ.get("DEVSTACK_STATE") or "/var/lib/processing-tasks-devstack").absolute()
+    """Folder of what runs now: `DEVSTACK_STATE`, by default `/var/lib/processing-tasks-devstack`. `down` empties it.
+
+    An ordinary user's is `~/.local/state/processing-tasks-devstack`.
+    """
+    own = Path("/var/lib") if os.geteuid() == 0 else Path.home() / ".local" / "state"
+    return Path(os.environ.get("DEVSTACK_STATE") or own / "processing-tasks-devstack").absolute()
 
 
 @contextlib.contextmanager
@@ -89,9 +93,17 @@ def cached(name: str, inputs: Iterable[bytes | Path], build: Callable[[Path], No
     if keep is not None:
         os.utime(final)
         hashed = (p for p in folder.glob(f"{name}-*") if len(p.name) == len(name) + 17)
-        for old in sorted(hashed, key=lambda p: p.stat().st_mtime, reverse=True)[keep:]:
+        for old in sorted(hashed, key=_last_used, reverse=True)[keep:]:
             _remove(old)
     return final
+
+
+def _last_used(path: Path) -> float:
+    """When a thing was last asked for; one that another process has removed since it was listed is the oldest."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0
 
 
 def _remove(path: Path) -> None:

@@ -7,12 +7,14 @@ import json
 import platform
 import posixpath
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ENVIRONMENT = "/opt/venv/"
+BASE = "(base)"
+"""What :func:`weigh` calls everything outside the virtual environment."""
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
@@ -55,13 +57,27 @@ def write_archive(archive: Path, reference: str, layer: Path, *, config: Mapping
 
 
 def weigh(archive: Path) -> dict[str, int]:
-    """Return the bytes of each Python distribution in the image's virtual environment, and of the rest ("base").
+    """Return the bytes of each Python distribution in the image's virtual environment, and of the rest (:data:`BASE`).
 
     A file belongs to the distribution whose RECORD lists it, compiled or not; files of the environment that none lists
     are under "(environment)". What a later layer replaces or deletes does not count.
     """
+    sizes, records = read(archive, lambda path: path.name == "RECORD" and path.parent.name.endswith(".dist-info"))
+    owners = _owners(records)
+    weights: dict[str, int] = {}
+    for name, size in sizes.items():
+        owner = owners.get(_source(name), "(environment)") if name.startswith(_ENVIRONMENT) else BASE
+        weights[owner] = weights.get(owner, 0) + size
+    return weights
+
+
+def read(archive: Path, wanted: Callable[[PurePosixPath], bool]) -> tuple[dict[str, int], dict[str, str]]:
+    """Return path -> bytes of all files of the image, and path -> text of those that are WANTED.
+
+    What a later layer replaces or deletes is not there.
+    """
     sizes: dict[str, int] = {}
-    records: dict[str, str] = {}
+    texts: dict[str, str] = {}
     with tarfile.open(archive) as tar:
         manifest = json.load(_member(tar, "manifest.json"))
         for layer_name in manifest[0]["Layers"]:
@@ -74,15 +90,10 @@ def weigh(archive: Path) -> dict[str, int]:
                         _forget(sizes, path.with_name(path.name.removeprefix(".wh.")))
                     elif entry.isfile():
                         sizes[str(path)] = entry.size
-                        if path.name == "RECORD" and path.parent.name.endswith(".dist-info"):
+                        if wanted(path):
                             content = layer.extractfile(entry)
-                            records[str(path)] = content.read().decode() if content else ""
-    owners = _owners({path: text for path, text in records.items() if path in sizes})
-    weights: dict[str, int] = {}
-    for name, size in sizes.items():
-        owner = owners.get(_source(name), "(environment)") if name.startswith(_ENVIRONMENT) else "(base)"
-        weights[owner] = weights.get(owner, 0) + size
-    return weights
+                            texts[str(path)] = content.read().decode() if content else ""
+    return sizes, {path: text for path, text in texts.items() if path in sizes}
 
 
 def _owners(records: Mapping[str, str]) -> dict[str, str]:

@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from devstack import cluster, machine, network, node, tools
-from devstack.docker_archive import weigh, write_archive
 
 FOLDER = Path("/state")
 
@@ -122,24 +121,3 @@ def test_kubernetes_version_is_the_one_of_the_module() -> None:
 def test_missing_packages_are_named_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert machine.missing_packages(["runc", "buildah", "runc"]) == ["runc", "buildah"]
-
-
-def test_image_is_weighed_by_distribution(tmp_path: Path) -> None:
-    import tarfile
-
-    site = "opt/venv/lib/python3.11/site-packages"
-    files = {
-        "usr/bin/python3": b"x" * 100,
-        f"{site}/one/__init__.py": b"x" * 10,
-        f"{site}/one/__pycache__/__init__.cpython-311.pyc": b"x" * 7,
-        f"{site}/one_pkg-1.0.dist-info/RECORD": b"one/__init__.py,,\none_pkg-1.0.dist-info/RECORD,,\n../../../bin/one,,\n",
-        "opt/venv/bin/one": b"x" * 5,
-        "opt/venv/pyvenv.cfg": b"x" * 3,
-    }
-    with tarfile.open(tmp_path / "layer.tar", "w") as layer:
-        for name, content in files.items():
-            (tmp_path / "file").write_bytes(content)
-            layer.add(tmp_path / "file", name)
-    write_archive(tmp_path / "image.tar", "localhost/it:1", tmp_path / "layer.tar", config={})
-    record = len(files[f"{site}/one_pkg-1.0.dist-info/RECORD"])
-    assert weigh(tmp_path / "image.tar") == {"(base)": 100, "one_pkg": 10 + 7 + 5 + record, "(environment)": 3}
