@@ -13,7 +13,7 @@ PACKAGES := crds operator job_runner client devstack tests
 given = $(if $(filter command,$(firstword $(origin $(1)))),$(2) $($(1)))
 CHOICE = $(call given,CLUSTER,--cluster) $(call given,NAMESPACE,--namespace) $(call given,VALUES,--values)
 
-.PHONY: help demo test test-unit test-integration test-e2e crash bench lint format generate lock images sbom up down status logs clean
+.PHONY: help demo test test-unit test-integration test-e2e crash freeze-release bench lint format generate lock images sbom up down status logs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[1m%-17s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ test-e2e: $(READY) ## Tests on the whole installation: cluster, chart, images, s
 crash: $(READY) ## Kill operator and runner at every point of a document's life; prints a table, writes build/crash.json
 	@$(BIN)/python -m devstack up
 	@$(BIN)/python -m pytest tests/crash --all-points
+
+freeze-release: $(READY) ## Part of a release: keep what it leaves in tests/data/releases (make freeze-release VERSION=0.2.0)
+	@$(BIN)/python -m tests.crash.freeze $(VERSION)
 
 bench: $(READY) ## Measure; writes build/bench/NAME.json (make bench NAME=operator for one)
 	@$(BIN)/python -m tests.bench $(NAME)

@@ -1,22 +1,16 @@
 """Servers of the crash matrix, how much of it is run, and what it says at the end."""
 
-import asyncio
 import json
-import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import asyncpg
 import pytest
 
 from devstack import Endpoints
-from devstack.stores import postgres
-from task_contract.migrations import migrate
-from task_operator.cluster import Access
 from tests.crash.life import World
 from tests.crash.matrix import Outcome
 from tests.support.devstack import Kubectl
-from tests.support.operator_lab import ROOT, Kube
+from tests.support.operator_lab import ROOT
 
 OUTCOMES = pytest.StashKey[list[Outcome]]()
 REPORT = ROOT / "build/crash.json"
@@ -43,24 +37,10 @@ async def world(cluster: Endpoints, stores: Endpoints, tmp_path: Path) -> AsyncI
     """All servers, with the CRD as it is now and a fresh database."""
     kubectl = Kubectl(cluster)
     kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds/processingtasks.yaml"))
-    name = f"crash_{uuid.uuid4().hex[:10]}"
-    url = await asyncio.to_thread(postgres.create_database, name)
-    kube = Kube(Access.from_kubeconfig(cluster.kubeconfig))
-    sql = await asyncpg.create_pool(url, min_size=1, max_size=4)
-    async with sql.acquire() as connection:
-        await migrate(connection)
     # Progress is what may be lost, and would make the number of writes a matter of speed.
     urls = {key: value for key, value in stores.host_urls.items() if key != "TASKS_REDIS_URL"}
-    yield World(
-        kube=kube,
-        kubeconfig=cluster.kubeconfig,
-        urls=urls | {"TASKS_POSTGRES_URL": url},
-        sql=sql,
-        folder=tmp_path,
-    )
-    await sql.close()
-    await kube.aclose()
-    await asyncio.to_thread(postgres.drop_database, name)
+    async with World.fresh(cluster.kubeconfig, urls, folder=tmp_path) as world:
+        yield world
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -65,7 +65,12 @@ class Record:
     @property
     def points(self) -> list[str]:
         """Names of all points reached."""
-        return [line for line in self._lines() if not line.startswith("! ")]
+        return [line for line in self._lines() if line[:2] not in {"! ", "= "}]
+
+    @property
+    def statements(self) -> set[str]:
+        """Every statement that was sent to PostgreSQL."""
+        return {json.loads(line[2:]) for line in self._lines() if line[:2] == "= "}
 
     @property
     def done(self) -> dict[str, str]:
@@ -80,6 +85,7 @@ class Faults:
         self._record = Record(record)
         self._plan = {point: Action(action) for point, action in plan.items() if point not in self._record.done}
         self._counts = Counter(point.rsplit(" #", 1)[0] for point in self._record.points if point.endswith(" before"))
+        self._statements: set[str] = set()
         self._lock = threading.Lock()
 
     @classmethod
@@ -98,6 +104,12 @@ class Faults:
     def after(self, call: str) -> None:
         """Note that a call was answered, before anything in the process has learned of it."""
         self._reach(f"{call} after")
+
+    def sent(self, statement: str) -> None:
+        """Note a statement to PostgreSQL: what the release after this one must go on understanding."""
+        if statement not in self._statements:
+            self._statements.add(statement)
+            self._record.write(f"= {json.dumps(statement)}")
 
     def _reach(self, point: str) -> None:
         with self._lock:
@@ -184,6 +196,7 @@ def watch_sql(faults: Faults) -> None:
     def watched(call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
         async def watch(self: Any, query: str, *arguments: Any, **options: Any) -> Any:
+            faults.sent(query)
             name = label(self, query)
             if name is None:
                 return await call(self, query, *arguments, **options)

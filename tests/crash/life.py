@@ -21,11 +21,14 @@ from typing import Any
 
 import asyncpg
 
+from devstack.stores import postgres
 from job_runner.index import Generation
 from job_runner.settings import Settings
 from job_runner.stores import Stores, opener
+from task_contract.migrations import migrate
 from task_contract.models import ProcessingTask
 from task_contract.names import CONTAINER, TASK_ANNOTATION, TASK_UID_LABEL
+from task_operator.cluster import Access
 from tests.crash.faults import PLAN, RECORD, Action, Record
 from tests.crash.process import COUNTER
 from tests.support.operator_lab import ROOT, Kube, OperatorProcess, Place, exited, running, until
@@ -132,6 +135,22 @@ class World:
     """TASKS_* variables of the stores; PostgreSQL is a fresh database."""
     sql: "asyncpg.Pool[asyncpg.Record]"
     folder: Path
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def fresh(cls, kubeconfig: Path, urls: Mapping[str, str], *, folder: Path) -> AsyncIterator["World"]:
+        """Have a database of its own on servers that are up; it goes away after."""
+        name = f"crash_{uuid.uuid4().hex[:10]}"
+        url = await asyncio.to_thread(postgres.create_database, name)
+        kube = Kube(Access.from_kubeconfig(kubeconfig))
+        try:
+            async with asyncpg.create_pool(url, min_size=1, max_size=4) as sql:
+                async with sql.acquire() as connection:
+                    await migrate(connection)
+                yield cls(kube=kube, kubeconfig=kubeconfig, urls={**urls, "TASKS_POSTGRES_URL": url}, sql=sql, folder=folder)
+        finally:
+            await kube.aclose()
+            await asyncio.to_thread(postgres.drop_database, name)
 
     def __post_init__(self) -> None:
         self.documents = self.folder / "documents"
@@ -291,6 +310,7 @@ class Track:
                 folder=self.folder,
                 command=("tests.crash.process", "operator"),
                 OPERATOR_POSTGRES_URL=self.world.urls["TASKS_POSTGRES_URL"],
+                OPERATOR_REDIS_URL=self.world.urls.get("TASKS_REDIS_URL", ""),
                 OPERATOR_DOCUMENTS_CLAIM="",
                 PYTHONPATH=os.pathsep.join(str(ROOT / part) for part in (".", "crds", "operator")),
                 **life.environment("operator"),

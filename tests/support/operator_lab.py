@@ -56,14 +56,21 @@ class Kube:
         await self._session.close()
 
     async def ask(
-        self, method: str, path: str, body: Any = None, *, content_type: str = "application/json", **params: str
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        content_type: str = "application/json",
+        accept: str = "application/json",
+        **params: str,
     ) -> tuple[int, dict[str, Any]]:
         """Return status code and answer."""
         async with self._session.request(
             method,
             self.access.server + path,
             data=None if body is None else orjson.dumps(body),
-            headers={"Content-Type": content_type},
+            headers={"Content-Type": content_type, "Accept": accept},
             params=params,
         ) as response:
             return response.status, orjson.loads(await response.read())

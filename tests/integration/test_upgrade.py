@@ -1,0 +1,230 @@
+"""From each release to the present state, on a real API server and a real PostgreSQL: what it stored is read and goes on."""
+
+import asyncio
+import contextlib
+import json
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import kubernetes.client
+import kubernetes.config
+import pytest
+import yaml
+
+from devstack import Endpoints
+from devstack.stores import postgres
+from service_client import TaskClient
+from task_contract.crd import custom_resource_definition
+from task_contract.migrations import migrate, migrations
+from task_contract.models import ProcessingTask
+from task_operator.cluster import Access
+from tests.support.devstack import Kubectl
+from tests.support.operator_lab import MERGE, Kube, Place, until
+from tests.support.releases import RELEASES, ROOT, Release
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+RELEASED = pytest.mark.parametrize("release", RELEASES, ids=str)
+
+
+# ------------------------------------------------------------------------------------------------------------ the CRD
+
+
+CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+TABLE = "application/json;as=Table;v=v1;g=meta.k8s.io"
+APPLY = "application/apply-patch+yaml"
+
+
+@pytest.fixture
+async def kube(kubectl: Kubectl, cluster: Endpoints) -> AsyncIterator[Kube]:
+    kube = Kube(Access.from_kubeconfig(cluster.kubeconfig))
+    yield kube
+    await kube.aclose()
+
+
+async def _serve(place: Place, crd: Mapping[str, Any]) -> None:
+    """Have the API server serve a CRD, and wait until it does: tables then have its columns."""
+    path = f"{CRD}/{crd['metadata']['name']}"
+    await place.kube.do("PATCH", path, crd, content_type=APPLY, fieldManager="kubectl", force="true")
+    wanted = [one["name"] for one in crd["spec"]["versions"][0]["additionalPrinterColumns"]]
+
+    async def served() -> bool:
+        table = await place.kube.do("GET", place.path("processingtasks"), accept=TABLE)
+        return [one["name"] for one in table["columnDefinitions"]][1:] == wanted
+
+    await until("the CRD is served", served, seconds=20)
+
+
+@contextlib.asynccontextmanager
+async def _served(place: Place, crd: Mapping[str, Any]) -> AsyncIterator[None]:
+    """Have another CRD served for a while, then the present one again."""
+    try:
+        await _serve(place, crd)
+        yield
+    finally:
+        await _serve(place, custom_resource_definition())
+
+
+async def _create(place: Place, name: str, task: Mapping[str, Any], **options: str) -> None:
+    body = {"apiVersion": task["apiVersion"], "kind": task["kind"], "metadata": {"name": name}, "spec": task["spec"]}
+    await place.kube.do("POST", place.path("processingtasks"), body, fieldValidation="Strict", **options)
+
+
+async def _patch(place: Place, name: str, **patch: Any) -> None:
+    """Edit a task as people do, or its status as the operator does."""
+    path = place.path("processingtasks", name) + ("/status" if "status" in patch else "")
+    await place.kube.do("PATCH", path, patch, content_type=MERGE)
+
+
+def _examples(folder: Path) -> dict[str, dict[str, Any]]:
+    found = {}
+    for path in sorted(folder.glob("*.yaml")):
+        for number, task in enumerate(yaml.safe_load_all(path.read_text())):
+            if task["kind"] == "ProcessingTask":
+                found[f"{path.stem}-{number}"] = task
+    return found
+
+
+@RELEASED
+async def test_what_a_release_stored_is_read_and_edited_after_the_upgrade_and_after_a_rollback(
+    cluster: Endpoints, kube: Kube, namespace: str, release: Release
+) -> None:
+    place = Place(kube, namespace)
+    api = kubernetes.config.new_client_from_config(str(cluster.kubeconfig))
+    client = TaskClient(kubernetes.client.CustomObjectsApi(api), namespace=namespace)
+    stored, examples = release.stored, _examples(release.path / "examples")
+    async with _served(place, release.crd):
+        for name, task in stored.items():
+            await _create(place, name, task)
+            await _patch(place, name, status=task["status"])
+        for name, task in examples.items():
+            await _create(place, f"old-{name}", task)
+
+    for name, task in stored.items():
+        raw = await place.task(name)
+        assert raw is not None
+        assert (raw["spec"], raw["status"]) == (task["spec"], task["status"]), f"{name}: not as it was stored"
+        expected, found = ProcessingTask.model_validate(task), client.get(name)
+        assert (found.spec, found.status) == (expected.spec, expected.status), name
+        await _patch(place, name, metadata={"labels": {"team": "a"}})
+        await _patch(place, name, spec={"suspend": True})
+        await _patch(place, name, status={"observedGeneration": 2})
+    for name, task in examples.items():
+        assert client.get(f"old-{name}").spec == ProcessingTask.model_validate(task).spec
+        await _patch(place, f"old-{name}", metadata={"labels": {"team": "a"}})
+        await _create(place, f"again-{name}", task)
+    present = _examples(ROOT / "manifests/examples")
+    for name, task in present.items():
+        await _create(place, f"new-{name}", task)
+
+    async with _served(place, release.crd):
+        everything = [task["metadata"]["name"] for task in await place.objects("processingtasks")]
+        assert len(everything) == len(stored) + 2 * len(examples) + len(present)
+        for name in everything:
+            client.get(name)
+            await _patch(place, name, metadata={"labels": {"team": "b"}})
+            await _patch(place, name, spec={"cancel": True})
+
+
+# --------------------------------------------------------------------------------------------------------- PostgreSQL
+
+
+@pytest.fixture
+async def sql(stores: Endpoints) -> "AsyncIterator[asyncpg.Connection[Any]]":
+    """A database without tables."""
+    name = f"upgrade_{uuid.uuid4().hex[:10]}"
+    connection = await asyncpg.connect(await asyncio.to_thread(postgres.create_database, name))
+    yield connection
+    await connection.close()
+    await asyncio.to_thread(postgres.drop_database, name)
+
+
+async def _insert(sql: "asyncpg.Connection[Any]", rows: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Insert rows as the release wrote them: with its columns, and no word of others."""
+    for table, found in rows.items():
+        columns = ", ".join(found[0])
+        await sql.execute(
+            f"INSERT INTO {table} ({columns}) SELECT {columns} FROM json_populate_recordset(NULL::{table}, $1)",
+            json.dumps(found),
+        )
+
+
+async def _rows(sql: "asyncpg.Connection[Any]", like: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Return all rows of the tables in LIKE, with the columns that they have there."""
+    present = {}
+    for table, found in like.items():
+        columns = ", ".join(found[0])
+        records = await sql.fetch(f"SELECT row_to_json(one)::text AS row FROM (SELECT {columns} FROM {table}) AS one")
+        present[table] = sorted((json.loads(record["row"]) for record in records), key=str)
+    return present
+
+
+async def _as_released(sql: "asyncpg.Connection[Any]", release: Release) -> None:
+    """Make the tables of a release, with the rows that it wrote."""
+    await sql.execute(
+        "CREATE TABLE schema_migrations (version integer PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now())"
+    )
+    for number, text in enumerate(release.migrations.values(), start=1):
+        await sql.execute(text)
+        await sql.execute("INSERT INTO schema_migrations (version) VALUES ($1)", number)
+    await _insert(sql, release.rows)
+
+
+async def _lost(sql: "asyncpg.Connection[Any]", release: Release) -> list[str]:
+    """Return what code of a release can no longer do: it goes on running while its successor has migrated already."""
+    lost = []
+    for statement in release.statements:
+        try:
+            if ";" not in statement:  # BEGIN; and what the driver sends to reset a connection name no table
+                await sql.prepare(statement)
+        except asyncpg.PostgresError as error:
+            lost.append(f"{statement[:80]}: {error}")
+    transaction = sql.transaction()
+    await transaction.start()
+    try:
+        for table in reversed(release.rows):
+            await sql.execute(f"DELETE FROM {table}")
+        await _insert(sql, release.rows)
+    except asyncpg.PostgresError as error:
+        lost.append(f"writing its rows: {error}")
+    finally:
+        await transaction.rollback()
+    return lost
+
+
+@RELEASED
+async def test_the_tables_of_a_release_are_migrated_with_their_rows_and_its_code_goes_on(
+    sql: "asyncpg.Connection[Any]", release: Release
+) -> None:
+    await _as_released(sql, release)
+    rows = release.rows
+    before = await _rows(sql, rows)
+    assert {table: len(found) for table, found in before.items()} == {table: len(found) for table, found in rows.items()}
+    assert await migrate(sql) == len(migrations()) - len(release.migrations)
+    assert await _rows(sql, rows) == before
+    assert await _lost(sql, release) == []
+    assert await migrate(sql) == 0
+
+
+@pytest.mark.parametrize(
+    ("migration", "lost"),
+    [
+        ("ALTER TABLE tasks RENAME COLUMN job TO job_name", 'column "job"'),
+        ("ALTER TABLE document_versions DROP COLUMN epoch CASCADE", 'column "epoch"'),
+        ("DROP TABLE task_fences", 'relation "task_fences" does not exist'),
+        ("DELETE FROM documents; ALTER TABLE documents ADD COLUMN owner text NOT NULL", 'column "owner"'),
+        ("ALTER TABLE tasks ALTER COLUMN kb_id SET NOT NULL", 'column "kb_id"'),
+    ],
+)
+async def test_a_migration_under_which_the_code_of_a_release_fails_is_found(
+    sql: "asyncpg.Connection[Any]", migration: str, lost: str
+) -> None:
+    release = RELEASES[-1]
+    await _as_released(sql, release)
+    await sql.execute("DELETE FROM tasks")  # or the migration itself would be refused, which a large table finds too late
+    await sql.execute(migration)
+    found = await _lost(sql, release)
+    assert any(lost in one for one in found), found
