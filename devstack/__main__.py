@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import devstack
-from devstack import cluster, images, node, stores, tools
+from devstack import Endpoints, cluster, images, installation, node, providers, stores, tools
 from devstack.cache import cache_dir, state_dir
 from devstack.process import Process, find, log_path
 from devstack.progress import DevstackError, say
+from devstack.providers.embedded import Embedded
 
 _LINE = 400
 """Characters of a log's line that `logs` shows."""
@@ -69,17 +70,46 @@ def session_memory(session: int) -> int:
     return total
 
 
+def _provider(options: argparse.Namespace) -> providers.Provider:
+    return providers.choose(options.cluster, namespace=options.namespace, values=options.values)
+
+
+def _endpoints(options: argparse.Namespace) -> tuple[providers.Provider, Endpoints]:
+    """Return the chosen cluster and where it is; the embedded one is not brought up for it, others are made sure of."""
+    provider = _provider(options)
+    return provider, devstack.endpoints() if isinstance(provider, Embedded) else provider.up()
+
+
 def _up(options: argparse.Namespace) -> int:
     began = time.monotonic()
-    devstack.up(options.parts)
-    say(f"Up in {time.monotonic() - began:.1f} s: {', '.join(options.parts)}. For a shell that reaches it:")
-    say('    eval "$(python -m devstack env)"')
+    provider = _provider(options)
+    if options.parts and not isinstance(provider, Embedded):
+        raise DevstackError("cannot bring up parts of this cluster: --parts is for the embedded one")
+    if options.parts:
+        devstack.up(options.parts)
+    else:
+        provider.up()
+    parts = f": {', '.join(options.parts)}" if options.parts else ""
+    say(f"Up in {time.monotonic() - began:.1f} s{parts}. For a shell that reaches it:")
+    say(f'    eval "$(python -m devstack env{_choice(options)})"')
     return 0
+
+
+def _choice(options: argparse.Namespace) -> str:
+    """Return the options that choose the same cluster again."""
+    given = {"--cluster": options.cluster, "--namespace": options.namespace, "--values": options.values}
+    return "".join(f" {name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None)
 
 
 def _down(options: argparse.Namespace) -> int:
     began = time.monotonic()
-    devstack.down(keep_data=options.keep_data)
+    provider = _provider(options)
+    if options.keep_data and not isinstance(provider, Embedded):
+        raise DevstackError("cannot keep the data of this cluster: --keep-data is for the embedded one")
+    if options.keep_data:
+        devstack.down(keep_data=True)
+    else:
+        provider.down()
     say(f"Down in {time.monotonic() - began:.1f} s. The cache of builds stays in {cache_dir()}.")
     return 0
 
@@ -104,7 +134,8 @@ def _status(_: argparse.Namespace) -> int:
 
 def _logs(options: argparse.Namespace) -> int:
     """Show the ends of the logs: the devstack's processes, the operator, and the youngest pods of tasks."""
-    from devstack import installation
+    provider, endpoints = _endpoints(options)
+    place = provider.place
 
     def show(title: str, text: str) -> None:
         lines = [
@@ -117,26 +148,26 @@ def _logs(options: argparse.Namespace) -> int:
         if path.exists():
             state = "running" if row.process else "stopped"
             show(f"{row.part}: {row.name} ({state}), {path}", path.read_text(errors="replace"))
-    if find("apiserver") is None:
+    if find("apiserver") is None and isinstance(provider, Embedded):
         say("The API server does not run: no logs of the operator and of tasks.")
         return 0
-    reach = [str(tools.kubectl()), f"--kubeconfig={cluster.kubeconfig()}"]
+    reach = [str(endpoints.kubectl), f"--kubeconfig={endpoints.kubeconfig}"]
 
     def kubectl(*arguments: str) -> str:
         done = subprocess.run([*reach, *arguments], capture_output=True, text=True, timeout=60, check=False)
         return done.stdout + done.stderr
 
     tail = f"--tail={options.lines}"
-    operator = f"deploy/{installation.RELEASE}-operator"
-    show("operator", kubectl("logs", "-n", installation.SYSTEM_NAMESPACE, operator, "--all-containers", tail))
+    operator = f"deploy/{place.release}-operator"
+    show("operator", kubectl("logs", "-n", place.namespace, operator, "--all-containers", tail))
     youngest = ["--sort-by=.metadata.creationTimestamp", "--no-headers", "--output=custom-columns=:metadata.name"]
-    for pod in kubectl("get", "pods", "-n", installation.TASK_NAMESPACE, *youngest).split()[-options.pods :]:
-        show(f"pod {pod}", kubectl("logs", "-n", installation.TASK_NAMESPACE, pod, "--all-containers", tail))
+    for pod in kubectl("get", "pods", "-n", place.task_namespace, *youngest).split()[-options.pods :]:
+        show(f"pod {pod}", kubectl("logs", "-n", place.task_namespace, pod, "--all-containers", tail))
     return 0
 
 
-def _env(_: argparse.Namespace) -> int:
-    endpoints = devstack.endpoints()
+def _env(options: argparse.Namespace) -> int:
+    _, endpoints = _endpoints(options)
     for name, value in {"KUBECONFIG": str(endpoints.kubeconfig), **endpoints.host_urls}.items():
         print(f"export {name}={shlex.quote(value)}")
     print(f'export PATH={shlex.quote(str(endpoints.kubectl.parent))}:{shlex.quote(str(tools.helm().parent))}:"$PATH"')
@@ -152,25 +183,24 @@ def _images(options: argparse.Namespace) -> int:
     return 0
 
 
-def _install(_: argparse.Namespace) -> int:
-    from devstack import installation
-
-    documents = installation.install(devstack.up())
-    say(f"Installed. Documents for tasks in namespace {installation.TASK_NAMESPACE} go to {documents}.")
+def _install(options: argparse.Namespace) -> int:
+    provider = _provider(options)
+    installed = installation.install(provider.up(), provider)
+    documents = installed.documents or "the volume of the claim there (docs/install.md, Documents)"
+    say(f"Installed. Documents for tasks in namespace {provider.place.task_namespace} go to {documents}.")
     return 0
 
 
-def _uninstall(_: argparse.Namespace) -> int:
-    from devstack import installation
-
-    installation.uninstall(devstack.endpoints())
+def _uninstall(options: argparse.Namespace) -> int:
+    provider, endpoints = _endpoints(options)
+    installation.uninstall(endpoints, provider)
     return 0
 
 
-def _demo(_: argparse.Namespace) -> int:
+def _demo(options: argparse.Namespace) -> int:
     from devstack import demo  # not at the top: it needs the clients of the stores
 
-    demo.run()
+    demo.run(_provider(options))
     return 0
 
 
@@ -180,6 +210,19 @@ def _parts(text: str) -> list[str]:
     if unknown or not chosen:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of {', '.join(devstack.PARTS)}")
     return chosen
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cluster",
+        choices=providers.NAMES,
+        help="embedded: one of this package, as root; kind: in Docker; current: the current context of kubectl, never taken "
+        "unless it is named (default: kind where Docker answers an ordinary user, else embedded)",
+    )
+    parser.add_argument("--namespace", metavar="NAME", help="with --cluster current: a namespace of its own, which is made")
+    parser.add_argument(
+        "--values", type=Path, metavar="FILE", help="values for the chart: stores in hand, and for `current` the images"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -196,7 +239,6 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument(
         "--parts",
         type=_parts,
-        default=list(devstack.PARTS),
         metavar="PART,...",
         help=f"some of {', '.join(devstack.PARTS)} (default: all); node brings cluster with it",
     )
@@ -221,6 +263,8 @@ def _parser() -> argparse.ArgumentParser:
     uninstall.set_defaults(command=_uninstall)
     demo = commands.add_parser("demo", help="real documents end to end, with questions answered from them")
     demo.set_defaults(command=_demo)
+    for command in (up, down, logs, env, install, uninstall, demo):
+        _add_choice(command)
     return parser
 
 

@@ -87,7 +87,7 @@ def up() -> None:
             seconds=60,
             processes=NAMES,
         )
-        _make_storage_class()
+        apply([storage_class_manifest()])
 
 
 def down() -> None:
@@ -175,9 +175,9 @@ def document_volume(namespace: str) -> Path:
     return folder
 
 
-def document_volume_manifest(namespace: str, folder: Path) -> dict[str, Any]:
-    """Return the PersistentVolume of FOLDER on this node, kept for the document claim of NAMESPACE."""
-    here = {"key": "kubernetes.io/hostname", "operator": "In", "values": [NODE]}
+def document_volume_manifest(namespace: str, folder: Path, *, node: str = NODE) -> dict[str, Any]:
+    """Return the PersistentVolume of FOLDER on NODE, kept for the document claim of NAMESPACE."""
+    here = {"key": "kubernetes.io/hostname", "operator": "In", "values": [node]}
     return {
         "apiVersion": "v1",
         "kind": "PersistentVolume",
@@ -196,6 +196,17 @@ def document_volume_manifest(namespace: str, folder: Path) -> dict[str, Any]:
             "local": {"path": str(folder)},
             "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [here]}]}},
         },
+    }
+
+
+def storage_class_manifest() -> dict[str, Any]:
+    """Return the StorageClass of document volumes: made by hand, and bound at once."""
+    return {
+        "apiVersion": "storage.k8s.io/v1",
+        "kind": "StorageClass",
+        "metadata": {"name": DOCUMENT_STORAGE_CLASS},
+        "provisioner": "kubernetes.io/no-provisioner",
+        "volumeBindingMode": "Immediate",
     }
 
 
@@ -308,20 +319,6 @@ def _write_kubeconfigs() -> None:
             new.touch(mode=0o600)
             new.write_text(content)
             new.replace(file)
-
-
-def _make_storage_class() -> None:
-    apply(
-        [
-            {
-                "apiVersion": "storage.k8s.io/v1",
-                "kind": "StorageClass",
-                "metadata": {"name": DOCUMENT_STORAGE_CLASS},
-                "provisioner": "kubernetes.io/no-provisioner",
-                "volumeBindingMode": "Immediate",
-            }
-        ]
-    )
 
 
 def _claim_uid(namespace: str) -> str | None:

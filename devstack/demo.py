@@ -7,10 +7,7 @@ Every figure is read back from the cluster and the stores, and anything that is 
 import asyncio
 import contextlib
 import json
-import os
-import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,28 +18,28 @@ from typing import Any
 import asyncpg
 import yaml
 
-import devstack
-from devstack import Endpoints, installation
+from devstack import installation
+from devstack.installation import Installation
 from devstack.progress import DevstackError, say
+from devstack.providers import Provider
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "manifests/examples"
 DOCUMENTS = ROOT / "examples/documents"
-NAMESPACE = installation.TASK_NAMESPACE
 MANIFESTS = ("document-pdf.yaml", "document-markdown-zh.yaml", "document-broken.yaml", "health-check.yaml")
 EXPECTED = {"handbook": "Completed", "operations-guide": "Completed", "broken": "Failed", "health": "Completed"}
 TASK_DEADLINE = 120.0
 """Seconds for all tasks to end; warm, they take some 15."""
 
 
-def run() -> None:
-    """Run the whole demo. Raises DevstackError, one sentence, for whatever is not as it should be."""
+def run(provider: Provider) -> None:
+    """Run the whole demo on PROVIDER's cluster. Raises DevstackError, one sentence, for what is not as it should be."""
     began = time.monotonic()
-    endpoints = devstack.up()
-    folder = installation.install(endpoints)
-    put_documents(folder)
+    endpoints = provider.up()
+    installed = installation.install(endpoints, provider)
+    put_documents(installed)
 
-    kubectl = _Kubectl(endpoints)
+    kubectl = _Kubectl(installed)
     kubectl("delete", "ptask", "--all", "--wait")
     # A knowledge base of its own for each run: in that of the last run the documents would be Unchanged and nothing to see.
     kb_id = datetime.now(UTC).strftime("demo-%H%M%S")
@@ -61,31 +58,32 @@ def run() -> None:
 
     questions = json.loads((DOCUMENTS / "questions.json").read_text())
     for question in (questions[0], next(one for one in questions if one["document"].endswith(".zh.md"))):
-        problems += _ask(endpoints, kb_id=kb_id, question=question)
+        problems += _ask(installed, kb_id=kb_id, question=question)
 
-    _heading("The rows in PostgreSQL")
-    problems += asyncio.run(_show_rows(endpoints, tasks))
+    if endpoints.host_urls:  # elsewhere PostgreSQL is for pods alone
+        _heading("The rows in PostgreSQL")
+        problems += asyncio.run(_show_rows(installed, tasks))
 
     _heading("How long each stage took, in seconds")
     _stages(tasks)
     if problems:
         raise DevstackError("cannot call this a success: " + "; ".join(problems))
-    say(f"\nAll as expected, {time.monotonic() - began:.0f} s in all. The devstack goes on running: make status, make down.")
+    say(f"\nAll as expected, {time.monotonic() - began:.0f} s in all. What was brought up goes on running: make down.")
 
 
-def put_documents(folder: Path) -> None:
-    """Copy the example documents to the document volume, readable for the pods' user."""
-    for document in DOCUMENTS.iterdir():
-        if document.suffix in {".pdf", ".md"} and document.name != "README.md":
-            shutil.copy(document, folder)
-            (folder / document.name).chmod(0o644)
+def put_documents(installed: Installation) -> None:
+    """Put the example documents on the document volume."""
+    wanted = {".pdf", ".md"}
+    installed.put(file for file in DOCUMENTS.iterdir() if file.suffix in wanted and file.name != "README.md")
 
 
 class _Kubectl:
     """kubectl in the task namespace."""
 
-    def __init__(self, endpoints: Endpoints) -> None:
-        self._command = [str(endpoints.kubectl), "--kubeconfig", str(endpoints.kubeconfig), "--namespace", NAMESPACE]
+    def __init__(self, installed: Installation) -> None:
+        reach, place = installed.endpoints, installed.place
+        self._command = [str(reach.kubectl), f"--kubeconfig={reach.kubeconfig}", f"--namespace={place.task_namespace}"]
+        self.operator_log = f"kubectl logs -n {place.namespace} deploy/{place.release}-operator"
 
     def __call__(self, *arguments: str, stdin: str | None = None) -> str:
         answer = subprocess.run(
@@ -134,10 +132,9 @@ def _wait(kubectl: _Kubectl, names: list[str]) -> dict[str, dict[str, Any]]:
             time.sleep(0.3)  # the last lines of the watch are on their way
             return tasks
         if time.monotonic() > deadline:
-            log = f"kubectl logs -n {installation.SYSTEM_NAMESPACE} deploy/{installation.RELEASE}-operator"
             raise DevstackError(
                 f"cannot wait longer than {TASK_DEADLINE:.0f} s for {', '.join(unfinished)}: look at `kubectl describe "
-                f"ptask` and `{log}`"
+                f"ptask` and `{kubectl.operator_log}`"
             )
         time.sleep(0.5)
 
@@ -157,18 +154,13 @@ def _check(tasks: dict[str, dict[str, Any]]) -> Iterator[str]:
         yield f"broken was tried {attempts} times"
 
 
-def _ask(endpoints: Endpoints, *, kb_id: str, question: dict[str, Any]) -> Iterator[str]:
+def _ask(installed: Installation, *, kb_id: str, question: dict[str, Any]) -> Iterator[str]:
     """Put a question to both stores and show the best chunk of each."""
     text = question["question"]
     _heading(f"Question: {text}")
-    command = [sys.executable, "-m", "job_runner", "search", "--json", "--top-k", "1"]
-    command += ["--namespace", NAMESPACE, "--kb-id", kb_id, "--query", text]
-    answer = subprocess.run(
-        command, env=os.environ | endpoints.host_urls, capture_output=True, text=True, timeout=120, check=False
-    )
-    if answer.returncode != 0:
-        raise DevstackError(f"cannot search: {answer.stderr.strip().splitlines()[-1:]}")
-    found = {hit["store"]: hit for hit in map(json.loads, answer.stdout.splitlines())}
+    where = ["--namespace", installed.place.task_namespace, "--kb-id", kb_id]
+    answer = installed.job_runner("search", "--json", "--top-k", "1", *where, "--query", text)
+    found = {hit["store"]: hit for hit in map(json.loads, answer.splitlines())}
     for store in ("milvus", "elasticsearch"):
         if (hit := found.get(store)) is None:
             yield f"{store} finds nothing for {text!r}"
@@ -187,10 +179,10 @@ def _around(text: str, answer: str, *, width: int = 220) -> str:
     return ("…" if start else "") + text[start : at + width] + ("…" if at + width < len(text) else "")
 
 
-async def _show_rows(endpoints: Endpoints, tasks: dict[str, dict[str, Any]]) -> list[str]:
+async def _show_rows(installed: Installation, tasks: dict[str, dict[str, Any]]) -> list[str]:
     """Show the projection and the ledger, once the projection holds the end of each task."""
     problems = []
-    connection = await asyncpg.connect(endpoints.host_urls["TASKS_POSTGRES_URL"])
+    connection = await asyncpg.connect(installed.endpoints.host_urls["TASKS_POSTGRES_URL"])
     try:
         uids = [task["metadata"]["uid"] for task in tasks.values()]
         for _ in range(50):
@@ -210,7 +202,7 @@ async def _show_rows(endpoints: Endpoints, tasks: dict[str, dict[str, Any]]) -> 
         documents = await connection.fetch(
             "SELECT document_id, published_version AS version, chunk_count, left(content_hash, 12) AS content "
             "FROM documents WHERE namespace = $1 AND kb_id = $2 AND published_version IS NOT NULL ORDER BY document_id",
-            NAMESPACE,
+            installed.place.task_namespace,
             kb_id,
         )
         _table("documents", documents)

@@ -1,4 +1,4 @@
-"""Programs that the devstack builds for itself from Go modules: Kubernetes with kubectl, the pause process, and helm."""
+"""Programs that the devstack builds for itself from Go modules: Kubernetes with kubectl, the pause process, helm, kind."""
 
 import os
 import re
@@ -12,6 +12,8 @@ from devstack.process import run
 from devstack.progress import DevstackError, step
 
 HELM = "v3.22.0"
+KIND = "v0.30.0"
+"""Its node is Kubernetes 1.34, as the embedded cluster."""
 GO_MINIMUM = (1, 24)
 PARTS = ("etcd", "kubectl", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "dns")
 
@@ -72,6 +74,20 @@ def program(source: Path) -> Path:
     return cached(source.name, [source, " ".join(_GO_ENV.values()).encode()], build, keep=2)
 
 
+def kind() -> Path:
+    """Return the path of kind: the one on PATH, or else one that is built once, in a minute."""
+    if found := shutil.which("kind"):
+        return Path(found)
+
+    def build(folder: Path) -> None:
+        _require_go()
+        folder.mkdir()
+        with step(f"building kind {KIND} from its Go module (the first time: a minute)"):
+            _go("install", f"sigs.k8s.io/kind@{KIND}", doing="build kind", cwd=folder, env={"GOBIN": str(folder)})
+
+    return cached("kind", [KIND.encode()], build, keep=2) / "kind"
+
+
 def kubernetes_version() -> str:
     """Return the version of Kubernetes that go.mod asks for, such as v1.34.4."""
     found = re.search(r"^\s*k8s\.io/kubernetes (v\S+)", (_KUBE / "go.mod").read_text(), re.MULTILINE)
@@ -90,11 +106,11 @@ def _require_go() -> None:
     wanted = ".".join(map(str, GO_MINIMUM))
     remedy = f"install Go {wanted} or newer from https://go.dev/dl/ and put it on PATH"
     if not shutil.which("go"):
-        raise DevstackError(f"cannot build Kubernetes and helm: there is no `go` on PATH; {remedy}")
+        raise DevstackError(f"cannot build from Go modules: there is no `go` on PATH; {remedy}")
     found = go_version(subprocess.run(["go", "env", "GOVERSION"], capture_output=True, text=True, check=False).stdout)
     if found is None or found < GO_MINIMUM:
         have = "an unknown version" if found is None else ".".join(map(str, found))
-        raise DevstackError(f"cannot build Kubernetes and helm: `go` on PATH is {have}; {remedy}")
+        raise DevstackError(f"cannot build from Go modules: `go` on PATH is {have}; {remedy}")
 
 
 def _go(*arguments: str | Path, doing: str, cwd: Path, env: dict[str, str] | None = None) -> None:

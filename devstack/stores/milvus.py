@@ -85,10 +85,17 @@ def up(*, hung: float = HUNG) -> None:
             stop(NAME, kill=True)
             start(NAME, command, env=environment, cwd=folder)
     wait_until("an answer of Milvus", _is_ready, seconds=120, processes=[NAME])
-    # Killed between start and here, it still has the initial password, and the next `up` changes it.
+    secure()
+
+
+def secure() -> None:
+    """See to it that only our password opens the server on `port()`; it answers already.
+
+    Killed before it is done, the server still has the initial password, and the next call changes it.
+    """
     if not _accepts(password(NAME)):
         _change_password()
-        wait_until("Milvus to take its password", lambda: _accepts(password(NAME)), seconds=30, processes=[NAME])
+        wait_until("Milvus to take its password", lambda: _accepts(password(NAME)), seconds=30)
 
 
 def down(*, kill: bool = False) -> None:

@@ -29,14 +29,15 @@ class Installed:
 def installed(devstack_node: Endpoints) -> Installed:
     """The release, installed or upgraded to this tree."""
     try:
-        documents = installation.install(devstack_node)
+        installed = installation.install(devstack_node)
     except DevstackError as error:
         pytest.exit(f"{error}", returncode=4)
-    put_documents(documents)
+    put_documents(installed)
+    assert installed.documents is not None
     api = kubernetes.config.new_client_from_config(str(devstack_node.kubeconfig))
     return Installed(
         endpoints=devstack_node,
         kubectl=Kubectl(devstack_node, installation.TASK_NAMESPACE),
         client=TaskClient(kubernetes.client.CustomObjectsApi(api), namespace=installation.TASK_NAMESPACE),
-        documents=documents,
+        documents=installed.documents,
     )
