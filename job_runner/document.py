@@ -21,6 +21,8 @@ class Kind(StrEnum):
     PDF = "pdf"
     MARKDOWN = "markdown"
     TEXT = "text"
+    DOCX = "docx"
+    HTML = "html"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """Reading a document in a child process with bounds: memory, CPU time, wall time, size of its answer.
 
-A crash or a kill of the child is :class:`~task_contract.errors.ParserCrashed`; errors that the child names keep their type.
+A crash or a kill of the child is :class:`~task_contract.errors.ParserCrashed`, and so is a child that is not done in time:
+the node may have been busy. Memory and CPU time are another matter: the same bytes need as much again, so a document that
+exceeds their bounds is refused. Errors that the child names keep their type.
 """
 
 import asyncio
@@ -37,7 +39,9 @@ class ParserLimits:
     memory_bytes: int
     """Address space; the interpreter and PDFium need about 200 MiB of it."""
     seconds: int
-    """Wall time; CPU time has the same bound."""
+    """Wall time."""
+    cpu_seconds: int
+    """CPU time; at half of the wall time it is reached first, unless the child had to wait for a CPU."""
     output_bytes: int
     """Size of the text and its tables as JSON."""
 
@@ -57,7 +61,7 @@ async def parse(source: Source, *, limits: ParserLimits, on_progress: Callable[[
         source.kind,
         source.name,
         str(limits.memory_bytes),
-        str(limits.seconds),
+        str(limits.cpu_seconds),
         stdin=source.descriptor,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -85,7 +89,7 @@ async def parse(source: Source, *, limits: ParserLimits, on_progress: Callable[[
         failure = answer["failure"]
         raise _FAILURES.get(failure["reason"], DocumentUnreadable)(failure["message"])
     if "document" not in answer or status != 0:
-        raise ParserCrashed(_why_crashed(source.name, status=status, errors=errors.result(), limits=limits))
+        raise _crash(source.name, status=status, errors=errors.result(), limits=limits)
     return decode_document(answer["document"])
 
 
@@ -128,16 +132,20 @@ async def _stderr(child: asyncio.subprocess.Process) -> str:
     return kept.decode(errors="replace")
 
 
-def _why_crashed(name: str, *, status: int, errors: str, limits: ParserLimits) -> str:
-    memory = f"its memory limit of {limits.memory_bytes // 2**20} MiB"
-    if "MemoryError" in errors or status == -signal.SIGKILL:
-        remedy = "raise TASKS_PARSER_MEMORY_BYTES and the pod's memory, or split the document"
-        return f"cannot parse {name}: the parser ran into {memory}; {remedy}"
+def _crash(name: str, *, status: int, errors: str, limits: ParserLimits) -> TaskError:
+    """Return the error for a child that has ended without an answer."""
+    memory = f"{limits.memory_bytes // 2**20} MiB"
+    more_memory = "raise TASKS_PARSER_MEMORY_BYTES and the pod's memory, or split the document"
+    if "MemoryError" in errors:
+        return DocumentRefused(f"cannot parse {name} within {memory} of memory; {more_memory}")
     if status == -signal.SIGXCPU:
-        return f"cannot parse {name} within {limits.seconds} CPU seconds; raise TASKS_PARSER_SECONDS or split the document"
+        more_time = "raise TASKS_PARSER_SECONDS or split the document"
+        return DocumentRefused(f"cannot parse {name} within {limits.cpu_seconds} CPU seconds; {more_time}")
+    if status == -signal.SIGKILL:
+        return ParserCrashed(f"cannot parse {name}: the parser was killed, most likely for want of memory; {more_memory}")
     how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
     last = errors.strip().splitlines()[-1:] or [""]
-    return f"cannot parse {name}: the parser crashed ({how}, {memory}) {last[0]}".rstrip()
+    return ParserCrashed(f"cannot parse {name}: the parser crashed ({how}, memory limit {memory}) {last[0]}".rstrip())
 
 
 def decode_document(document: Mapping[str, Any]) -> ParsedDocument:

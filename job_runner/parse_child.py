@@ -25,7 +25,7 @@ _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 def limit(*, memory_bytes: int, cpu_seconds: int) -> None:
     """Bound this process; exceeding memory raises MemoryError or kills, exceeding CPU time kills."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))  # the soft limit is told from other kills
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # a reader has nothing to write
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a parent that is killed leaves no child behind

@@ -242,6 +242,7 @@ class DocumentPipeline:
         limits = ParserLimits(
             memory_bytes=settings.parser_memory_bytes,
             seconds=settings.parser_seconds,
+            cpu_seconds=max(1, settings.parser_seconds // 2),
             output_bytes=settings.parser_output_bytes,
         )
         warming = asyncio.create_task(asyncio.to_thread(self._embedder.warm_up))

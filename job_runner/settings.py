@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     parser_memory_bytes: Annotated[int, Field(ge=128 * 2**20)] = 2**30
     """Address space of the parsing process."""
     parser_seconds: Annotated[int, Field(ge=1)] = 600
-    """Longest time of parsing one document."""
+    """Longest time of parsing one document; at most half of it on a CPU."""
     parser_output_bytes: Annotated[int, Field(ge=1024)] = 256 * 2**20
     """Largest text of one document."""
     verify_seconds: Annotated[float, Field(gt=0)] = 15

@@ -10,7 +10,9 @@ from typing import Final
 
 from job_runner.document import Kind, ParsedDocument
 from job_runner.readers.charset import decode
+from job_runner.readers.docx import read_docx
 from job_runner.readers.failure import OnProgress, ReadingFailed
+from job_runner.readers.html import read_html
 from job_runner.readers.pdf import read_pdf
 from job_runner.readers.text import read_markdown, read_plain
 
@@ -32,6 +34,10 @@ def read(path: Path, *, kind: Kind, name: str, on_progress: OnProgress = lambda 
             document = read_markdown(decode(path.read_bytes(), name=name))
         case Kind.TEXT:
             document = read_plain(decode(path.read_bytes(), name=name))
+        case Kind.DOCX:
+            document = read_docx(path, name=name)
+        case Kind.HTML:
+            document = read_html(path.read_bytes(), name=name)
     if not document.text.strip():
         raise ReadingFailed("DocumentEmpty", f"cannot index {name}: there is no text in it")
     return document

@@ -102,6 +102,16 @@ def test_a_volume_that_is_not_mounted_is_not_the_tasks_fault(tmp_path: Path) -> 
         ("a", b"MZ is how this text starts", Kind.TEXT),
         ("a", "知识库".encode("gb18030"), Kind.TEXT),
         ("a", "知识库".encode("utf-16"), Kind.TEXT),
+        ("a.txt", b"PK\x03\x04..[Content_Types].xml..word/document.xml\0", Kind.DOCX),
+        ("a.zip", b"PK\x03\x04..anything, the reader will tell\0", Kind.DOCX),
+        ("a.txt", b"\xef\xbb\xbf \n<!DOCTYPE HTML PUBLIC>", Kind.HTML),
+        ("a.md", b"<HTML lang=en>", Kind.HTML),
+        ("a", b"<?xml version='1.0'?>\n<!-- saved --><!-- twice -->\n<!DOCTYPE html>", Kind.HTML),
+        ("a", "<html><body>页</body></html>".encode("utf-16"), Kind.HTML),
+        ("a.htm", b"<p>A piece of a page", Kind.HTML),
+        ("a.md", b"<p align=center>A README", Kind.MARKDOWN),
+        ("a.html", b"no tags at all", Kind.TEXT),
+        ("a.txt", b"<!--" * 500 + b"-->" * 500, Kind.TEXT),
     ],
 )
 def test_the_kind_is_told_by_content(name: str, head: bytes, kind: Kind) -> None:
@@ -111,22 +121,47 @@ def test_the_kind_is_told_by_content(name: str, head: bytes, kind: Kind) -> None
 @pytest.mark.parametrize(
     ("head", "what"),
     [
-        (b"PK\x03\x04..[Content_Types].xml..word/document.xml\0", "a Word document"),
-        (b"PK\x03\x04..xl/workbook.xml\0", "an Excel workbook"),
         (b"PK\x03\x04..mimetypeapplication/epub+zip", "an EPUB book"),
-        (b"PK\x03\x04..anything\0", "a ZIP archive"),
+        (b"PK\x05\x06" + bytes(18), "an empty ZIP archive"),
         (b"\x89PNG\r\n\x1a\n\0", "a PNG image"),
         (b"\xff\xd8\xff\xe0\0", "a JPEG image"),
         (b"\x7fELF\x02\x01\0", "a Linux program"),
         (b"\x1f\x8b\x08\0", "a gzip file"),
-        (b"<!DOCTYPE html><html>", "an HTML page"),
         (b"{\\rtf1\\ansi", "an RTF document"),
         (b"\x00\x01\x02\x03", "binary data"),
     ],
 )
 def test_other_kinds_are_refused_by_their_name(head: bytes, what: str) -> None:
-    with pytest.raises(DocumentRefused, match=f"cannot read x.txt: it is {what}.*this version reads PDF, Markdown and text"):
+    with pytest.raises(
+        DocumentRefused, match=f"cannot read x.txt: it is {what}.*this version reads PDF, DOCX, HTML, Markdown and text"
+    ):
         kind_of(head, name="x.txt")
+
+
+def compound(*streams: str) -> bytes:
+    """A compound file (OLE) whose directory lies far behind its header: sectors of 512 bytes, the directory in the 300th."""
+    header = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(22) + (9).to_bytes(2, "little") + bytes(16)
+    header += (299).to_bytes(4, "little")
+    directory = b"".join(stream.encode("utf-16-le").ljust(128, b"\0") for stream in ("Root Entry", *streams))
+    return (header.ljust(512, b"\0") + b"\x01" * 299 * 512 + directory).ljust(400 * 512, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("streams", "error", "message"),
+    [
+        pytest.param(
+            ["EncryptionInfo", "EncryptedPackage"], DocumentUnreadable, "password; store it without", id="encrypted"
+        ),
+        pytest.param(["WordDocument"], DocumentRefused, "an old Word document.*save it as DOCX", id="doc"),
+        pytest.param(["Workbook"], DocumentRefused, "an old Excel workbook", id="xls"),
+        pytest.param(["__substg1.0_0037001F"], DocumentRefused, "an Outlook message", id="msg"),
+        pytest.param(["Else"], DocumentRefused, "an old Microsoft Office file.*save it as DOCX or PDF", id="another"),
+    ],
+)
+def test_compound_files_say_what_they_are(tmp_path: Path, streams: list[str], error: type[Exception], message: str) -> None:
+    (tmp_path / "a.docx").write_bytes(compound(*streams))
+    with pytest.raises(error, match=message), opened("a.docx", root=tmp_path, max_bytes=1 << 20):
+        pass
 
 
 def test_a_pdf_without_its_start_is_damaged() -> None:
