@@ -12,6 +12,7 @@
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -66,6 +67,11 @@ class Provider(Protocol):
         """End what `up` began: the cluster, or what we made in one that is not ours."""
 
 
+def default(*, root: bool, docker_runs: Callable[[], bool]) -> str:
+    """Return the cluster that is taken when none is named: never one that was there before."""
+    return "kind" if not root and docker_runs() else "embedded"
+
+
 def choose(name: str | None, *, namespace: str | None = None, values: Path | None = None) -> Provider:
     """Return the provider NAME; without a name `kind` where Docker answers an ordinary user, else `embedded`.
 
@@ -73,7 +79,7 @@ def choose(name: str | None, *, namespace: str | None = None, values: Path | Non
     what does not go together.
     """
     if name is None:
-        name = "kind" if os.geteuid() != 0 and images.docker_runs() else "embedded"
+        name = default(root=os.geteuid() == 0, docker_runs=images.docker_runs)
     if name not in NAMES:
         raise DevstackError(f"cannot use a cluster {name!r}: choose one of {', '.join(NAMES)}")
     if namespace is not None and name != "current":

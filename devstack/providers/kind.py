@@ -8,6 +8,7 @@ machine by ports of loopback; with values of the user's for the chart they are l
 
 import contextlib
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any, Final
 
@@ -88,7 +89,7 @@ class Kind:
         """Delete the cluster with all in it, and what we noted of it; the documents go too."""
         with step(f"deleting the kind cluster {NAME}"):
             if self._exists():
-                self._cluster().delete()
+                self._delete()
             for left in (self._folder, cluster.document_root(), state_dir() / "passwords"):
                 shutil.rmtree(left, ignore_errors=True)
 
@@ -120,16 +121,27 @@ class Kind:
                     f"cannot make the kind cluster {NAME}: one of this name exists that this command did not make; delete "
                     f"it with `kind delete cluster --name {NAME}`"
                 )
-            self._cluster().delete()  # we died while it was made
+            self._delete()  # we died while it was made
         self._made.unlink(missing_ok=True)
         write_private(self._asked, wanted)
-        self._cluster().create(self._asked)
+        try:
+            self._cluster().create(self._asked)
+        except subprocess.CalledProcessError as error:
+            raise DevstackError(
+                f"cannot make the kind cluster {NAME}: kind ended with {error.returncode}; see above"
+            ) from error
         write_private(self._made, wanted)
 
     @property
     def _asked(self) -> Path:
         """What the cluster is to be made from, written before it is made."""
         return self._folder / "kind.yaml"
+
+    def _delete(self) -> None:
+        try:
+            self._cluster().delete()
+        except subprocess.CalledProcessError as error:
+            raise DevstackError(f"cannot delete the kind cluster {NAME}: kind ended with {error.returncode}") from error
 
     def _exists(self) -> bool:
         return NAME in run([tools.kind(), "get", "clusters"], doing="list the kind clusters").split()

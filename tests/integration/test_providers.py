@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from urllib.parse import urlsplit, urlunsplit
 import pytest
 import yaml
 
-from devstack import Endpoints, images, stores
-from devstack.providers import CRD
+from devstack import Endpoints, images, stores, tools
+from devstack.providers import CRD, kind
 from devstack.providers.current import LABEL
-from tests.support.devstack import Kubectl
+from tests.integration.test_cluster import PRIVATE_FILES
+from tests.support.devstack import Kubectl, in_private_machine
+from tests.support.stand_ins import StandIns
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.e2e
@@ -231,3 +234,39 @@ def test_a_context_that_does_not_answer_is_named(user: User) -> None:
     told = user.refused("up")
     assert "context elsewhere, server https://127.0.0.1:1" in told
     assert "cannot reach the cluster" in told
+
+
+@pytest.mark.usefixtures("devstack_node")
+def test_kind_is_driven_as_it_wants_to_be() -> None:
+    """With stand-ins of kind and Docker, which are not on every machine; see tests.support.kind_machine."""
+    with tempfile.TemporaryDirectory(prefix="devstack-test-") as folder:
+        Path(folder).chmod(0o755)  # PostgreSQL runs as another user
+        script = f"cd {ROOT} && {sys.executable} -m tests.support.kind_machine"
+        done = in_private_machine(script, state=Path(folder, "state"), mounts=PRIVATE_FILES)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+
+def test_the_real_kind_takes_our_configuration(tmp_path: Path) -> None:
+    """The real kind, on a stand-in of Docker: it asks for one node, with the documents in it and ports on loopback."""
+    stand_ins = StandIns(tmp_path, programs=["docker"])
+    file = tmp_path / "kind.yaml"
+    file.write_text(yaml.safe_dump(kind.configuration(tmp_path / "documents")))
+    command = [
+        str(tools.kind()),
+        "create",
+        "cluster",
+        f"--name={kind.NAME}",
+        f"--config={file}",
+        f"--kubeconfig={tmp_path / 'kc'}",
+    ]
+    done = subprocess.run(
+        command, env=os.environ | stand_ins.environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    runs = [call for call in stand_ins.calls("docker") if call[0] == "run"]
+    assert len(runs) == 1, done.stderr
+    assert runs[0][runs[0].index("--name") + 1] == kind.NODE
+    assert f"--volume={tmp_path / 'documents'}:/documents:ro" in runs[0]
+    published = [argument.removeprefix("--publish=") for argument in runs[0] if argument.startswith("--publish=")]
+    assert len(published) == 5  # the stores' and the API server's
+    assert all(address.startswith("127.0.0.1:") for address in published)
+    assert f"127.0.0.1:{stores.postgres.port()}:30432/TCP" in published
