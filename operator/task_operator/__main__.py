@@ -100,6 +100,8 @@ async def run(settings: Settings) -> int:
     feed = None if settings.redis_url is None else ProgressFeed(settings.redis_url, sink=controller.on_progress)
 
     watches.on_relist = controller.relist
+    if database is not None:
+        database.on_incomplete = controller.relist
     await cluster.warm_up()
     if database is not None:
         await database.warm_up()

@@ -22,8 +22,8 @@ place safe, in the order in which the writes of a task come:
   it is deleted, not read, and blocks its name until it is gone.
 - *fence raised → Canceled written → Job deleted*: raising the fence again finds it raised. A Job that still runs when its
   task has ended is deleted; its runner fails at the fence.
-- *end written → task deleted (TTL)*: deletion needs the end to be known to be in PostgreSQL, in this process: after a
-  restart it is written again (an upsert) before it counts as known.
+- *end written → task deleted (TTL)*: deletion needs the end to be known to be in PostgreSQL: written by this process, or
+  found there by it.
 
 Every status write carries the resourceVersion it was decided upon, every deletion the uid: what was decided upon something
 old is refused (409), and looked at again.
@@ -60,7 +60,7 @@ from task_operator.events import of_transition, of_wait
 from task_operator.jobs import JobState, PodReport, RunnerTemplate, build_job, current_attempt, pod_report
 from task_operator.metrics import Metrics
 from task_operator.observation import Decision, Fence, Need, Observed, Policy, Refusal, Store, StoredOutcome, view_of
-from task_operator.projection import Database, DatabaseUnavailable
+from task_operator.projection import Database, DatabaseUnavailable, Held
 from task_operator.reconcile import decide, refuse
 from task_operator.workqueue import WorkQueue
 
@@ -236,8 +236,12 @@ class Controller:
         _log.warning("looking again", namespace=key[0], task=key[1], error=str(error), wait=wait)
 
     async def _refresh(self, key: Key) -> None:
+        known = self._cache.task(key)
         try:
-            self.on_task("MODIFIED", await self._api.get_task(*key))
+            found = await self._api.get_task(*key)
+            self.on_task("MODIFIED", found)
+            if known is not None and int(found["metadata"]["resourceVersion"]) < known.resource_version:
+                self.relist()  # it cannot be older than what was known before it was asked for, unless versions went back
         except NotFound:
             self._gone(key, None)
         except ClusterError as error:
@@ -328,36 +332,12 @@ class Controller:
 
     async def _resync(self) -> None:
         """List tasks and Jobs, take in what is new, forget what is gone, and look at all that may need it."""
+        held = await self._held()
         for namespace in self._namespaces:
-            seen: set[tuple[Key, str]] = set()
-            version = 0
-            async for page in self._api.list_tasks(namespace):
-                version = page.resource_version
-                for manifest in page.items:
-                    metadata = manifest["metadata"]
-                    seen.add(((metadata["namespace"], metadata["name"]), metadata["uid"]))
-                    if self._cache.put_task(manifest):
-                        self._project(manifest)
-            for key, cached in self._cache.tasks():
-                inside = namespace is None or key[0] == namespace
-                if inside and (key, cached.uid) not in seen and cached.resource_version <= version:
-                    self._gone(key, None)
-            jobs: set[tuple[Key, str]] = set()
-            version = 0
-            async for page in self._api.list_jobs(namespace):
-                version = page.resource_version
-                for manifest in page.items:
-                    job = JobState.from_manifest(manifest)
-                    job_of = job_key(job)
-                    if job_of is not None:
-                        jobs.add((job_of, job.uid))
-                        self._cache.put_job(job, now=self._clock())
-            for key in self._cache.job_keys():
-                for job in self._cache.jobs(key):
-                    inside = namespace is None or key[0] == namespace
-                    if inside and (key, job.uid) not in jobs and job.resource_version <= version:
-                        self._cache.drop_job(key, job.name, uid=job.uid, now=self._clock())
-        await self._mark_absent()
+            await self._list_tasks(namespace)
+            await self._list_jobs(namespace)
+        if held is not None:
+            await self._mark_deleted(held)
         now = self._clock().timestamp()
         for key, cached in self._cache.tasks():
             if self._needs_look(key, cached, now=now):
@@ -374,21 +354,72 @@ class Controller:
         jobs = self._cache.jobs(key)
         return len(jobs) > 1 or any(not job.finished for job in jobs)
 
-    async def _mark_absent(self) -> None:
+    async def _list_tasks(self, namespace: str | None) -> None:
+        """Take in what a list says of tasks. What was known before and is not in it is gone.
+
+        So is, if the API server was restored from a backup, what it says of tasks under versions that it counts anew: a
+        version below one that was known before the list was asked for is a newer one.
+        """
+        before = self._cache.uids()
+        lost = max(self._cache.newest_task(), -1 if self._database is None else self._database.newest())
+        seen: set[str] = set()
+        restored = 0
+        async for page in self._api.list_tasks(namespace):
+            for manifest in page.items:
+                metadata = manifest["metadata"]
+                key, uid = (metadata["namespace"], metadata["name"]), metadata["uid"]
+                seen.add(uid)
+                known = self._cache.task(key)
+                if self._cache.put_task(manifest, lost=lost) and known is not None:
+                    restored += known.resource_version > int(metadata["resourceVersion"])
+                cached = self._cache.task(key)
+                if cached is not None and cached.uid == uid and self._database is not None:
+                    self._database.submit(manifest, lost=lost)
+            if self._database is not None:
+                await self._database.room()
+        for key, cached in self._cache.tasks():
+            inside = namespace is None or key[0] == namespace
+            if inside and cached.uid in before and cached.uid not in seen:
+                self._gone(key, None)
+        if restored:
+            _log.warning("the API server was restored from a backup: versions went back", tasks=restored)
+            self._resync_now.set()  # events of the new history were taken for old ones meanwhile
+
+    async def _list_jobs(self, namespace: str | None) -> None:
+        before, lost = self._cache.job_uids(), self._cache.newest_job()
+        seen: set[str] = set()
+        async for page in self._api.list_jobs(namespace):
+            for manifest in page.items:
+                job = JobState.from_manifest(manifest)
+                seen.add(job.uid)
+                self._cache.put_job(job, now=self._clock(), lost=lost)
+        for key in self._cache.job_keys():
+            for job in self._cache.jobs(key):
+                inside = namespace is None or key[0] == namespace
+                if inside and job.uid in before and job.uid not in seen:
+                    self._cache.drop_job(key, job.name, uid=job.uid, now=self._clock())
+
+    async def _held(self) -> dict[str, Held] | None:
+        """Return what PostgreSQL holds of tasks; None when it cannot be asked. To be asked before tasks are listed."""
         if self._database is None:
-            return
-        namespaces = [namespace for namespace in self._namespaces if namespace is not None]
-        alive = self._cache.uids()
+            return None
         try:
-            # Asked after the rows were read: a task that came meanwhile is in the cache before it is in a row.
-            count = await self._database.absent(
-                namespaces=namespaces, alive=lambda uid: uid in alive or uid in self._cache.uids()
-            )
+            return await self._database.held(namespaces=[one for one in self._namespaces if one is not None])
         except DatabaseUnavailable as error:
             _log.warning("cannot compare PostgreSQL with the cluster", error=str(error))
+            return None
+
+    async def _mark_deleted(self, held: Mapping[str, Held]) -> None:
+        alive = self._cache.uids()
+        gone = {uid: one for uid, one in held.items() if uid not in alive}
+        if not gone or self._database is None:
+            return
+        try:
+            await self._database.mark_deleted(gone)
+        except DatabaseUnavailable as error:
+            _log.warning("cannot mark deleted tasks in PostgreSQL", error=str(error))
         else:
-            if count:
-                _log.info("tasks were deleted unseen", count=count)
+            _log.info("tasks were deleted unseen", count=len(gone))
 
     # ---------------------------------------------------------------------------------------- gather, decide, apply
 

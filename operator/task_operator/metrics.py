@@ -54,6 +54,9 @@ class Metrics:
         self.projection_pending = Gauge(
             "task_operator_projection_pending", "Tasks not yet in PostgreSQL.", registry=self.registry
         )
+        self.projection_bytes = Gauge(
+            "task_operator_projection_pending_bytes", "Their size; 32 MiB are the most.", registry=self.registry
+        )
         self.projection_lag = Gauge(
             "task_operator_projection_lag_seconds", "Age of the oldest of them.", registry=self.registry
         )
@@ -64,6 +67,12 @@ class Metrics:
     def watch_queue(self, count: Callable[[], Mapping[str, int]]) -> None:
         """Have ``task_queue_size`` counted when somebody asks."""
         self.registry.register(_QueueSize(count))
+
+    def watch_projection(self, *, pending: Callable[[], float], size: Callable[[], float], lag: Callable[[], float]) -> None:
+        """Have the gauges of the projection read when somebody asks: they matter most while nothing is written."""
+        self.projection_pending.set_function(pending)
+        self.projection_bytes.set_function(size)
+        self.projection_lag.set_function(lag)
 
     def finished(self, *, type_: str, status: Status) -> None:
         """Count a task that has just reached its end by a write of this process."""

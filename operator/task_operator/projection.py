@@ -1,13 +1,17 @@
 """PostgreSQL as the operator uses it: projection of tasks, stored results, and the fence. The only file that speaks to it.
 
 Rows of ``tasks`` are a copy of what the API server holds and can be made again from it at any time: writing them never
-holds up a task. They are kept by uid, the latest version of each, until PostgreSQL has taken them; a row is replaced only
-by one of a higher resourceVersion, so writing twice, late or out of order is harmless.
+holds up a task. They wait in a :class:`~task_operator.backlog.Backlog` until PostgreSQL has taken them, in batches; a row is
+replaced only by one of a higher resourceVersion, so writing twice, late or out of order is harmless.
+
+Every full list begins with what the table holds (:meth:`Database.held`), and that is then all that is known of it: rows that
+somebody removed, that were dropped while PostgreSQL was away, or that are of a history that the API server has lost to a
+restored backup, are written from the list.
 """
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -17,6 +21,7 @@ import structlog
 from pydantic import ValidationError
 
 from task_contract.messages import AttemptOutcome
+from task_operator.backlog import LIMIT, Backlog, Row
 from task_operator.jobs import parse_time
 from task_operator.metrics import Metrics
 from task_operator.observation import Fence, FenceState, StoredOutcome
@@ -68,28 +73,50 @@ _UPSERT: Final = (
 )
 
 
+# Rows that a list contradicts: called deleted although the task exists, or of a version that the API server never had.
+_GIVE_WAY: Final = (
+    "UPDATE tasks SET resource_version = 0 "
+    "FROM unnest($1::uuid[], $2::bigint[], $3::bigint[]) AS listed (uid, version, lost) "
+    "WHERE tasks.uid = listed.uid AND (tasks.deleted_at IS NOT NULL "
+    "OR tasks.resource_version > listed.version AND tasks.resource_version <= listed.lost)"
+)
+
+
 @dataclass(frozen=True, slots=True)
-class _Row:
-    uid: str
-    resource_version: int
-    values: tuple[Any, ...]
-    since: float
-    """When it began to wait, by the event loop's clock."""
-    deleted: bool
+class Held:
+    """What the table says of a task that is not deleted."""
+
+    version: int
+    finished: bool
 
 
 class Database:
     """The operator's side of PostgreSQL."""
 
-    def __init__(self, url: str, *, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        metrics: Metrics,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        limit: int = LIMIT,
+    ) -> None:
+        """``limit``: bytes of rows that may wait."""
         self._url = url
-        self._metrics = metrics
+        self._clock = clock
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
-        self._pending: dict[str, _Row] = {}
-        self._acknowledged: dict[str, int] = {}
-        self._fences: dict[str, str] = {}
+        self._backlog = Backlog(limit)
+        self._fences: dict[str, str] = {}  # 0.2 KB each; of tasks deleted unfinished while PostgreSQL is away
         self._wake = asyncio.Event()
+        self._flushed = asyncio.Event()
         self._down_since: datetime | None = None
+        self.on_incomplete: Callable[[], None] = lambda: None
+        """Called when PostgreSQL is back after rows were dropped: all tasks are to be listed anew."""
+        metrics.watch_projection(pending=lambda: len(self._backlog), size=lambda: self._backlog.size, lag=self._lag)
+
+    def _lag(self) -> float:
+        oldest = self._backlog.oldest()
+        return 0.0 if oldest is None else asyncio.get_running_loop().time() - oldest
 
     @property
     def down_since(self) -> datetime | None:
@@ -112,7 +139,7 @@ class Database:
             return
         try:
             async with asyncio.timeout(2):
-                while self._pending:
+                while self._backlog:
                     await self._flush()
                 await self._pool.close()
         except (DatabaseUnavailable, TimeoutError):
@@ -121,18 +148,28 @@ class Database:
 
     # ------------------------------------------------------------------------------------------------- projection
 
-    def submit(self, manifest: Mapping[str, Any], *, deleted: bool = False) -> None:
-        """Have a task written; returns at once. Of one task only the latest version waits."""
-        row = _row(manifest, since=asyncio.get_running_loop().time(), deleted=deleted)
-        known = self._pending.get(row.uid)
-        if known is not None:
-            if known.resource_version >= row.resource_version:
-                return
-            row = replace(row, since=known.since)
-        elif self._acknowledged.get(row.uid, -1) >= row.resource_version:
-            return
-        self._pending[row.uid] = row
-        self._wake.set()
+    def submit(self, manifest: Mapping[str, Any], *, deleted: bool = False, lost: int | None = None) -> None:
+        """Have a task written; returns at once. Of one task only the latest version waits.
+
+        With ``lost`` it is from a list: versions up to that one were known before the list was asked for.
+        """
+        uid, version = manifest["metadata"]["uid"], int(manifest["metadata"]["resourceVersion"])
+        bound = -1 if lost is None else lost
+        if self._backlog.wants(uid, version, lost=bound):
+            values = _values(manifest, deleted_at=self._clock() if deleted else None, now=self._clock())
+            row = Row(uid=uid, version=version, values=values, deleted=deleted, lost=bound, listed=lost is not None)
+            self._backlog.put(row, now=asyncio.get_running_loop().time())
+            self._wake.set()
+
+    def newest(self) -> int:
+        """Return the highest resourceVersion that is known of any task; -1 of none."""
+        return self._backlog.newest()
+
+    async def room(self) -> None:
+        """Wait until the backlog is half empty at most, or PostgreSQL is away: for who could submit more than it takes."""
+        while self._backlog.half_full and self._down_since is None:
+            self._flushed.clear()
+            await self._flushed.wait()
 
     def fence_later(self, uid: str, *, reason: str) -> None:
         """Have the fence of a task that is gone raised as soon as PostgreSQL can be reached."""
@@ -141,7 +178,7 @@ class Database:
 
     def acknowledged(self, uid: str) -> int | None:
         """Return the resourceVersion up to which a task is known to be in PostgreSQL."""
-        return self._acknowledged.get(uid)
+        return self._backlog.stored(uid)
 
     async def run(self) -> None:
         """Write what was submitted until cancelled; while PostgreSQL is away, try again with growing waits."""
@@ -150,69 +187,66 @@ class Database:
             await self._wake.wait()
             self._wake.clear()
             try:
-                while self._pending or self._fences:
+                while self._backlog or self._fences:
                     await self._flush()
                 wait = 1.0
+                if self._backlog.incomplete:
+                    _log.warning("PostgreSQL is back; listing all tasks for the rows that were dropped meanwhile")
+                    self.on_incomplete()
             except DatabaseUnavailable as error:
-                _log.warning("cannot write to PostgreSQL; waiting", pending=len(self._pending), error=str(error))
+                _log.warning("cannot write to PostgreSQL; waiting", pending=len(self._backlog), error=str(error))
                 self._wake.set()
+                self._flushed.set()
                 await asyncio.sleep(wait)
                 wait = min(2 * wait, _MAX_BACKOFF)
 
-    async def absent(self, *, namespaces: Sequence[str], alive: Callable[[str], bool]) -> int:
-        """Mark rows of tasks that are gone without having been seen to go, and fence what they left; return how many."""
+    async def held(self, *, namespaces: Sequence[str]) -> dict[str, Held]:
+        """Return what the table holds of tasks that exist, by uid, and take it for all that is known to be there.
+
+        To be asked before the tasks are listed; the list is then to be submitted whole. Raises :class:`DatabaseUnavailable`.
+        """
         scope = "AND namespace = ANY($1::text[])" if namespaces else "AND $1::text[] IS NOT NULL"
         rows = await self._run(
             lambda connection: connection.fetch(
-                f"SELECT uid::text AS uid, finished_at FROM tasks WHERE deleted_at IS NULL {scope}",  # noqa: S608 - constants
+                "SELECT uid::text AS uid, resource_version, finished_at IS NOT NULL AS finished "  # noqa: S608 - constants
+                f"FROM tasks WHERE deleted_at IS NULL {scope}",
                 list(namespaces),
             )
         )
-        gone = [row for row in rows if not alive(row["uid"])]
-        if gone:
-            uids = [row["uid"] for row in gone]
-            await self._run(
-                lambda connection: connection.execute(
-                    "UPDATE tasks SET deleted_at = now(), updated_at = now() "
-                    "WHERE uid = ANY($1::uuid[]) AND deleted_at IS NULL",
-                    uids,
-                )
-            )
-        for row in gone:
-            self._acknowledged.pop(row["uid"], None)
-            if row["finished_at"] is None:
-                self.fence_later(row["uid"], reason="Deleted")
-        return len(gone)
+        held = {row["uid"]: Held(version=row["resource_version"], finished=row["finished"]) for row in rows}
+        self._backlog.restart({uid: one.version for uid, one in held.items()})
+        return held
 
-    def measure(self) -> None:
-        """Set the gauges of the projection."""
-        self._metrics.projection_pending.set(len(self._pending))
-        oldest = min((row.since for row in self._pending.values()), default=None)
-        self._metrics.projection_lag.set(0 if oldest is None else asyncio.get_running_loop().time() - oldest)
+    async def mark_deleted(self, gone: Mapping[str, Held]) -> None:
+        """Mark rows of tasks that are gone without having been seen to go, and fence what they left unfinished."""
+        await self._run(
+            lambda connection: connection.execute(
+                "UPDATE tasks SET deleted_at = now(), updated_at = now() WHERE uid = ANY($1::uuid[]) AND deleted_at IS NULL",
+                list(gone),
+            )
+        )
+        for uid, one in gone.items():
+            self._backlog.forget(uid)
+            if not one.finished:
+                self.fence_later(uid, reason="Deleted")
 
     async def _flush(self) -> None:
-        rows = list(self._pending.values())[:_BATCH]
+        rows = self._backlog.batch(_BATCH)
         if rows:
             await self._write(rows)
             for row in rows:
-                self._settle(row)
+                self._backlog.settle(row)
         for uid, reason in list(self._fences.items()):
             await self.raise_fence(uid, reason=reason)
             self._fences.pop(uid, None)
-        self.measure()
+        if self._backlog.forgotten:
+            _log.error("deleted tasks have no last row in PostgreSQL: too many waited", count=self._backlog.forgotten)
+            self._backlog.forgotten = 0
+        self._flushed.set()
 
-    def _settle(self, row: _Row) -> None:
-        if row.deleted:
-            self._acknowledged.pop(row.uid, None)
-        else:
-            self._acknowledged[row.uid] = max(row.resource_version, self._acknowledged.get(row.uid, 0))
-        waiting = self._pending.get(row.uid)
-        if waiting is not None and waiting.resource_version <= row.resource_version:
-            del self._pending[row.uid]
-
-    async def _write(self, rows: Sequence[_Row]) -> None:
+    async def _write(self, rows: Sequence[Row]) -> None:
         try:
-            await self._upsert(rows)
+            await self._run(lambda connection: _upsert(connection, rows))
         except asyncpg.DataError as error:
             if len(rows) == 1:
                 # Held back it would block its neighbours for ever, and the task could never be deleted.
@@ -220,10 +254,6 @@ class Database:
                 return
             for row in rows:
                 await self._write([row])
-
-    async def _upsert(self, rows: Sequence[_Row]) -> None:
-        columns = [list(column) for column in zip(*(row.values for row in rows), strict=True)]
-        await self._run(lambda connection: connection.execute(_UPSERT, *columns))
 
     # ------------------------------------------------------------------------------------------- results and fence
 
@@ -255,13 +285,21 @@ class Database:
             raise
         except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             if self._down_since is None:
-                self._down_since = datetime.now(UTC)
+                self._down_since = self._clock()
             remedy = ""
             if isinstance(error, asyncpg.UndefinedTableError):
                 remedy = '; run "python -m task_operator migrate"'
             raise DatabaseUnavailable(f"cannot use PostgreSQL: {error!r}{remedy}") from error
         self._down_since = None
         return answer
+
+
+async def _upsert(connection: "asyncpg.Connection[asyncpg.Record]", rows: Sequence[Row]) -> None:
+    listed = [(row.uid, row.version, row.lost) for row in rows if row.listed]
+    async with connection.transaction():
+        if listed:
+            await connection.execute(_GIVE_WAY, *(list(column) for column in zip(*listed, strict=True)))
+        await connection.execute(_UPSERT, *(list(column) for column in zip(*(row.values for row in rows), strict=True)))
 
 
 async def _raise_fence(connection: "asyncpg.Connection[asyncpg.Record]", uid: str, reason: str) -> Fence:
@@ -300,13 +338,12 @@ def _stored(row: asyncpg.Record) -> StoredOutcome | None:
     return StoredOutcome(outcome=outcome, holder=row["holder"], created_at=row["created_at"])
 
 
-def _row(manifest: Mapping[str, Any], *, since: float, deleted: bool) -> _Row:
+def _values(manifest: Mapping[str, Any], *, deleted_at: datetime | None, now: datetime) -> tuple[Any, ...]:
+    """Return the row of a task, in the order of the columns."""
     metadata: Mapping[str, Any] = manifest["metadata"]
     spec: Mapping[str, Any] = manifest.get("spec") or {}
     status: Mapping[str, Any] = manifest.get("status") or {}
-    now = datetime.now(UTC)
-    version = int(metadata["resourceVersion"])
-    values = (
+    return (
         metadata["uid"],
         metadata["namespace"],
         metadata["name"],
@@ -327,11 +364,10 @@ def _row(manifest: Mapping[str, Any], *, since: float, deleted: bool) -> _Row:
         _time(status.get("queuedAt")),
         _time(status.get("startedAt")),
         _time(status.get("finishedAt")),
-        now if deleted else None,
+        deleted_at,
         int(metadata.get("generation") or 0),
-        version,
+        int(metadata["resourceVersion"]),
     )
-    return _Row(uid=metadata["uid"], resource_version=version, values=values, since=since, deleted=deleted)
 
 
 def _text(value: object) -> str | None:

@@ -2,8 +2,9 @@
 
 import asyncio
 import json
+import tempfile
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from task_contract.names import PROGRESS_CHANNEL
 from task_operator.cluster import Access
 from task_operator.metrics import Metrics
 from task_operator.observation import FenceState
-from task_operator.projection import Database, DatabaseUnavailable
+from task_operator.projection import Database, DatabaseUnavailable, Held
 from tests.support.devstack import Kubectl
-from tests.support.operator_lab import Kube, Kubelet, OperatorProcess, Place, Proxy, until
+from tests.support.operator_lab import Kube, Kubelet, OperatorProcess, Place, Proxy, free_port, until
 from tests.support.operator_values import at, finished, manifest, processing
 
 pytestmark = pytest.mark.integration
@@ -152,7 +153,7 @@ async def test_rows_wait_for_a_database_that_is_away(url: str, sql: "asyncpg.Con
 
     await until("the database is seen to be away", down)
     with pytest.raises(DatabaseUnavailable, match="migrate"):
-        await database.absent(namespaces=[], alive=lambda _: True)
+        await database.held(namespaces=[])
     database.submit(_task(8, status=processing()))
     await sql.execute("ALTER TABLE away RENAME TO tasks")
     await _acknowledged(database, UID, 8)
@@ -181,8 +182,12 @@ async def test_rows_of_tasks_that_went_unseen_are_marked_and_fenced(
     database.submit(_task(2, uid=done, status=finished()))
     database.submit(_task(3, uid=here))
     await _acknowledged(database, here, 3)
-    assert await database.absent(namespaces=["other"], alive=lambda _: False) == 0
-    assert await database.absent(namespaces=["knowledge"], alive=lambda uid: uid == here) == 2
+    assert await database.held(namespaces=["other"]) == {}
+    held = await database.held(namespaces=["knowledge"])
+    assert held == {gone: Held(1, finished=False), done: Held(2, finished=True), here: Held(3, finished=False)}
+    await database.mark_deleted({uid: held[uid] for uid in (gone, done)})
+    assert database.acknowledged(gone) is None
+    assert (await database.held(namespaces=[])).keys() == {here}
     rows = {str(row["uid"]): row["deleted_at"] for row in await sql.fetch("SELECT uid, deleted_at FROM tasks")}
     assert rows[here] is None
     assert rows[gone] is not None
@@ -192,6 +197,112 @@ async def test_rows_of_tasks_that_went_unseen_are_marked_and_fenced(
         return [str(row["task_uid"]) for row in await sql.fetch("SELECT task_uid FROM task_fences")] == [gone]
 
     await until("the unfinished one is fenced", fenced)
+
+
+async def test_rows_that_were_removed_are_written_again_from_a_list(
+    database: Database, sql: "asyncpg.Connection[Any]"
+) -> None:
+    database.submit(_task(7, status=processing()))
+    await _acknowledged(database, UID, 7)
+    await sql.execute("TRUNCATE tasks")
+    database.submit(_task(7, status=processing()), lost=7)
+    assert await sql.fetchval("SELECT count(*) FROM tasks") == 0, "without a look at the table it is believed in"
+    await database.held(namespaces=[])
+    database.submit(_task(7, status=processing()), lost=7)
+    await _acknowledged(database, UID, 7)
+    assert (await _only_row(sql))["phase"] == "Processing"
+
+
+async def test_a_list_of_a_restored_api_server_begins_a_new_history(
+    database: Database, sql: "asyncpg.Connection[Any]"
+) -> None:
+    alive, gone, back = (str(uuid.uuid4()) for _ in range(3))
+    for version, uid in ((900, alive), (901, gone), (902, back)):
+        database.submit(_task(version, uid=uid, status=finished()))
+    database.submit(_task(903, uid=back, status=finished()), deleted=True)
+    await _acknowledged(database, gone, 901)
+
+    async def deleted() -> bool:
+        return bool(await sql.fetchval("SELECT deleted_at IS NOT NULL FROM tasks WHERE uid = $1", back))
+
+    await until("the deletion is in PostgreSQL", deleted)
+    await database.held(namespaces=[])
+    lost = database.newest()
+    assert lost == 901
+    # The restored list: one task is back at its beginning, one does not exist yet, one exists again.
+    database.submit(_task(510, uid=alive), lost=lost)
+    database.submit(_task(511, uid=back, status=processing()), lost=lost)
+    database.submit(_task(520, uid=alive, status=processing()))  # an event right after it
+    await _acknowledged(database, alive, 520)
+    await _acknowledged(database, back, 511)
+    rows = await sql.fetch("SELECT uid::text, phase, resource_version, deleted_at FROM tasks")
+    assert {row["uid"]: (row["phase"], row["resource_version"], row["deleted_at"]) for row in rows} == {
+        alive: ("Processing", 520, None),
+        back: ("Processing", 511, None),
+        gone: ("Completed", 901, None),  # for mark_deleted: it is not in the list
+    }
+    database.submit(_task(515, uid=alive))
+    database.submit(_task(521, uid=alive, status=finished()))
+    await _acknowledged(database, alive, 521)
+    assert await sql.fetchval("SELECT phase FROM tasks WHERE uid = $1", alive) == "Completed"
+
+
+@pytest.fixture
+def own_postgres(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A PostgreSQL of this test's own: another state folder (that its user may enter), another port."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="operator-postgres-", ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o755)
+        monkeypatch.setenv("DEVSTACK_STATE", folder)
+        monkeypatch.setenv("DEVSTACK_POSTGRES_PORT", str(free_port()))
+        postgres.up()
+        try:
+            yield
+        finally:
+            postgres.down(kill=True)
+
+
+async def test_a_postgresql_that_stops_and_starts_loses_no_row(cluster: Endpoints, own_postgres: None) -> None:
+    url = await asyncio.to_thread(postgres.create_database, "operator")
+    connection = await asyncpg.connect(url)
+    await migrate(connection)
+    await connection.close()
+    metrics, incomplete = Metrics(), asyncio.Event()
+    database = Database(url, metrics=metrics, limit=400_000)
+    database.on_incomplete = incomplete.set
+    await database.warm_up()
+    work = asyncio.create_task(database.run())
+    uids = [str(uuid.uuid4()) for _ in range(300)]
+    database.submit(_task(1, uid=uids[0]))
+    await _acknowledged(database, uids[0], 1)
+
+    await asyncio.to_thread(postgres.down)
+    for version, uid in enumerate(uids, 2):
+        database.submit(_task(version, uid=uid))
+        database.submit(_task(1000 + version, uid=uid, status=processing()))
+
+    async def away() -> bool:
+        return database.down_since is not None
+
+    await until("the database is seen to be away", away)
+    waits = metrics.registry.get_sample_value("task_operator_projection_pending_bytes") or 0
+    assert 300_000 < waits <= 400_000
+    assert (metrics.registry.get_sample_value("task_operator_projection_lag_seconds") or 0) > 0
+    await asyncio.to_thread(postgres.up)
+    async with asyncio.timeout(60):
+        await incomplete.wait()
+    # What the operator does then: it looks at the table, lists all tasks, and submits the list.
+    held = await database.held(namespaces=[])
+    assert 100 < len(held) < 300
+    for version, uid in enumerate(uids, 2):
+        database.submit(_task(1000 + version, uid=uid, status=processing()), lost=database.newest())
+        await database.room()
+    for version, uid in enumerate(uids, 2):
+        await _acknowledged(database, uid, 1000 + version)
+    assert len(await database.held(namespaces=[])) == 300
+    assert database.down_since is None
+    work.cancel()
+    await asyncio.wait([work])
+    await database.aclose()
 
 
 # ------------------------------------------------------------------------------------------------- results and fence
@@ -399,6 +510,43 @@ async def test_a_ttl_waits_for_the_row(place: Place, process: Start, sql: "async
         await until("the task is gone", gone, seconds=30)
         row = await _row(sql, uid)
         assert row["phase"] == "Completed"
+
+
+async def test_the_table_is_made_again_from_the_tasks_while_the_operator_runs_and_when_it_starts(
+    place: Place, process: Start, sql: "asyncpg.Connection[Any]"
+) -> None:
+    operator = process(OPERATOR_RESYNC_SECONDS="2")
+
+    async def rows() -> dict[str, str]:
+        found = await sql.fetch("SELECT name, phase FROM tasks WHERE deleted_at IS NULL")
+        return {row["name"]: row["phase"] for row in found}
+
+    async def whole() -> bool:
+        return await rows() == {"done": "Completed", "waits": "Queued"}
+
+    async with operator.at_work(), Kubelet(place).at_work():
+        await place.create("done")
+        await place.create("waits", suspend=True)
+        await place.wait_for("Completed", name="done")
+        await until("both are in PostgreSQL", whole)
+        before = await sql.fetchval("SELECT result FROM tasks WHERE name = 'done'")
+        await sql.execute("TRUNCATE tasks")
+        await until("both are there again, by the resync", whole, seconds=20)
+        assert await sql.fetchval("SELECT result FROM tasks WHERE name = 'done'") == before
+        operator.kill()
+        await sql.execute("TRUNCATE tasks")
+        operator.start()
+        await until("both are there again, by the start", whole, seconds=30)
+        # A row of a version that the API server never had, as after it was restored from a backup.
+        await sql.execute("UPDATE tasks SET resource_version = resource_version + 1000000, phase = 'Lost'")
+        await until("the list wins", whole, seconds=20)
+        path = place.path("processingtasks", "waits")
+        await place.kube.do("PATCH", path, {"spec": {"suspend": False}}, content_type="application/merge-patch+json")
+
+        async def completed() -> bool:
+            return await rows() == {"done": "Completed", "waits": "Completed"}
+
+        await until("what happens after it is told too", completed, seconds=30)
 
 
 async def test_progress_from_redis_gets_into_the_status_at_most_once_a_second(

@@ -19,7 +19,7 @@ from task_operator.controller import Controller
 from task_operator.jobs import RunnerTemplate
 from task_operator.metrics import Metrics
 from task_operator.observation import Fence, FenceState, StoredOutcome
-from task_operator.projection import DatabaseUnavailable
+from task_operator.projection import DatabaseUnavailable, Held
 from tests.support.operator_values import T0, failure, handed_back, manifest, success
 
 KEY = ("knowledge", "handbook")
@@ -118,6 +118,12 @@ class World:
         if task is not None:
             self._touch("task", "DELETED", task)
         self._half_write("deleted task")
+
+    def restore(self) -> None:
+        """Restore the API server from a backup: it counts its versions from an earlier number again."""
+        self.version //= 2
+        for thing in (*self.tasks.values(), *self.jobs.values()):
+            thing["metadata"]["resourceVersion"] = str(self._next())
 
     # -------------------------------------------------------------------------------------------------- API of Jobs
 
@@ -223,8 +229,14 @@ class World:
 
     # ------------------------------------------------------------------------------------------------------ PostgreSQL
 
-    def submit(self, manifest: Mapping[str, Any], *, deleted: bool = False) -> None:
+    def submit(self, manifest: Mapping[str, Any], *, deleted: bool = False, lost: int | None = None) -> None:
         """Take a row: at once."""
+
+    def newest(self) -> int:
+        return -1
+
+    async def room(self) -> None:
+        """There is always room."""
 
     def acknowledged(self, uid: str) -> int | None:
         return self.version
@@ -246,8 +258,9 @@ class World:
         self._half_write("raised fence")
         return Fence(FenceState.RAISED)
 
-    async def absent(self, **_: Any) -> int:
-        return 0
+    async def held(self, **_: Any) -> dict[str, Held]:
+        self._ask_database()
+        return {}
 
     def _ask_database(self) -> None:
         if not self.database_up:

@@ -19,7 +19,7 @@ STEPS = st.one_of(
     st.tuples(st.just("look"), st.none()),
     st.tuples(st.just("end"), st.sampled_from(sorted(OUTCOMES))),
     st.tuples(st.just("end silently"), st.sampled_from(sorted(OUTCOMES))),
-    st.tuples(st.sampled_from(["run", "lose events", "resync", "suspend", "resume", "restart"]), st.none()),
+    st.tuples(st.sampled_from(["run", "lose events", "resync", "suspend", "resume", "restart", "restore"]), st.none()),
     st.tuples(st.sampled_from(["run", "commit", "delete Job", "cancel", "database down", "database up"]), st.none()),
     st.tuples(st.just("wait"), st.sampled_from([1, 4, 15, 90, 400])),
 )
@@ -52,6 +52,8 @@ async def _play(world: World, operator: Operator, steps: list[tuple[str, Any]]) 
                 await operator.look(resync=True)
             case "run":
                 world.run_pod()
+            case "restore":
+                world.restore()
             case "commit":
                 world.commit()
             case "end":
