@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from devstack import Endpoints
 from task_operator.cluster import Access
 from tests.support.devstack import Kubectl
-from tests.support.operator_lab import Kube, OperatorProcess, Place, until
+from tests.support.operator_lab import ROOT, Kube, Kubelet, OperatorProcess, Place, until
 
 pytestmark = pytest.mark.integration
 
@@ -99,6 +100,39 @@ async def test_a_quota_of_none(place: Place, process: Start, cluster: Endpoints,
     async with process().at_work():
         status = await _waits_then_fails(place, cluster, reason="QuotaExceeded", message="exceeded quota: few")
     assert "raise the ResourceQuota" in status["error"]["message"]
+
+
+async def test_the_example_of_a_quota_bounds_the_tasks_and_loses_none(place: Place, process: Start) -> None:
+    example = yaml.safe_load((ROOT / "manifests/resource-quota.yaml").read_text())
+    example["metadata"]["namespace"] = place.namespace
+    await place.kube.do("POST", place.path("resourcequotas"), example)
+
+    async def used() -> dict[str, str]:
+        status = (await place.objects("resourcequotas"))[0].get("status", {})
+        return status.get("used", {}) if status.get("hard", {}).keys() == example["spec"]["hard"].keys() else {}
+
+    await until("the quota is known", used)
+    allowed = int(example["spec"]["hard"]["pods"])
+    names = [f"task-{number}" for number in range(allowed + 3)]
+    kubelet = Kubelet(place, outcomes={1: None})
+    async with process(OPERATOR_CAPACITY_DEADLINE_SECONDS="600").at_work(), kubelet.at_work():
+        for name in names:
+            await place.create(name)
+
+        async def bounded() -> bool:
+            statuses = [await place.status(name) for name in names]
+            running = [one for one in statuses if one["phase"] == "Processing"]
+            waiting = [one for one in statuses if one.get("queue", {}).get("reason") == "QuotaExceeded"]
+            return (len(running), len(waiting)) == (allowed, 3)
+
+        await until("as many run as may, the others wait", bounded)
+        full = await used()
+        assert (full["pods"], full["count/processingtasks.tasks.zzdsj.io"]) == (str(allowed), str(len(names)))
+        kubelet.outcomes = {}
+        for name in names:
+            status = await place.wait_for("Completed", name=name, seconds=120)
+            assert [(one["number"], one["reason"]) for one in status["attempts"]] == [(1, "Succeeded")]
+    assert len(kubelet.pods) == len(names)
 
 
 async def test_a_pod_that_the_cluster_refuses(place: Place, process: Start, cluster: Endpoints) -> None:
