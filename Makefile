@@ -13,12 +13,12 @@ PACKAGES := crds operator job_runner client devstack tests
 given = $(if $(filter command,$(firstword $(origin $(1)))),$(2) $($(1)))
 CHOICE = $(call given,CLUSTER,--cluster) $(call given,NAMESPACE,--namespace) $(call given,VALUES,--values)
 
-.PHONY: help demo test test-unit test-integration test-e2e crash freeze-release bench lint format generate lock images sbom up down status logs clean
+.PHONY: help demo test test-unit test-integration test-e2e test-torch crash freeze-release bench lint format generate lock images sbom up down status logs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[1m%-17s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(READY) ## Real documents through a real cluster into real stores, and two questions answered from them
+demo: $(READY) ## Real documents through a real cluster into real stores, and a question answered from each
 	@$(BIN)/python -m devstack demo $(CHOICE)
 
 # A test by name needs only the files that have it, and brings up by itself what it needs of the devstack.
@@ -47,6 +47,10 @@ crash: $(READY) ## Kill operator and runner at every point of a document's life;
 
 freeze-release: $(READY) ## Part of a release: keep what it leaves in tests/data/releases (make freeze-release VERSION=0.2.0)
 	@$(BIN)/python -m tests.crash.freeze $(VERSION)
+
+test-torch: $(READY) ## Tests of sentence-transformers, in an environment of its own (6 GB, kept in the cache)
+	@$(BIN)/python -m devstack up --parts stores
+	@$(BIN)/python -m tests.torch
 
 bench: $(READY) ## Measure; writes build/bench/NAME.json (make bench NAME=operator for one)
 	@$(BIN)/python -m tests.bench $(NAME)

@@ -112,5 +112,13 @@ def test_lock_files_agree_on_every_version() -> None:
             name, equals, version = line.partition("==")
             if equals and not line.startswith(" "):
                 pins.setdefault(name, {}).setdefault(file, set()).add(version.rstrip(" \\"))
+    whole = {"operator": {"dev"}, "runner": {"dev", "torch"}}
+    lacking = {
+        name
+        for name, found in pins.items()
+        for file, others in whole.items()
+        if file in found and not others <= found.keys()
+    }
+    assert not lacking, f"run make lock: {sorted(lacking)}"
     assert len(pins) > 50
     assert {name: found for name, found in pins.items() if len({frozenset(part) for part in found.values()}) > 1} == {}

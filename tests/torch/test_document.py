@@ -1,0 +1,67 @@
+"""A real document with a real model of sentence-transformers into the real stores, by the command line, as in a pod.
+
+On the devstack's stores, always: they are the ones that `make test` has used just before, and a store in memory would hide
+what this is about, another dimension and another limit of tokens.
+"""
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from job_runner.embed import make_embedder
+from job_runner.embed_torch import folder_of
+from tests.support.runner_lab import NAMESPACE, ROOT, Lab
+
+NAME = "all-MiniLM-L6-v2"
+
+
+async def test_a_document_is_found_by_meaning_and_other_models_are_kept_apart(lab: Lab, tmp_path: Path) -> None:
+    embedder = lab.embedder = make_embedder(NAME)
+    lab.take_own_knowledge_base()
+    shutil.copy(ROOT / "examples/documents/handbook.pdf", lab.documents)
+
+    async def call(*arguments: str, model: str = NAME) -> tuple[int, str, str]:
+        process = lab.command("job_runner", *arguments, environment={"TASKS_EMBEDDING_MODEL": model})
+        output, errors = await asyncio.to_thread(process.communicate, timeout=120)
+        return process.returncode, output, errors
+
+    def task(**payload: Any) -> str:
+        return lab.task_file(lab.task("handbook.pdf", chunkSize=4000, chunkOverlap=200, **payload))
+
+    code, output, errors = await call("run", task(embeddingModel=NAME))
+    assert code == 0, errors
+    result = json.loads(output)["result"]
+    assert result["chunks"] == result["embedded"] == result["milvusCount"] == result["elasticsearchCount"] > 10
+
+    # Chunks of 4,000 characters would be 800 tokens: none is longer than what the model reads.
+    rows, _ = await lab.contents("handbook.pdf")
+    tokens = [embedder.count_tokens(row["text"]) for row in rows]
+    assert embedder.max_tokens is not None
+    assert 150 < max(tokens) <= embedder.max_tokens
+
+    [case, *_] = [
+        it for it in json.loads((ROOT / "examples/documents/questions.json").read_text()) if it["question"].isascii()
+    ]
+    where = ("--namespace", NAMESPACE, "--kb-id", lab.kb_id, "--query", case["question"])
+    code, output, errors = await call("search", "--json", *where)
+    assert code == 0, errors
+    hits = [json.loads(line) for line in output.splitlines()]
+    assert any(hit["store"] == "milvus" and case["answer"] in hit["text"] for hit in hits), hits
+
+    # The same model from another place: nothing is computed again. Another model: refused, and nothing is changed.
+    shutil.copytree(folder_of(NAME) or Path(), tmp_path / "minilm")
+    code, output, errors = await call("run", task(), model=str(tmp_path / "minilm"))
+    assert (code, json.loads(output)["reason"]) == (0, "Unchanged"), errors
+    for model, payload, reason in (
+        ("universal-sentence-encoder-multilingual-v3", {}, "ModelMismatch"),
+        ("universal-sentence-encoder-multilingual-v3", {"embeddingModel": NAME}, "InvalidTask"),
+        (str(tmp_path / "absent"), {}, "ModelUnavailable"),
+        ("BAAI/bge-m3", {}, "ModelUnavailable"),
+    ):
+        code, output, _ = await call("run", task(**payload), model=model)
+        assert (code, json.loads(output)["reason"]) == (65, reason), output
+    assert await lab.published("handbook.pdf") == 1
+    code, _, errors = await call("search", *where, model="universal-sentence-encoder-multilingual-v3")
+    assert (code, "it was filled with model st-" in errors) == (65, True), errors
