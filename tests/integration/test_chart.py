@@ -125,6 +125,7 @@ BAD_VALUES: list[tuple[list[str], list[str]]] = [
     (["operator.resources.limit.memory=1Gi"], ["/operator/resources", "limit"]),
     (["operator.metrics.service.port=99999"], ["/operator/metrics/service/port"]),
     (["operator.serviceAccount.create=false"], ["operator.serviceAccount.name"]),
+    (["runner.embeddingModel=7"], ["/runner/embeddingModel"]),
     (["runner.tolerations[0].operator=In"], ["/runner/tolerations/0/operator"]),
     (["runner.resources.requests.cpu=true"], ["/runner/resources/requests/cpu"]),
     (["priorityClasses.high.value=2000000000"], ["/priorityClasses/high/value"]),
@@ -162,12 +163,18 @@ def test_bad_value_is_refused_by_name_and_never_printed_with_its_password(
     assert "hidden" not in answer.stderr
 
 
-def test_own_stores_of_a_namespace_are_refused_beside_an_existing_secret(helm: Helm) -> None:
-    settings = ("stores.existingSecret=there", "taskNamespaces[0].name=a", "taskNamespaces[0].stores.redis.url=redis://r")
-    arguments = [argument for setting in settings for argument in ("--set", setting)]
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (("taskNamespaces[0].name=a", "taskNamespaces[0].stores.redis.url=redis://r"), "taskNamespaces[0].stores"),
+        (("runner.embeddingModel=all-MiniLM-L6-v2",), "runner.embeddingModel"),
+    ],
+)
+def test_what_an_existing_secret_has_to_hold_is_refused_beside_it(helm: Helm, settings: tuple[str, ...], named: str) -> None:
+    arguments = [argument for setting in ("stores.existingSecret=there", *settings) for argument in ("--set", setting)]
     answer = helm("template", "x", CHART, *KUBE_VERSION, *arguments)
     assert answer.returncode != 0
-    assert "taskNamespaces[0].stores" in answer.stderr
+    assert named in answer.stderr
 
 
 @pytest.mark.parametrize(
@@ -301,6 +308,7 @@ def test_credentials_stand_in_secrets_only(rendered: tuple[str, dict[str, Docume
                 "TASKS_MILVUS_TOKEN": "root:canary-milvus",
                 "TASKS_ELASTICSEARCH_URL": "https://elasticsearch.stores:9200",
                 "TASKS_ELASTICSEARCH_API_KEY": "canary-elasticsearch",
+                "TASKS_EMBEDDING_MODEL": "/models/bge-m3",
             },
             "Secret research/processing-task-stores": {
                 "TASKS_POSTGRES_URL": "postgresql://research:canary-research@postgres.stores:5432/tasks",
@@ -309,6 +317,7 @@ def test_credentials_stand_in_secrets_only(rendered: tuple[str, dict[str, Docume
                 "TASKS_MILVUS_TOKEN": "research:canary-research-milvus",
                 "TASKS_ELASTICSEARCH_URL": "https://elasticsearch.stores:9200",
                 "TASKS_ELASTICSEARCH_API_KEY": "canary-elasticsearch",
+                "TASKS_EMBEDDING_MODEL": "/models/bge-m3",
             },
         }
     else:

@@ -203,6 +203,9 @@ redis: TASKS_REDIS_URL
 {{- if and $stores.existingSecret (or $stores.postgres.url $stores.redis.url $stores.milvus.url $stores.milvus.token $stores.elasticsearch.url $stores.elasticsearch.apiKey) }}
 {{- fail "stores.existingSecret: leave the urls, the token and the API key below stores empty when it is set" }}
 {{- end }}
+{{- if and $stores.existingSecret .Values.runner.embeddingModel }}
+{{- fail (printf "runner.embeddingModel: has no effect with stores.existingSecret; put TASKS_EMBEDDING_MODEL into its Secret %s" $stores.existingSecret) }}
+{{- end }}
 {{- $names := dict }}
 {{- range $index, $namespace := .Values.taskNamespaces }}
 {{- if hasKey $names $namespace.name }}
