@@ -1,6 +1,7 @@
 """The manifests and documents that users copy from: they parse, they fit together, and they say what they promise."""
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,10 @@ import pypdfium2
 import pytest
 import yaml
 
+from devstack.demo import EXPECTED
+from job_runner.document import ParsedDocument
+from job_runner.fetch import opened
+from job_runner.readers import read
 from task_contract.models import ProcessingTask, Spec, TaskType, parse_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +59,12 @@ def test_full_example_shows_every_field_of_the_spec() -> None:
     }
 
 
+def test_demo_expects_what_the_kustomization_has() -> None:
+    resources = yaml.safe_load((ROOT / "manifests/examples/kustomization.yml").read_text())["resources"]
+    assert set(EXPECTED) == {task(ROOT / "manifests/examples" / name).metadata.name for name in resources}
+    assert set(EXPECTED.values()) == {"Completed", "Failed"}
+
+
 def test_kustomization_lists_only_files_that_exist() -> None:
     folder = ROOT / "manifests/examples"
     resources = yaml.safe_load((folder / "kustomization.yml").read_text())["resources"]
@@ -89,13 +100,48 @@ def test_broken_document_is_the_beginning_of_a_good_one_and_does_not_open() -> N
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question["question"])
 def test_question_is_answered_below_its_heading_on_its_page(question: dict[str, Any]) -> None:
     if question["page"] is None:
-        text = (DOCUMENTS / question["document"]).read_text(encoding="utf-8")
-        assert question["answer"] in text.split(f"### {question['heading']}\n")[1].split("\n#")[0]
+        found = parsed(question["document"])
+        at = found.text.index(question["answer"])
+        assert at == found.text.rindex(question["answer"])
+        assert [one.title for one in found.headings if one.start <= at][-1] == question["heading"]
         return
     found = [number for number, text in enumerate(pages(), start=1) if question["answer"] in text]
     assert found == [question["page"]]
     source = (DOCUMENTS / "src/handbook.md").read_text(encoding="utf-8")
     assert question["answer"] in source.split(f"### {question['heading']}\n")[1].split("\n#")[0]
+
+
+GOLDEN = ROOT / "tests/data/documents"
+
+
+def parsed(name: str) -> ParsedDocument:
+    """A document as a task on it would read it."""
+    with opened(name, root=DOCUMENTS, max_bytes=1 << 20) as source:
+        return read(DOCUMENTS / name, kind=source.kind, name=name)
+
+
+@pytest.mark.parametrize("name", ["laboratory-rules.zh.docx", "tide-station.html"])
+def test_text_and_headings_are_the_ones_that_were_looked_at(name: str) -> None:
+    """The golden file is the text, with the level of a heading as Markdown has it.
+
+    What is meant to change it also raises PARSER_VERSION, and is looked at in the difference that the commit shows.
+    """
+    document = parsed(name)
+    lines = document.text
+    for heading in reversed(document.headings):
+        assert lines[heading.start : heading.end] == heading.title
+        lines = f"{lines[: heading.start]}{'#' * heading.level} {lines[heading.start :]}"
+    assert (lines + "\n") == (GOLDEN / f"{name}.md").read_text(encoding="utf-8")
+    assert not document.paged
+
+
+def test_laboratory_rules_say_what_their_source_says() -> None:
+    source = (DOCUMENTS / "src/laboratory-rules.zh.md").read_text(encoding="utf-8")
+    text = "".join(parsed("laboratory-rules.zh.docx").text.split())
+    pieces = re.split(r"[\n|]|\[\^\d\]", re.sub(r"^(?:#+ |- |\d\. |> |注\d：)", "", source, flags=re.MULTILINE))
+    assert [piece for piece in pieces if "".join(piece.split()) not in text] == []
+    assert "第三版" not in text
+    assert "内部文件" not in text
 
 
 def test_readme_lists_the_questions() -> None:
