@@ -100,10 +100,10 @@ def test_broken_document_is_the_beginning_of_a_good_one_and_does_not_open() -> N
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question["question"])
 def test_question_is_answered_below_its_heading_on_its_page(question: dict[str, Any]) -> None:
     if question["page"] is None:
-        found = parsed(question["document"])
-        at = found.text.index(question["answer"])
-        assert at == found.text.rindex(question["answer"])
-        assert [one.title for one in found.headings if one.start <= at][-1] == question["heading"]
+        document = parsed(question["document"])
+        at = document.text.index(question["answer"])
+        assert at == document.text.rindex(question["answer"])
+        assert [one.title for one in document.headings if one.start <= at][-1] == question["heading"]
         return
     found = [number for number, text in enumerate(pages(), start=1) if question["answer"] in text]
     assert found == [question["page"]]
