@@ -52,15 +52,20 @@ def kubectl() -> Path:
 
 def helm() -> Path:
     """Return the path of helm; built once, in 1 to 3 minutes."""
+    return installed("helm", f"helm.sh/helm/v3/cmd/helm@{HELM}")
+
+
+def installed(name: str, package: str) -> Path:
+    """Return the program NAME of a published Go package such as `example.com/tool/cmd/tool@v1.2.3`; built once."""
+    version = package.partition("@")[2]
 
     def build(folder: Path) -> None:
         _require_go()
         folder.mkdir()
-        with step(f"building helm {HELM} from its Go module (the first time: 1 to 3 minutes)"):
-            module = f"helm.sh/helm/v3/cmd/helm@{HELM}"
-            _go("install", module, doing="build helm", cwd=folder, env={"GOBIN": str(folder)})
+        with step(f"building {name} {version} from its Go module (the first time: 1 to 3 minutes)"):
+            _go("install", package, doing=f"build {name}", cwd=folder, env={"GOBIN": str(folder)})
 
-    return cached("helm", [HELM.encode()], build, keep=2) / "helm"
+    return cached(name, [version.encode()], build, keep=2) / name
 
 
 def program(source: Path) -> Path:

@@ -78,9 +78,9 @@ class Source:
     """A document that was opened, checked and hashed."""
 
     name: str
-    """What messages call it: the path of the task."""
+    """What messages call it: the path or URL of the task."""
     descriptor: int
-    """Open for reading; closed by :func:`opened`."""
+    """Open for reading; closed by :func:`inspected`."""
     size: int
     sha256: str
     kind: Kind
@@ -104,9 +104,18 @@ def opened(file_path: str, *, root: Path, max_bytes: int) -> Iterator[Source]:
     Raises DocumentNotFound, DocumentRefused, DocumentUnreadable, DocumentEmpty, and StoreUnavailable when the volume itself
     is missing or fails.
     """
-    descriptor = _open(file_path, root=root)
+    with inspected(_open(file_path, root=root), name=file_path, max_bytes=max_bytes) as source:
+        yield source
+
+
+@contextmanager
+def inspected(descriptor: int, *, name: str, max_bytes: int) -> Iterator[Source]:
+    """Check and hash an open file, wherever it came from, and close it at the end; blocking, run it in a thread.
+
+    Raises DocumentRefused, DocumentUnreadable, DocumentEmpty, and StoreUnavailable when it cannot be read.
+    """
     try:
-        yield _inspect(descriptor, name=file_path, max_bytes=max_bytes)
+        yield _inspect(descriptor, name=name, max_bytes=max_bytes)
     finally:
         os.close(descriptor)
 

@@ -33,7 +33,7 @@ import structlog
 
 from job_runner.document import Chunk, ParsedDocument
 from job_runner.embed import Embedder, batches, check_model
-from job_runner.fetch import Source, opened
+from job_runner.fetch import Source, inspected, opened
 from job_runner.index import Generation, Row, check_metadata
 from job_runner.ledger import Claim, Commit, Intent, Ledger, Published, Standing
 from job_runner.parse import ParserLimits, parse
@@ -43,6 +43,7 @@ from job_runner.settings import Settings
 from job_runner.split import SPLITTER_VERSION, SplitSettings, split
 from job_runner.stores import OpenStores, Stores
 from task_contract.errors import DocumentRefused, InvalidTask, StoresDisagree, TaskError
+from task_contract.location import is_url
 from task_contract.models import ProcessingMode, ProcessingTask, Result, Stage
 from task_contract.names import chunk_id, digest
 
@@ -532,8 +533,14 @@ class DocumentPipeline:
 
 
 async def _open(stack: contextlib.AsyncExitStack, file_path: str, settings: Settings) -> Source:
-    """Open the document in a thread; it is closed with the stack."""
-    opening = opened(file_path, root=settings.document_root, max_bytes=settings.max_document_bytes)
+    """Open the document in a thread, after it was fetched if a URL names it; it is closed with the stack."""
+    max_bytes = settings.max_document_bytes
+    if is_url(file_path):
+        from job_runner.remote import download  # an HTTP client, which a mounted document does not need
+
+        opening = inspected(await download(file_path, settings=settings), name=file_path, max_bytes=max_bytes)
+    else:
+        opening = opened(file_path, root=settings.document_root, max_bytes=max_bytes)
     return await asyncio.to_thread(stack.enter_context, opening)
 
 

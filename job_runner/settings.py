@@ -3,18 +3,39 @@
 Stores are optional one by one: a health check looks at what is there, a document names what it misses.
 """
 
+import re
+import ssl
 import uuid
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from job_runner.embed import PACKAGED_MODEL
+from job_runner.guard import AllowList
 from task_contract.errors import StoreUnavailable
 from task_contract.names import DOCUMENT_ROOT, TERMINATION_LOG
 
 PREFIX = "TASKS_"
+
+
+def _listed(value: object) -> object:
+    """Split a list in an environment variable at commas and white space."""
+    return tuple(re.findall(r"[^,\s]+", value)) if isinstance(value, str) else value
+
+
+def _checked_allow_list(entries: tuple[str, ...]) -> tuple[str, ...]:
+    AllowList.parse(entries)
+    return entries
+
+
+def _checked_certificates(text: str) -> str:
+    try:
+        ssl.create_default_context().load_verify_locations(cadata=text)
+    except (ssl.SSLError, ValueError) as error:
+        raise ValueError("must be one or more certificates in PEM form") from error
+    return text
 
 
 class Settings(BaseSettings):
@@ -44,6 +65,38 @@ class Settings(BaseSettings):
     """Folder of the document volume."""
     embedding_model: str = PACKAGED_MODEL
     """Embedding model: one that a package carries, by name, or the absolute path of a folder of sentence-transformers."""
+    source_allow: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed), AfterValidator(_checked_allow_list)] = ()
+    """Where documents may be fetched from besides public addresses: host names, *.domains, addresses, networks."""
+    source_ports: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=65_535)], ...], NoDecode, BeforeValidator(_listed), Field(min_length=1)
+    ] = (80, 443)
+    """Ports of servers that documents may be fetched from."""
+    source_allow_http: bool = False
+    """true: documents may be fetched from http:// URLs too, where anyone on the way can change them."""
+    source_ca: Annotated[str, Field(max_length=2**20), AfterValidator(_checked_certificates)] | None = None
+    """Certificates in PEM form that servers of documents are trusted by, besides those of the system."""
+    source_seconds: Annotated[float, Field(gt=0)] = 300
+    """Longest time of fetching one document from a server."""
+    s3_buckets: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?$")], ...],
+        NoDecode,
+        BeforeValidator(_listed),
+    ] = ()
+    """Buckets that tasks of this namespace may read, whole (manuals) or below a prefix (manuals/team-a/). Default: none."""
+    s3_endpoint: Annotated[str, Field(pattern=r"^https?://[^/@?#\s]+/?$")] | None = None
+    """https://minio.example.com:9000. Default: Amazon's, of the region."""
+    s3_region: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")] = "us-east-1"
+    """Region of the buckets."""
+    s3_addressing: Literal["path", "virtual"] = "path"
+    """path: https://endpoint/bucket/key; virtual: https://bucket.endpoint/key."""
+    s3_access_key_id: SecretStr | None = None
+    """Account on the object store; it should have the right to read objects and no other."""
+    s3_secret_access_key: SecretStr | None = None
+    """Its key."""
+    s3_session_token: SecretStr | None = None
+    """Session of a temporary account."""
+    s3_anonymous: bool = False
+    """true: requests are not signed, for public buckets."""
     max_document_bytes: Annotated[int, Field(ge=1)] = 512 * 2**20
     """Largest document."""
     max_chunks: Annotated[int, Field(ge=1, le=1_000_000)] = 100_000
@@ -99,6 +152,8 @@ def describe() -> str:
     lines = []
     for name, field in Settings.model_fields.items():
         default = "required" if field.is_required() else field.default
+        if isinstance(default, tuple):
+            default = ", ".join(map(str, default)) or None
         shown = "" if field.default_factory is not None or default is None else f" [{default}]"
         lines.append(f"  {PREFIX}{name.upper()}{shown}\n      {field.description}")
     return "\n".join(lines)

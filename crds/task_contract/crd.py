@@ -6,8 +6,9 @@ message names the field and the remedy.
 
 from typing import Any, Final
 
+from task_contract.location import HTTP_MESSAGE, HTTP_PATTERN, S3_MESSAGE, S3_PATTERN, SCHEME_MESSAGE
 from task_contract.models import AVAILABLE_TYPES, Spec, Status, TaskType
-from task_contract.names import GROUP, KIND, PART_OF, PLURAL, SHORT_NAME, VERSION
+from task_contract.names import DOCUMENT_ROOT, GROUP, KIND, PART_OF, PLURAL, SHORT_NAME, VERSION
 from task_contract.structural import Schema, structural_schema
 
 _AVAILABLE: Final = ", ".join(AVAILABLE_TYPES)
@@ -51,7 +52,7 @@ def _type_rules() -> list[Rule]:
         ),
         _rule(
             "self.type != 'document_processing' || (has(self.payload) && has(self.payload.filePath))",
-            "spec.payload.filePath: required for document_processing: give the path below the document volume",
+            "spec.payload.filePath: required for document_processing: give a path below the document volume or a URL",
             field=".payload",
             reason="FieldValueRequired",
         ),
@@ -124,8 +125,24 @@ def _immutable_rules(spec: Schema) -> list[Rule]:
 
 _PAYLOAD_RULES: Final = [
     _rule(
-        "!has(self.filePath) || !self.filePath.contains('://')",
-        "spec.payload.filePath: URLs are not available in this version; put the file on the document volume",
+        "!has(self.filePath) || !self.filePath.contains('://') || self.filePath.matches('^(s3|https?)://')",
+        f"spec.payload.filePath: {SCHEME_MESSAGE}",
+        field=".filePath",
+    ),
+    _rule(
+        f"!has(self.filePath) || !self.filePath.matches('^https?://') || self.filePath.matches(r'{HTTP_PATTERN}')",
+        f"spec.payload.filePath: {HTTP_MESSAGE}",
+        field=".filePath",
+    ),
+    _rule(
+        f"!has(self.filePath) || !self.filePath.startsWith('s3://') || self.filePath.matches(r'{S3_PATTERN}')",
+        f"spec.payload.filePath: {S3_MESSAGE}",
+        field=".filePath",
+    ),
+    # Not in the models: outside a cluster the document root may be another one.
+    _rule(
+        f"!has(self.filePath) || !self.filePath.startsWith('/') || self.filePath.startsWith('{DOCUMENT_ROOT}/')",
+        f"spec.payload.filePath: an absolute path lies below {DOCUMENT_ROOT}/, where the document volume is",
         field=".filePath",
     ),
     _rule(

@@ -6,7 +6,7 @@
     ├── PermanentError            the same input fails again: ends the task
     │   ├── InvalidTask           the spec itself
     │   ├── DocumentNotFound
-    │   ├── DocumentRefused       outside the document volume, too large, a kind that is not read
+    │   ├── DocumentRefused       a place that is not allowed, too large, a kind that is not read
     │   ├── DocumentUnreadable    damaged, encrypted or lying about its type
     │   ├── DocumentEmpty         no text in it
     │   ├── ModelMismatch         the knowledge base was filled by another embedding model
@@ -19,6 +19,7 @@
     │   ├── DocumentChanged       the file was written to while it was read
     │   └── Unhealthy             a health check found a component that does not work
     ├── StoreUnavailable          not the task's fault: given back, not counted
+    │   └── SourceUnavailable     the server that has the document is down, or how to reach it is not configured
     ├── HandedBack                SIGTERM: given back, not counted
     └── Fenced                    canceled, or another pod holds the attempt: this one must not write
 
@@ -55,13 +56,14 @@ class InvalidTask(PermanentError):
 
 
 class DocumentNotFound(PermanentError):
-    """No file at ``payload.filePath``."""
+    """Nothing at ``payload.filePath``."""
 
     reason = "DocumentNotFound"
 
 
 class DocumentRefused(PermanentError):
-    """The file is there and will not be read: outside the document volume, too large, of a kind that is not supported."""
+    """It will not be read: outside the document volume, an address or bucket that is not allowed, too large, of a kind that
+    is not supported."""
 
     reason = "DocumentRefused"
 
@@ -136,6 +138,12 @@ class StoreUnavailable(TaskError):
     """PostgreSQL, Milvus or Elasticsearch cannot be reached; waiting, not counting, is the cure."""
 
     reason = "StoreUnavailable"
+
+
+class SourceUnavailable(StoreUnavailable):
+    """The server that has the document does not answer or is not configured. A reason of its own: the stores are well."""
+
+    reason = "SourceUnavailable"
 
 
 class HandedBack(TaskError):

@@ -14,10 +14,20 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic.alias_generators import to_camel
 
 from task_contract.errors import InvalidTask
+from task_contract.location import check_file_path
 
 
 class TaskType(StrEnum):
@@ -157,8 +167,12 @@ class Payload(Model):
     ``effective_*`` give the defaults.
     """
 
-    file_path: Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")] | None = None
-    """Path of the document below the document volume, absolute (``/data/handbook.pdf``) or relative (``handbook.pdf``)."""
+    file_path: (
+        Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$"), AfterValidator(check_file_path)]
+        | None
+    ) = None
+    """The document: a path below the document volume, absolute (``/data/handbook.pdf``) or relative (``handbook.pdf``),
+    ``s3://bucket/key``, or ``https://host/path``, where the runner's settings allow it ``http://`` too."""
     document_id: Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]+$")] | None = None
     """Identity of the document within its knowledge base; a later task with the same id replaces it. Default: filePath."""
     chunk_size: Annotated[int, Field(ge=50, le=8000)] | None = None
@@ -414,10 +428,13 @@ class ProcessingTask(Model):
     status: Status = Status()
 
 
-def describe(error: ValidationError) -> str:
-    """Return a validation error in one line that names each field: ``spec.payload.chunkSize: should be ...``."""
+def describe(error: ValidationError, *, within: tuple[str, ...] = ()) -> str:
+    """Return a validation error in one line that names each field: ``spec.payload.chunkSize: should be ...``.
+
+    ``within`` is where the validated object stands in the manifest.
+    """
     return "; ".join(
-        f"{'.'.join(str(part) for part in problem['loc']) or 'manifest'}: {problem['msg'].removeprefix('Value error, ')}"
+        f"{'.'.join(map(str, (*within, *problem['loc']))) or 'manifest'}: {problem['msg'].removeprefix('Value error, ')}"
         for problem in error.errors(include_url=False, include_input=False)
     )
 
@@ -430,7 +447,7 @@ def parse_manifest(manifest: Mapping[str, Any]) -> ProcessingTask:
     try:
         Spec.model_validate(manifest.get("spec"), extra="forbid")
     except ValidationError as error:
-        raise InvalidTask(f"cannot read the task: spec.{describe(error).replace('; ', '; spec.')}") from error
+        raise InvalidTask(f"cannot read the task: {describe(error, within=('spec',))}") from error
     try:
         return ProcessingTask.model_validate(manifest)
     except ValidationError as error:

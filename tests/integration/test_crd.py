@@ -11,6 +11,7 @@ import yaml
 
 from task_contract import names
 from tests.support.devstack import Kubectl
+from tests.support.locations import BAD_URLS, GOOD_PATHS
 
 pytestmark = pytest.mark.integration
 
@@ -55,7 +56,21 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("long filePath", with_payload(filePath="a" * 1025), "spec.payload.filePath: Too long"),
     ("filePath that climbs", with_payload(filePath="/data/../etc/passwd"), "spec.payload.filePath: '..' is not allowed"),
     ("filePath of dots", with_payload(filePath=".."), "spec.payload.filePath: '..' is not allowed"),
-    ("filePath as URL", with_payload(filePath="http://169.254.169.254/x"), "spec.payload.filePath: URLs are not available"),
+    *[
+        (f"filePath {url}", with_payload(filePath=url), f"spec.payload.filePath: {message}")
+        for message, urls in BAD_URLS.items()
+        for url in urls
+    ],
+    (
+        "filePath outside the volume",
+        with_payload(filePath="/etc/passwd"),
+        "spec.payload.filePath: an absolute path lies below",
+    ),
+    (
+        "filePath beside the volume",
+        with_payload(filePath="/database/a"),
+        "spec.payload.filePath: an absolute path lies below",
+    ),
     ("filePath as list", with_payload(filePath=["a"]), "spec.payload.filePath"),
     ("filePath with a line break", with_payload(filePath="a\nb"), "spec.payload.filePath"),
     ("long documentId", with_payload(documentId="d" * 513), "spec.payload.documentId: Too long"),
@@ -122,6 +137,12 @@ def test_a_bad_manifest_is_refused_with_the_name_of_the_field(
     answer = create(kubectl, namespace, task(bad), "--validate=strict", "--dry-run=server")
     assert answer.returncode != 0, answer.stdout
     assert message in answer.stderr
+
+
+@pytest.mark.parametrize("path", GOOD_PATHS)
+def test_a_document_may_lie_on_the_volume_in_a_bucket_or_on_a_server(kubectl: Kubectl, namespace: str, path: str) -> None:
+    answer = create(kubectl, namespace, task(with_payload(filePath=path)), "--validate=strict", "--dry-run=server")
+    assert answer.returncode == 0, answer.stderr
 
 
 def test_a_manifest_without_spec_is_refused(kubectl: Kubectl, namespace: str) -> None:

@@ -37,6 +37,7 @@ from task_contract.models import (
     parse_duration,
     parse_manifest,
 )
+from tests.support.locations import BAD_URLS, GOOD_PATHS
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -83,6 +84,19 @@ def test_a_bad_manifest_is_refused_with_the_path_of_each_field(spec: dict[str, A
     with pytest.raises(InvalidTask) as caught:
         parse_manifest(manifest(**spec))
     assert message in caught.value.message
+
+
+@pytest.mark.parametrize(("message", "url"), [(message, url) for message, urls in BAD_URLS.items() for url in urls])
+def test_a_url_of_another_form_is_refused_with_the_path_of_the_field(message: str, url: str) -> None:
+    with pytest.raises(InvalidTask) as caught:
+        parse_manifest(manifest(payload={"filePath": url}))
+    assert f"spec.payload.filePath: {message}" in caught.value.message
+
+
+@pytest.mark.parametrize("path", GOOD_PATHS)
+def test_a_document_lies_on_the_volume_in_a_bucket_or_on_a_server(path: str) -> None:
+    payload = parse_manifest(manifest(payload={"filePath": path})).spec.payload
+    assert (payload.file_path, payload.effective_document_id) == (path, path)
 
 
 def test_a_manifest_without_spec_is_refused() -> None:

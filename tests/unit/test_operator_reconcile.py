@@ -9,6 +9,7 @@ import pytest
 from task_contract.lifecycle import ARROWS
 from task_contract.messages import AttemptOutcome, Outcome, ProgressEvent
 from task_contract.models import Component, ComponentHealth, Metadata, Phase, ProcessingTask, Result, Stage, Status
+from task_operator import waits
 from task_operator.jobs import Waiting
 from task_operator.observation import Decision, Fence, FenceState, Need, Observed, Policy, Refusal, Store, StoredOutcome
 from task_operator.reconcile import decide, refuse
@@ -629,6 +630,18 @@ ROWS = [
         after=5,
     ),
     Row(
+        "so does a server of documents that is down, under a reason of its own",
+        Observed(
+            task=task(status=processing()),
+            jobs=(failed(),),
+            answered=PODS,
+            pods=(ended_pod(outcome=handed_back("SourceUnavailable")),),
+        ),
+        status={"phase": "Queued", "queue.reason": "SourceUnavailable", "attempts": []},
+        delete=[name_of(1)],
+        after=5,
+    ),
+    Row(
         "an eviction that fails the Job gives the attempt back",
         Observed(
             task=task(status=processing()),
@@ -1002,6 +1015,14 @@ def test_a_deadline_of_zero_is_none_and_a_long_cause_leaves_room_for_the_remedy(
     assert status.error is not None
     assert status.error.message.endswith("…; remove the cause, then create a new task")
     Status.model_validate(status.manifest())
+
+
+def test_a_wait_for_a_server_is_ended_by_the_tasks_deadline_alone() -> None:
+    day = 86_400
+    queue = {"reason": "SourceUnavailable", "since": stamp(NOW - 3 * day)}
+    status = {"phase": "Queued", "queue": queue, "queuedAt": stamp(NOW - 60), "retryAt": stamp(NOW + 10), "attempt": 1}
+    assert waits.kind_of("SourceUnavailable") is waits.kind_of("StoreUnavailable") is waits.Kind.WANTED
+    assert decide(Observed(task=task(status=status)), now=at(NOW), random=0.5).status is None
 
 
 def test_a_task_that_cannot_be_read_fails_with_the_reason_and_is_then_left_alone() -> None:

@@ -48,6 +48,42 @@ def test_defaults_and_empty_values(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.load().holder != loaded.holder
 
 
+def test_lists_are_split_at_commas_and_white_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TASKS_POSTGRES_URL", "postgresql://h/d")
+    monkeypatch.setenv("TASKS_SOURCE_ALLOW", "files.corp, *.example.com\n10.0.0.0/8,")
+    monkeypatch.setenv("TASKS_SOURCE_PORTS", "443 8443")
+    monkeypatch.setenv("TASKS_S3_BUCKETS", " manuals,public/team-a/ ")
+    loaded = settings.load()
+    assert loaded.source_allow == ("files.corp", "*.example.com", "10.0.0.0/8")
+    assert loaded.source_ports == (443, 8443)
+    assert loaded.s3_buckets == ("manuals", "public/team-a/")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("TASKS_SOURCE_ALLOW", "10.0.0.1/8", "'10.0.0.1/8' is no host name, address or network"),
+        ("TASKS_SOURCE_PORTS", "0", "greater than or equal to 1"),
+        ("TASKS_SOURCE_PORTS", "http", "valid integer"),
+        ("TASKS_SOURCE_CA", "secret: no certificate", "must be one or more certificates in PEM form"),
+        ("TASKS_SOURCE_CA", "-----BEGIN CERTIFICATE-----\nc2VjcmV0\n-----END CERTIFICATE-----\n", "in PEM form"),
+        ("TASKS_S3_BUCKETS", "Secret", "should match pattern"),
+        ("TASKS_S3_ENDPOINT", "https://user:secret@s3.example.com", "should match pattern"),
+        ("TASKS_S3_ENDPOINT", "s3.example.com", "should match pattern"),
+        ("TASKS_S3_ADDRESSING", "secret", "'path' or 'virtual'"),
+        ("TASKS_S3_REGION", "https://secret", "should match pattern"),
+    ],
+)
+def test_bad_settings_of_sources_are_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str) -> None:
+    monkeypatch.setenv("TASKS_POSTGRES_URL", "postgresql://h/d")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(StoreUnavailable) as failure:
+        settings.load()
+    assert name in failure.value.message
+    assert message in failure.value.message
+    assert "secret" not in failure.value.message
+
+
 def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).resolve().parents[2]
     return subprocess.run(

@@ -1,0 +1,376 @@
+"""Documents behind a URL: fetched into a private file, which then goes the way of a mounted one.
+
+Whatever a server does, it ends within bounds of size and time and as one of these:
+
+- DocumentNotFound, DocumentRefused: the same URL fails again;
+- SourceUnavailable: the server is down, overloaded or slow, or the settings for it are wrong, which is not the task's fault.
+
+Servers of ``https://`` URLs are chosen by who makes the task: :mod:`job_runner.guard` decides about each request, redirects
+included. The object store is chosen by the settings, which also name the buckets that a namespace may read: one account may
+well see the buckets of others. obstore signs for it; every request is made here, in one way.
+
+Nothing that a server says gets into a message, and neither does a signature.
+"""
+
+import asyncio
+import errno
+import os
+import re
+import socket
+import ssl
+import tempfile
+from datetime import timedelta
+from ipaddress import ip_address
+from typing import IO, TYPE_CHECKING, Final, Protocol
+from urllib.parse import quote
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
+
+from job_runner.guard import Address, AllowList, Guard, Resolve, Target, resolve
+from job_runner.settings import Settings, revealed
+from task_contract.errors import DocumentNotFound, DocumentRefused, SourceUnavailable, StoreUnavailable, TaskError
+from task_contract.location import bucket_and_key
+
+if TYPE_CHECKING:
+    from obstore.store import S3Credential
+
+_REDIRECTS: Final = 3
+"""A download page, a mirror, a signed URL: what public servers need."""
+_CONNECT_SECONDS: Final = 10
+_SILENT_SECONDS: Final = 30
+"""Longest time without a byte."""
+_CHUNK: Final = 1 << 20
+_SAYS: Final = 4096
+"""Bytes of an answer of the object store in which the code of its error is looked for."""
+_SIGNED_FOR: Final = timedelta(minutes=5)
+"""The signature is checked when the request arrives; the time is for clocks that differ."""
+
+# https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
+_ACCOUNT: Final = frozenset(
+    {
+        "AccountProblem",
+        "AuthorizationHeaderMalformed",
+        "AuthorizationQueryParametersError",
+        "ExpiredToken",
+        "InvalidAccessKeyId",
+        "InvalidRegion",
+        "InvalidSecurity",
+        "InvalidToken",
+        "RequestTimeTooSkewed",
+        "SignatureDoesNotMatch",
+        "TokenRefreshRequired",
+    }
+)
+"""Errors of the settings, not of the task."""
+
+
+class Origin(Protocol):
+    """Where a document comes from."""
+
+    redirects: int
+    """How many are followed."""
+
+    async def first(self) -> Target:
+        """Return the first request."""
+
+    async def next(self, url: URL) -> Target:
+        """Return the request to which a redirect leads; it may be refused."""
+
+    def failure(self, status: int, *, code: str, retry_after: str) -> TaskError:
+        """Return what an answer other than 200 means."""
+
+    def untrusted(self, why: str) -> TaskError:
+        """Return what a server without a valid certificate means."""
+
+
+async def download(location: str, *, settings: Settings, resolve: Resolve = resolve) -> int:
+    """Fetch a document; return a descriptor of it, open for reading, which the caller closes.
+
+    The file has no name: it is gone when it is closed, however the process ends. Raises DocumentNotFound, DocumentRefused,
+    SourceUnavailable, and StoreUnavailable where there is no room for it.
+    """
+    origin: Origin
+    origin = (_ObjectStore if location.startswith("s3://") else _Web)(location, settings=settings, resolve=resolve)
+    folder = tempfile.gettempdir()
+    try:
+        async with asyncio.timeout(settings.source_seconds):
+            with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+                await _fetch(location, origin, into=file, settings=settings)
+                file.seek(0)
+                return os.dup(file.fileno())
+    except TimeoutError:
+        raise SourceUnavailable(
+            f"cannot fetch {location} within {settings.source_seconds:g} s; look at the server or raise TASKS_SOURCE_SECONDS"
+        ) from None
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise StoreUnavailable(f"cannot keep {location}: no room in {folder}; make room on the node") from error
+        raise StoreUnavailable(f"cannot keep {location} in {folder}: {error.strerror}; look at the node") from error
+
+
+async def _fetch(location: str, origin: Origin, *, into: "IO[bytes]", settings: Settings) -> None:
+    target = await origin.first()
+    context = ssl.create_default_context()
+    if settings.source_ca is not None:
+        context.load_verify_locations(cadata=settings.source_ca)
+    for _ in range(origin.redirects + 1):
+        following = await _request(
+            location, target, origin, into=into, context=context, max_bytes=settings.max_document_bytes
+        )
+        if following is None:
+            return
+        if target.url.scheme == "https" and following.scheme != "https":
+            raise DocumentRefused(
+                f"cannot fetch {location}: it redirects from https to {following.scheme}; give its final URL"
+            )
+        target = await origin.next(following)
+    raise DocumentRefused(f"cannot fetch {location}: more than {origin.redirects} redirects; give its final URL")
+
+
+async def _request(
+    location: str, target: Target, origin: Origin, *, into: "IO[bytes]", context: ssl.SSLContext, max_bytes: int
+) -> URL | None:
+    """Make one request. Return where it is redirected, or None when the document is in the file."""
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS)
+    session = aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(resolver=_Pinned(target), ssl=context, use_dns_cache=False, force_close=True),
+        timeout=timeout,
+        trust_env=False,  # no proxy: it would resolve the name again, out of the guard's sight
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        read_bufsize=_CHUNK,
+        headers={"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "processing-tasks"},
+    )
+    # No chain of exceptions below: those of aiohttp hold the URL of the request, which may be signed.
+    try:
+        async with session, session.get(target.url, allow_redirects=False) as response:
+            if response.status == 200:
+                await _keep(location, response, into=into, max_bytes=max_bytes)
+                return None
+            if origin.redirects and response.status in {301, 302, 303, 307, 308}:
+                try:
+                    return response.url.join(URL(response.headers.get("Location", ""))).with_fragment(None)
+                except ValueError:
+                    raise DocumentRefused(f"cannot fetch {location}: it redirects to no URL; give its final URL") from None
+            said = await response.content.read(_SAYS)
+            code = re.search(rb"<Code>([A-Za-z]{1,64})</Code>", said)
+            raise origin.failure(
+                response.status,
+                code="" if code is None else code[1].decode(),
+                retry_after=response.headers.get("Retry-After", ""),
+            )
+    except aiohttp.ClientConnectorCertificateError as error:
+        why = getattr(error.certificate_error, "verify_message", "") or "it does not fit the host"
+        raise origin.untrusted(why) from None
+    except aiohttp.ClientSSLError:
+        raise origin.untrusted("it does not speak TLS as expected") from None
+    except TimeoutError:
+        raise SourceUnavailable(f"cannot fetch {location}: the server is silent; look at the server") from None
+    except aiohttp.ClientPayloadError:
+        raise SourceUnavailable(f"cannot fetch {location}: the answer was cut off; look at the server") from None
+    except aiohttp.ClientResponseError:
+        raise SourceUnavailable(f"cannot fetch {location}: the answer is no HTTP; look at the server") from None
+    except aiohttp.ClientOSError as error:
+        why = error.strerror if error.strerror and not isinstance(error, aiohttp.ClientConnectorError) else ""
+        reason = why or (os.strerror(error.errno) if error.errno and error.errno > 0 else "no connection")
+        raise SourceUnavailable(f"cannot fetch {location}: {reason}; look at the server and at network policies") from None
+    except aiohttp.ClientError as error:
+        raise SourceUnavailable(f"cannot fetch {location}: {type(error).__name__}; look at the server") from None
+
+
+async def _keep(location: str, response: aiohttp.ClientResponse, *, into: "IO[bytes]", max_bytes: int) -> None:
+    """Write the body into the file, never more than the limit and never more than a chunk in memory."""
+    too_large = DocumentRefused(
+        f"cannot fetch {location}: it has more than {max_bytes} bytes; split it, or raise TASKS_MAX_DOCUMENT_BYTES"
+    )
+    if (response.content_length or 0) > max_bytes:
+        raise too_large
+    size = 0
+    async for chunk in response.content.iter_chunked(_CHUNK):
+        size += len(chunk)
+        if size > max_bytes:
+            raise too_large
+        await asyncio.to_thread(_write, into, chunk)
+
+
+def _write(file: "IO[bytes]", data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+class _Pinned(AbstractResolver):
+    """Gives a connection the addresses that were checked, and no others."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    async def resolve(self, host: str, port: int = 0, family: int = 0) -> list[ResolveResult]:
+        return [
+            ResolveResult(
+                hostname=host,
+                host=str(address),
+                port=port,
+                family=socket.AF_INET6 if address.version == 6 else socket.AF_INET,
+                proto=0,
+                flags=socket.AI_NUMERICHOST,
+            )
+            for address in self._target.addresses
+        ]
+
+    async def close(self) -> None:
+        pass
+
+
+class _Web:
+    """A server that the task names."""
+
+    redirects = _REDIRECTS
+
+    def __init__(self, location: str, *, settings: Settings, resolve: Resolve) -> None:
+        self._location = location
+        self._guard = Guard(
+            allowed=AllowList.parse(settings.source_allow),
+            ports=frozenset(settings.source_ports),
+            allow_http=settings.source_allow_http,
+            api_servers=_api_servers(),
+            resolve=resolve,
+        )
+
+    async def first(self) -> Target:
+        return await self._guard.check(URL(self._location))
+
+    async def next(self, url: URL) -> Target:
+        return await self._guard.check(url)
+
+    def failure(self, status: int, *, code: str, retry_after: str) -> TaskError:
+        del code
+        if status in {404, 410}:
+            return DocumentNotFound(f"cannot find {self._location}: the server answered {status}; correct payload.filePath")
+        if status in {401, 403, 407}:
+            return DocumentRefused(
+                f"cannot fetch {self._location}: the server answered {status}, it wants credentials; "
+                "put the document on the document volume or into a bucket"
+            )
+        return _busy(self._location, status, retry_after) or DocumentRefused(
+            f"cannot fetch {self._location}: the server answered {status}; give a URL that answers with the document"
+        )
+
+    def untrusted(self, why: str) -> TaskError:
+        return DocumentRefused(
+            f"cannot trust the server of {self._location}: {why}; if its authority is your own, put it into TASKS_SOURCE_CA"
+        )
+
+
+class _ObjectStore:
+    """The object store of the settings."""
+
+    redirects = 0  # they lead to another region, for which the signature is not valid
+
+    def __init__(self, location: str, *, settings: Settings, resolve: Resolve) -> None:
+        self._location = location
+        self._settings = settings
+        self._resolve = resolve
+
+    async def first(self) -> Target:
+        settings = self._settings
+        bucket, key = bucket_and_key(self._location)
+        if not any(f"{bucket}/{key}".startswith(f"{entry.rstrip('/')}/") for entry in settings.s3_buckets):
+            raise DocumentRefused(
+                f"cannot read {self._location}: this namespace may not read that bucket or prefix; "
+                "name it in TASKS_S3_BUCKETS of the namespace's Secret"
+            )
+        url = await self._url(bucket, key)
+        assert url.host is not None  # noqa: S101 - for the type checker: the settings want a host
+        try:
+            addresses = tuple(dict.fromkeys(ip_address(found.partition("%")[0]) for found in await self._resolve(url.host)))
+        except (socket.gaierror, UnicodeError) as error:
+            raise SourceUnavailable(
+                f"cannot resolve {url.host}, the object store; correct TASKS_S3_ENDPOINT or look at the DNS"
+            ) from error
+        return Target(url, addresses)
+
+    async def next(self, url: URL) -> Target:
+        raise NotImplementedError("redirects of the object store are not followed")
+
+    async def _url(self, bucket: str, key: str) -> URL:
+        """Return the URL of an object, signed unless requests are to be anonymous."""
+        settings = self._settings
+        endpoint = URL(settings.s3_endpoint or f"https://s3.{settings.s3_region}.amazonaws.com")
+        virtual = settings.s3_addressing == "virtual"
+        if virtual:
+            endpoint = endpoint.with_host(f"{bucket}.{endpoint.host}")
+        base = str(endpoint).rstrip("/")
+        if settings.s3_anonymous:
+            return URL(f"{base}{'' if virtual else f'/{bucket}'}/{quote(key, safe='/~')}", encoded=True)
+        account, secret = revealed(settings.s3_access_key_id), revealed(settings.s3_secret_access_key)
+        if account is None or secret is None:
+            raise SourceUnavailable(
+                "cannot read from the object store: TASKS_S3_ACCESS_KEY_ID and TASKS_S3_SECRET_ACCESS_KEY are not set; "
+                "set them in the Secret of the stores, or TASKS_S3_ANONYMOUS=true for public buckets"
+            )
+        import obstore
+        from obstore.store import S3Store
+
+        def credential() -> "S3Credential":
+            return {
+                "access_key_id": account,
+                "secret_access_key": secret,
+                "token": revealed(settings.s3_session_token),
+                "expires_at": None,
+            }
+
+        # All is said explicitly: what is left out would be taken from AWS_* variables, or asked of the metadata service.
+        store = S3Store(
+            bucket,
+            endpoint=base,
+            region=settings.s3_region,
+            virtual_hosted_style_request=virtual,
+            skip_signature=False,
+            credential_provider=credential,
+            client_options={"allow_http": True},
+        )
+        return URL(await obstore.sign_async(store, "GET", key, _SIGNED_FOR), encoded=True)
+
+    def failure(self, status: int, *, code: str, retry_after: str) -> TaskError:
+        if status == 404:
+            bucket = " bucket" if code == "NoSuchBucket" else " object"
+            return DocumentNotFound(
+                f"cannot find {self._location}: no such{bucket}; put it there or correct payload.filePath"
+            )
+        if code in _ACCOUNT or status in {301, 307, 308, 401}:
+            return SourceUnavailable(
+                f"cannot read {self._location}: the object store answered {status} {code}; correct TASKS_S3_ACCESS_KEY_ID, "
+                "TASKS_S3_SECRET_ACCESS_KEY, TASKS_S3_REGION and TASKS_S3_ENDPOINT in the Secret of the stores"
+            )
+        if status == 403:
+            return DocumentRefused(
+                f"cannot read {self._location}: the account may not, or there is no such object; "
+                "give the account the right to read it, or correct payload.filePath"
+            )
+        return _busy(self._location, status, retry_after) or DocumentRefused(
+            f"cannot read {self._location}: the object store answered {status}; look at the object there"
+        )
+
+    def untrusted(self, why: str) -> TaskError:
+        return SourceUnavailable(
+            f"cannot trust the object store: {why}; if its authority is your own, put it into TASKS_SOURCE_CA"
+        )
+
+
+def _busy(location: str, status: int, retry_after: str) -> SourceUnavailable | None:
+    """Return the error of a server that may answer otherwise later."""
+    if status not in {408, 425, 429} and status < 500:
+        return None
+    wait = f", and asks to wait {retry_after} s" if re.fullmatch("[0-9]{1,6}", retry_after) else ""
+    return SourceUnavailable(f"cannot fetch {location}: the server answered {status}{wait}; look at the server")
+
+
+def _api_servers() -> frozenset[Address]:
+    """Return the address of the Kubernetes API that every pod has in its environment."""
+    try:
+        return frozenset({ip_address(os.environ["KUBERNETES_SERVICE_HOST"])})
+    except (KeyError, ValueError):
+        return frozenset()
