@@ -57,6 +57,8 @@ class Scenario:
     cancel: bool = False
     """Whether the task is canceled as soon as the runner stands still."""
     phase: str = "Completed"
+    published: int = 2
+    """Version that readers see in the end."""
     roles: tuple[str, ...] = ("operator", "runner")
     """Whose points are tried."""
 

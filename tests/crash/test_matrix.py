@@ -21,7 +21,7 @@ SCENARIOS: list[tuple[Scenario, int, Mapping[str, int]]] = [
     # A new version of a document that readers see.
     (PUBLISH, 22, {"POST jobs": 1, "PATCH status": 2}),
     # The first document of a knowledge base: collection and index are made.
-    (Scenario("first document", seeded=False, own_knowledge_base=True, roles=("runner",)), 4, {}),
+    (Scenario("first document", seeded=False, own_knowledge_base=True, published=1, roles=("runner",)), 4, {}),
     # An attempt fails and the next one goes on with what it left.
     (Scenario("retry", runner={EMBEDDED: Action.KILL}), 8, {"POST jobs": 2, "PATCH status": 4, "DELETE jobs": 1}),
     # A store is down for the first pod: the attempt is given back and not counted.
@@ -32,7 +32,7 @@ SCENARIOS: list[tuple[Scenario, int, Mapping[str, int]]] = [
     ),
     # Canceled while the runner's node is lost; the runner comes back and wants to publish.
     (
-        Scenario("cancel", runner={STORED: Action.STOP}, cancel=True, phase="Canceled", roles=("operator",)),
+        Scenario("cancel", runner={STORED: Action.STOP}, cancel=True, phase="Canceled", published=1, roles=("operator",)),
         6,
         {"POST jobs": 1, "PATCH status": 2, "DELETE jobs": 1},
     ),
