@@ -32,12 +32,11 @@ ROOT = Path(__file__).parents[2]
 
 SENTENCE = "A failed task is tried three times."
 NO_NETWORK = """
-import sys
-def refuse(event, arguments):
-    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):
-        print("spoke to the network:", event, arguments, flush=True)
-        sys.exit(3)
-sys.addaudithook(refuse)
+import os, socket
+def refuse(*arguments):
+    print("spoke to the network:", arguments, flush=True)
+    os._exit(3)
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 """
 
 
