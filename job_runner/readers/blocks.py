@@ -62,13 +62,14 @@ class Table:
         rows = [row for row in self.rows if any(cell.blocks for cell in row)]
         if not rows:
             return []
-        header_rows = min(self.header_rows, len(rows))
-        if self._places(rows, header_rows=header_rows):
+        if self._places(rows, header_rows=self.header_rows):
             return [block for row in rows for cell in row for block in cell.blocks]
-        if not header_rows and _looks_like_header(rows):
-            header_rows = 1
-        labels = _labels(rows[:header_rows])
-        return [self._line(row, labels if number >= header_rows else {}) for number, row in enumerate(rows)]
+        titles = _titles(rows)
+        header_end = max(titles, min(self.header_rows, len(rows)))
+        if header_end == titles and _looks_like_header(rows[titles:]):
+            header_end += 1
+        labels = _labels(rows[titles:header_end])
+        return [self._line(row, labels if number >= header_end else {}) for number, row in enumerate(rows)]
 
     def _places(self, rows: Sequence[Sequence[Cell]], *, header_rows: int) -> bool:
         if self.layout or max(len(row) for row in rows) == 1:
@@ -94,8 +95,9 @@ class Table:
             if value:
                 names = dict.fromkeys(labels[at] for at in range(column, column + cell.columns) if at in labels)
                 label = " / ".join(names)[:_LABEL_LIMIT]
-                if not labels and previous is not None and previous.header and not cell.header and len(row) == 2:
-                    label = values.pop()  # a row with a header of its own: name and value
+                named = previous is not None and (previous.header or values[-1].endswith((":", "：")))
+                if named and not labels and not cell.header and len(row) == 2:
+                    label = values.pop().rstrip(":：")  # a row with a header of its own: name and value
                 values.append(f"{label}: {value}" if label and label != value else value)
             column += cell.columns
             previous = cell if value else None
@@ -108,12 +110,22 @@ def _flat(blocks: Iterable[Block]) -> str:
     return _SPACES.sub(" ", " ".join(block.text for block in blocks if block.text))
 
 
+def _titles(rows: Sequence[Sequence[Cell]]) -> int:
+    """Return how many rows at the top are a title of the table: one cell above all columns."""
+    width = max(sum(cell.columns for cell in row) for row in rows)
+    for number, row in enumerate(rows):
+        filled = [cell for cell in row if _flat(cell.blocks)]
+        if len(filled) != 1 or filled[0].columns < width or width == 1:
+            return number
+    return 0
+
+
 def _looks_like_header(rows: Sequence[Sequence[Cell]]) -> bool:
     """Tell whether the first row of an unmarked table names its columns.
 
     Of two columns it more likely is a name and its value, as all the rows are.
     """
-    first = [_flat(cell.blocks) for cell in rows[0]]
+    first = [_flat(cell.blocks) for cell in rows[0]] if rows else []
     return (
         len(rows) > 1
         and len(first) > 2
@@ -129,7 +141,7 @@ def _labels(header: Sequence[Sequence[Cell]]) -> dict[int, str]:
     for row in header:
         column = 0
         for cell in row:
-            text = _flat(cell.blocks)
+            text = _flat(cell.blocks).rstrip(":：")
             if 0 < len(text) <= _LABEL_LIMIT:
                 for covered in range(column, column + cell.columns):
                     if text not in parts.setdefault(covered, []):
@@ -158,7 +170,7 @@ def assemble(blocks: Iterable[Block], *, kind: Kind, title: str | None = None) -
         parts.append(block.text)
         if block.level:
             headings.append(
-                Heading(start=length, end=length + len(block.text), level=block.level, title=_SPACES.sub(" ", block.text))
+                Heading(start=length, end=length + len(block.text), level=block.level, title=" ".join(block.text.split()))
             )
         length += len(block.text)
     if title and headings and all(heading.level > 1 for heading in headings):

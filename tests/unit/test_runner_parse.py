@@ -4,6 +4,8 @@ import asyncio
 import os
 import random
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,6 +49,13 @@ def children() -> set[int]:
 
 def commands() -> list[str]:
     return [word for pid in children() for word in psutil.Process(pid).cmdline()]
+
+
+def test_libraries_that_read_files_are_loaded_by_the_child_alone() -> None:
+    loaded = "import sys, job_runner.attempt, job_runner.pipeline; print(*{name.partition('.')[0] for name in sys.modules})"
+    found = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout.split()
+    assert "asyncpg" in found
+    assert not {"pypdfium2", "selectolax", "lxml"} & set(found)
 
 
 async def test_a_document_comes_back_whole(tmp_path: Path) -> None:

@@ -279,7 +279,18 @@ def test_html_text(tmp_path: Path, data: bytes, text: str) -> None:
             "| A | B | C |\n| A: x | B / C: y |\n| B: 1 | C: 2 |",
             id="merged cells come once, in their columns",
         ),
+        pytest.param(
+            "<tr><th colspan=2>Duck<tr><th>Kingdom:<td>Animals<tr><th>Class：<td>Birds",
+            "| Duck |\n| Kingdom: Animals |\n| Class: Birds |",
+            id="a title above all columns",
+        ),
+        pytest.param(
+            "<tr><td colspan=3>Sites<tr><td>A<td>B<td>C<tr><td>1<td>2<td>3",
+            "| Sites |\n| A | B | C |\n| A: 1 | B: 2 | C: 3 |",
+            id="a title and a header without a mark",
+        ),
         pytest.param("<tr><th>Name<td>Bob<tr><th>Age<td>5", "| Name: Bob |\n| Age: 5 |", id="headers of rows"),
+        pytest.param("<tr><td>Name：<td>Bob<tr><td>Age:<td>5", "| Name: Bob |\n| Age: 5 |", id="names by their colons"),
         pytest.param("<tr><td>Name<td>Bob<tr><td>Age<td>old", "| Name | Bob |\n| Age | old |", id="names and values"),
         pytest.param(
             "<tr><td>A<td>B<td>C<tr><td>1<td>2<td>3", "| A | B | C |\n| A: 1 | B: 2 | C: 3 |", id="header without a mark"
