@@ -22,17 +22,17 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "examples").rglob("*.md")),
 ]
-ON_THE_EXAMPLES = ("docs/troubleshooting.md", "docs/tasks.md")
+ON_THE_EXAMPLES = ("README.md", "docs/troubleshooting.md", "docs/tasks.md")
 """Pages whose commands run on an installation with the example tasks at their ends."""
 IN_THEIR_OWN_WAY = ("docs/install.md", "docs/pipeline.md", "docs/images.md", "CONTRIBUTING.md")
 """Pages that a test of their own follows."""
 LANGUAGES = {"sh", "console", "yaml", "json", "python", "text"}
-"""`sh` is run. `console` shows commands with what they print, and ELSEWHERE says who prints it. `yaml` that begins with
-`# NAME.yaml` becomes a file of that name."""
+"""`sh` and `python` are run. `console` shows commands with what they print, and ELSEWHERE says who prints it. `yaml` that
+begins with `# NAME.yaml` becomes a file of that name."""
 
 ELSEWHERE = {
     ("README.md", "make demo"): "`.ci/run` runs both on every commit",
-    ("README.md", "kubectl apply -n knowledge"): "`devstack/demo.py:run` prints it",
+    ("README.md", "kubectl apply -n knowledge -f manifests"): "`devstack/demo.py:run` prints it",
     ("CONTRIBUTING.md", "make lint"): "`.ci/run` runs the same",
     (
         "docs/images.md",
@@ -55,6 +55,8 @@ ELSEWHERE = {
 """(page, how the block's first line begins) → what covers it, by name."""
 
 SAYS = {
+    ("README.md", "kubectl apply -n knowledge -f - <<"): ["condition met"],
+    ("README.md", "from datetime"): ["chunks="],
     ("docs/install.md", "kubectl -n knowledge wait ptask/health"): ["handbook", "Completed", "broken"],
     ("docs/install.md", "kubectl get ptask -A"): ["deleted"],
     ("docs/pipeline.md", "export TASKS_POSTGRES_URL"): ["elasticsearch  healthy", '"outcome":"Succeeded"', "second Tuesday"],
@@ -91,7 +93,11 @@ class Block:
 
     def begins(self, page: str, beginning: str) -> bool:
         """Whether this is the block that a table names."""
-        return self.page == page and self.language in {"sh", "console"} and self.text.lstrip("$ ").startswith(beginning)
+        return (
+            self.page == page
+            and self.language in {"sh", "python", "console"}
+            and self.text.lstrip("$ ").startswith(beginning)
+        )
 
     @property
     def elsewhere(self) -> str | None:
@@ -129,4 +135,4 @@ def blocks(page: Path) -> Iterator[Block]:
 
 def commands(page: Path) -> list[Block]:
     """Return the blocks of a page that are there to be typed."""
-    return [block for block in blocks(page) if block.language in {"sh", "console"}]
+    return [block for block in blocks(page) if block.language in {"sh", "python", "console"}]

@@ -52,7 +52,7 @@ class Desk:
         for block in blocks(ROOT / page):
             if block.file:
                 (self.folder / block.file).write_text(block.text)
-            elif block.language == "sh" and not block.elsewhere:
+            elif block.language in {"sh", "python"} and not block.elsewhere:
                 self._run(block)
 
     def _run(self, block: Block) -> None:
@@ -61,8 +61,9 @@ class Desk:
             script = script.replace(said, here)
         for pattern, replacement in REPLACED.items():
             script = re.sub(pattern, replacement, script, flags=re.MULTILINE)
+        interpreter = ["bash", "-euo", "pipefail"] if block.language == "sh" else [sys.executable]
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", script],
+            [*interpreter, "-c", script],
             cwd=self.place or self.folder,
             env=self._environment(),
             stdout=subprocess.PIPE,
