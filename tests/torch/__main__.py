@@ -1,8 +1,8 @@
 """``make test-torch``: the tests of sentence-transformers, in an environment of its own beside ``.venv``.
 
 PyTorch is a download of 3 GB and 6 GB on disk, which nobody should need for ``make test``. The environment lies in the
-cache, named by a hash of its lock files, and holds the libraries of the tests too: `requirements/torch.txt` is locked
-within the versions of `requirements/dev.txt`. Once it is there a run takes as long as the tests do.
+cache, named by a hash of `requirements/torch.txt`. What the tests need besides is added on each run, which takes a second
+where it is there; `requirements/torch.txt` is locked within the versions of `requirements/dev.txt`.
 """
 
 import shutil
@@ -11,12 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from devstack.cache import cache_dir, cached
+from devstack.cache import cache_dir, cached, locked
 from devstack.process import run
 from devstack.progress import DevstackError, step
 
 ROOT = Path(__file__).resolve().parents[2]
-LOCKS = (ROOT / "requirements/torch.txt", ROOT / "requirements/dev.txt")
+TORCH, TOOLS = ROOT / "requirements/torch.txt", ROOT / "requirements/dev.txt"
 TESTS = ("tests/unit/test_runner_embed.py", "tests/torch")
 NEEDED = 7 * 10**9
 """Bytes: 5.9 GB of files, and what the download of one of them takes meanwhile."""
@@ -24,23 +24,28 @@ NEEDED = 7 * 10**9
 
 def environment() -> Path:
     """Return the interpreter of the environment, made if it is not there. Raises DevstackError."""
+    uv = Path(sys.executable).with_name("uv")
 
     def build(folder: Path) -> None:
-        uv = Path(sys.executable).with_name("uv")
         downloads = Path(run([uv, "cache", "dir"], doing="find uv's cache").strip())
         for place in {cache_dir(), downloads}:
             require_space(place, free=shutil.disk_usage(existing(place)).free)
         # uv links files from its cache where it can: an environment that follows another costs seconds and little space.
         run([uv, "venv", "--relocatable", "--python", sys.executable, folder], doing="make an environment for PyTorch")
         with step("installing PyTorch and sentence-transformers (the first time: 3 GB to download)"):
-            install(uv, folder)
+            install(uv, folder, TORCH)
 
-    return cached("torch", LOCKS, build, keep=1) / "bin/python"
+    folder = cached("torch", [TORCH], build, keep=1)
+    with locked(
+        folder.parent / ".lock" / "torch-tools", "another process adds to the environment of PyTorch: waiting for it"
+    ):
+        install(uv, folder, TORCH, TOOLS)
+    return folder / "bin/python"
 
 
-def install(uv: Path, folder: Path) -> None:
-    """Install the locked libraries; uv says itself what it downloads."""
-    requirements = [part for lock in LOCKS for part in ("--requirements", str(lock))]
+def install(uv: Path, folder: Path, *locks: Path) -> None:
+    """Install the libraries of LOCKS where they are missing; uv says itself what it downloads."""
+    requirements = [part for lock in locks for part in ("--requirements", str(lock))]
     command = [str(uv), "pip", "install", "--require-hashes", f"--python={folder}/bin/python", *requirements]
     if subprocess.run(command, check=False).returncode != 0:
         raise DevstackError(
