@@ -16,7 +16,7 @@ import uvloop
 
 from task_contract.migrations import migrate
 from task_operator.cluster import Access, Cluster, ClusterError, KubeconfigError, Watches
-from task_operator.controller import Controller
+from task_operator.controller import Controller, VersionsWentBack
 from task_operator.events import Events
 from task_operator.handlers import build_registry, kopf_settings
 from task_operator.health import Health
@@ -100,6 +100,7 @@ async def run(settings: Settings) -> int:
     feed = None if settings.redis_url is None else ProgressFeed(settings.redis_url, sink=controller.on_progress)
 
     watches.on_relist = controller.relist
+    watches.on_reopen = controller.check_versions
     if database is not None:
         database.on_incomplete = controller.relist
     await cluster.warm_up()
@@ -169,6 +170,8 @@ async def _stop(parts: Sequence[asyncio.Task[None]]) -> None:
 def _explain(error: BaseException) -> str:
     if isinstance(error, BaseExceptionGroup):
         return "; ".join(_explain(one) for one in error.exceptions)
+    if isinstance(error, VersionsWentBack):
+        return str(error)
     return error.message if isinstance(error, ClusterError) else repr(error)
 
 

@@ -83,6 +83,11 @@ class Backlog:
         known = waiting.version if waiting is not None else self._stored.get(uid, -1)
         return supersedes(version, known, lost=lost)
 
+    def confirm(self, uid: str, *, lost: int) -> None:
+        """Note that a list has the task of a row that waits: the table is to believe that row, whatever it says itself."""
+        if (row := self._rows.get(uid)) is not None:
+            self._rows[uid] = replace(row, lost=max(row.lost, lost), listed=True)
+
     def put(self, row: Row, *, now: float) -> None:
         """Have a row wait in place of an older one of its task, if it is news and if there is room."""
         if not self.wants(row.uid, row.version, lost=row.lost):
@@ -120,12 +125,15 @@ class Backlog:
                 break
         return rows
 
-    def settle(self, row: Row) -> None:
-        """Note that a row is in the table."""
-        if row.deleted:
-            self._stored.pop(row.uid, None)
-        else:
+    def settle(self, row: Row, *, written: bool = True) -> None:
+        """Note that a row was taken to the table: it is there, or (not ``written``) the table has a higher version.
+
+        Of the latter nothing is known but that; the next list tells.
+        """
+        if written and not row.deleted:
             self._stored[row.uid] = row.version
+        else:
+            self._stored.pop(row.uid, None)
         if self._rows.get(row.uid) is row:
             self._drop(row.uid)
 

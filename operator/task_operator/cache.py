@@ -1,8 +1,7 @@
 """What the operator has seen of tasks and Jobs, newest first: fed by watch events, lists and answers to its own writes.
 
 Events come late, twice and out of order; a resourceVersion that is not higher than the known one changes nothing, nor does
-anything of a task that is gone. A list may say otherwise, of an API server that was restored from a backup: see
-:mod:`task_operator.backlog`. Tasks are
+anything of a task that is gone. Tasks are
 kept as compact JSON, finished ones as the few fields that are still needed, so that ten thousand take a few megabytes.
 """
 
@@ -14,7 +13,6 @@ from typing import Any, Final
 import orjson
 
 from task_contract.models import Phase
-from task_operator.backlog import supersedes
 from task_operator.jobs import JobState, parse_time
 
 Key = tuple[str, str]
@@ -55,7 +53,7 @@ class Cache:
         self._tasks: dict[Key, CachedTask] = {}
         self._jobs: dict[Key, dict[str, JobState]] = {}
         self._changed: dict[Key, datetime] = {}
-        self._gone: dict[str, int] = {}
+        self._gone: dict[str, None] = {}
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -77,13 +75,8 @@ class Cache:
         return {job.uid for jobs in self._jobs.values() for job in jobs.values()}
 
     def newest_task(self) -> int:
-        """Return the highest version of a task that is or was there; -1 of none."""
-        there = max((task.resource_version for task in self._tasks.values()), default=-1)
-        return max(there, max(self._gone.values(), default=-1))
-
-    def newest_job(self) -> int:
-        """Return the highest version of a Job; -1 of none."""
-        return max((job.resource_version for jobs in self._jobs.values() for job in jobs.values()), default=-1)
+        """Return the highest version of a task; -1 of none."""
+        return max((task.resource_version for task in self._tasks.values()), default=-1)
 
     def jobs(self, key: Key) -> tuple[JobState, ...]:
         """Return the Jobs that belong to a task of this name, whatever its uid."""
@@ -97,18 +90,14 @@ class Cache:
         """Return when a Job of this task last changed."""
         return self._changed.get(key)
 
-    def put_task(self, manifest: Mapping[str, Any], *, lost: int = -1) -> bool:
-        """Take in a task; return whether that was news. ``lost``: the highest version known before its list was begun."""
+    def put_task(self, manifest: Mapping[str, Any]) -> bool:
+        """Take in a task; return whether that was news."""
         metadata = manifest["metadata"]
         key = (metadata["namespace"], metadata["name"])
         version = int(metadata["resourceVersion"])
         known = self._tasks.get(key)
-        if known is not None and not supersedes(version, known.resource_version, lost=lost):
+        if (known is not None and known.resource_version >= version) or metadata["uid"] in self._gone:
             return False
-        buried = self._gone.get(metadata["uid"])
-        if buried is not None and not version < buried <= lost:
-            return False
-        self._gone.pop(metadata["uid"], None)
         self._tasks[key] = _cached(manifest, version)
         return True
 
@@ -117,26 +106,26 @@ class Cache:
         known = self._tasks.get(key)
         if known is None or known.uid != uid:
             return False
-        self._bury(known)
+        self._bury(uid)
         del self._tasks[key]
         if key not in self._jobs:
             self._changed.pop(key, None)
         return True
 
-    def _bury(self, task: CachedTask) -> None:
+    def _bury(self, uid: str) -> None:
         """Remember that a task is gone: what is still on its way (a page of a list, an answer) must not bring it back."""
-        self._gone[task.uid] = task.resource_version
+        self._gone[uid] = None
         if len(self._gone) > _REMEMBERED:
             del self._gone[next(iter(self._gone))]
 
-    def put_job(self, job: JobState, *, now: datetime, lost: int = -1) -> bool:
-        """Take in a Job; return whether that was news. ``lost`` as for :meth:`put_task`."""
+    def put_job(self, job: JobState, *, now: datetime) -> bool:
+        """Take in a Job; return whether that was news."""
         key = job_key(job)
         if key is None:
             return False
         jobs = self._jobs.setdefault(key, {})
         known = jobs.get(job.name)
-        if known is not None and not supersedes(job.resource_version, known.resource_version, lost=lost):
+        if known is not None and known.resource_version >= job.resource_version:
             return False
         jobs[job.name] = job
         self._changed[key] = now

@@ -190,6 +190,14 @@ class Watches:
         """Set as soon as every watch has been opened once."""
         self.on_relist: Callable[[], None] = lambda: None
         """Called when a collection is listed anew, after its watch was open: what was deleted between may go unseen."""
+        self.on_reopen: Callable[[], None] = lambda: None
+        """Called when a watch is opened again."""
+
+    def opened(self, path: str) -> None:
+        """Note that the watch of the collection at ``path`` was opened."""
+        if path in self._last:
+            self.on_reopen()
+        self.touch(path)
 
     def touch(self, path: str) -> None:
         """Note a byte on the watch of the collection at ``path``: an event, or the bookmark of each minute."""
@@ -248,7 +256,7 @@ def open_session(access: Access, *, watches: Watches | None = None) -> aiohttp.C
             if watches is None or self.status != 200:
                 return response
             if self.url.query.get("watch") == "true":
-                watches.touch(path)
+                watches.opened(path)
                 self.content = _Touching(self.content, lambda: watches.touch(path))  # type: ignore[assignment]  # a proxy
             else:
                 watches.listed(path)  # of other answers the path is none that is watched
@@ -304,6 +312,11 @@ class Cluster:
         """Raise :class:`Forbidden` or :class:`NotFound` unless tasks and Jobs can be listed."""
         for group, plural in ((_TASKS, PLURAL), (_JOBS, "jobs")):
             await self._object("GET", _path(group, namespace, plural), params={"limit": "1"})
+
+    async def task_version(self, namespace: str | None) -> int:
+        """Return the resourceVersion at which tasks could be listed now: no lower than that of any task seen before."""
+        page = await self._object("GET", _path(_TASKS, namespace, PLURAL), params={"limit": "1"})
+        return int(page["metadata"]["resourceVersion"])
 
     def list_tasks(self, namespace: str | None) -> AsyncIterator[Page]:
         """Hand out all tasks of a namespace, or of the cluster, in pages: ten thousand at once would take 100 MB."""

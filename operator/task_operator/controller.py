@@ -72,10 +72,23 @@ _CONFLICTS: Final = 4  # looks in a row that may end in a conflict before the ta
 _ROUNDS: Final = 8  # a decision asks for at most one thing a round, and there are five
 
 
+class VersionsWentBack(Exception):
+    """The API server counts its versions from an earlier number than it did: its etcd was restored from a backup.
+
+    What is cached is of a history that is lost. So are the watches: they wait, without an error, for versions above the
+    last one that they saw. Only a new process helps, as Kubernetes advises for all controllers after a restore; and it is
+    enough, since it begins with lists.
+    """
+
+    def __str__(self) -> str:
+        return "the API server was restored from a backup: its versions went back; starting anew"
+
+
 class Api(Protocol):
     """The part of :class:`task_operator.cluster.Cluster` that is used."""
 
     async def check_access(self, namespace: str | None) -> None: ...  # noqa: D102 - see Cluster
+    async def task_version(self, namespace: str | None) -> int: ...  # noqa: D102
     def list_tasks(self, namespace: str | None) -> AsyncIterator[Page]: ...  # noqa: D102
     def list_jobs(self, namespace: str | None) -> AsyncIterator[Page]: ...  # noqa: D102
     async def list_pods(self, namespace: str, *, task_uid: str) -> list[Manifest]: ...  # noqa: D102
@@ -159,6 +172,7 @@ class Controller:
         self._live: dict[str, _Live] = {}
         self._synced = False
         self._resync_now = asyncio.Event()
+        self._reopened = asyncio.Event()
         metrics.watch_queue(self._waiting)
 
     # ------------------------------------------------------------------------------------------------------ running
@@ -179,6 +193,7 @@ class Controller:
             for number in range(self._workers):
                 group.create_task(self._work(), name=f"worker {number}")
             group.create_task(self._resync_forever(), name="resync")
+            group.create_task(self._check_versions_forever(), name="versions")
 
     async def _begin(self, watching: asyncio.Event) -> None:
         wait = 1.0
@@ -201,13 +216,32 @@ class Controller:
         """Have everything listed soon: a watch was lost for longer than the server remembers, with deletions unseen."""
         self._resync_now.set()
 
+    def check_versions(self) -> None:
+        """Have it looked soon whether this is still the same API server: a watch was broken, and opened again."""
+        self._reopened.set()
+
+    async def _check_versions_forever(self) -> None:
+        while True:
+            await self._reopened.wait()
+            self._reopened.clear()
+            newest = self._cache.newest_task()
+            try:
+                version = await self._api.task_version(self._namespaces[0])
+            except ClusterError as error:
+                _log.warning("cannot ask for the API server's version; trying again", error=error.message)
+                await asyncio.sleep(1)
+                self._reopened.set()
+            else:
+                if version < newest:
+                    raise VersionsWentBack
+
     async def _work(self) -> None:
         while True:
             key = await self._queue.get()
             started = time.perf_counter()
             try:
                 await self._look(key)
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, VersionsWentBack):
                 raise
             except ClusterError as error:
                 self._count(key, error, self._queue.failed(key, at_least=error.retry_after or 0.0))
@@ -241,7 +275,7 @@ class Controller:
             found = await self._api.get_task(*key)
             self.on_task("MODIFIED", found)
             if known is not None and int(found["metadata"]["resourceVersion"]) < known.resource_version:
-                self.relist()  # it cannot be older than what was known before it was asked for, unless versions went back
+                raise VersionsWentBack
         except NotFound:
             self._gone(key, None)
         except ClusterError as error:
@@ -355,23 +389,24 @@ class Controller:
         return len(jobs) > 1 or any(not job.finished for job in jobs)
 
     async def _list_tasks(self, namespace: str | None) -> None:
-        """Take in what a list says of tasks. What was known before and is not in it is gone.
+        """Take in what a list says of tasks: what was known before and is not in it is gone.
 
-        So is, if the API server was restored from a backup, what it says of tasks under versions that it counts anew: a
-        version below one that was known before the list was asked for is a newer one.
+        Raises :class:`VersionsWentBack`.
         """
-        before = self._cache.uids()
-        lost = max(self._cache.newest_task(), -1 if self._database is None else self._database.newest())
+        before, newest = self._cache.uids(), self._cache.newest_task()
+        lost = max(newest, -1 if self._database is None else self._database.newest())
         seen: set[str] = set()
-        restored = 0
         async for page in self._api.list_tasks(namespace):
+            if page.resource_version < newest:
+                raise VersionsWentBack
             for manifest in page.items:
                 metadata = manifest["metadata"]
                 key, uid = (metadata["namespace"], metadata["name"]), metadata["uid"]
                 seen.add(uid)
                 known = self._cache.task(key)
-                if self._cache.put_task(manifest, lost=lost) and known is not None:
-                    restored += known.resource_version > int(metadata["resourceVersion"])
+                if known is not None and int(metadata["resourceVersion"]) < known.resource_version <= newest:
+                    raise VersionsWentBack
+                self._cache.put_task(manifest)
                 cached = self._cache.task(key)
                 if cached is not None and cached.uid == uid and self._database is not None:
                     self._database.submit(manifest, lost=lost)
@@ -381,18 +416,15 @@ class Controller:
             inside = namespace is None or key[0] == namespace
             if inside and cached.uid in before and cached.uid not in seen:
                 self._gone(key, None)
-        if restored:
-            _log.warning("the API server was restored from a backup: versions went back", tasks=restored)
-            self._resync_now.set()  # events of the new history were taken for old ones meanwhile
 
     async def _list_jobs(self, namespace: str | None) -> None:
-        before, lost = self._cache.job_uids(), self._cache.newest_job()
+        before = self._cache.job_uids()
         seen: set[str] = set()
         async for page in self._api.list_jobs(namespace):
             for manifest in page.items:
                 job = JobState.from_manifest(manifest)
                 seen.add(job.uid)
-                self._cache.put_job(job, now=self._clock(), lost=lost)
+                self._cache.put_job(job, now=self._clock())
         for key in self._cache.job_keys():
             for job in self._cache.jobs(key):
                 inside = namespace is None or key[0] == namespace

@@ -2,7 +2,7 @@
 
 Rows of ``tasks`` are a copy of what the API server holds and can be made again from it at any time: writing them never
 holds up a task. They wait in a :class:`~task_operator.backlog.Backlog` until PostgreSQL has taken them, in batches; a row is
-replaced only by one of a higher resourceVersion, so writing twice, late or out of order is harmless.
+never replaced by one of a lower resourceVersion, so writing twice, late or out of order is harmless.
 
 Every full list begins with what the table holds (:meth:`Database.held`), and that is then all that is known of it: rows that
 somebody removed, that were dropped while PostgreSQL was away, or that are of a history that the API server has lost to a
@@ -69,7 +69,7 @@ _UPSERT: Final = (
     f"SELECT * FROM unnest({', '.join(f'${number}::{kind}[]' for number, (_, kind) in enumerate(_COLUMNS, 1))}) "
     "ON CONFLICT (uid) DO UPDATE SET "
     f"{', '.join(f'{name} = excluded.{name}' for name, _ in _COLUMNS if name != 'uid')}, updated_at = now() "
-    "WHERE tasks.resource_version < excluded.resource_version"
+    "WHERE tasks.resource_version <= excluded.resource_version RETURNING uid::text AS uid"
 )
 
 
@@ -155,6 +155,8 @@ class Database:
         """
         uid, version = manifest["metadata"]["uid"], int(manifest["metadata"]["resourceVersion"])
         bound = -1 if lost is None else lost
+        if lost is not None:
+            self._backlog.confirm(uid, lost=lost)
         if self._backlog.wants(uid, version, lost=bound):
             values = _values(manifest, deleted_at=self._clock() if deleted else None, now=self._clock())
             row = Row(uid=uid, version=version, values=values, deleted=deleted, lost=bound, listed=lost is not None)
@@ -233,9 +235,9 @@ class Database:
     async def _flush(self) -> None:
         rows = self._backlog.batch(_BATCH)
         if rows:
-            await self._write(rows)
+            written = await self._write(rows)
             for row in rows:
-                self._backlog.settle(row)
+                self._backlog.settle(row, written=row.uid in written)
         for uid, reason in list(self._fences.items()):
             await self.raise_fence(uid, reason=reason)
             self._fences.pop(uid, None)
@@ -244,16 +246,17 @@ class Database:
             self._backlog.forgotten = 0
         self._flushed.set()
 
-    async def _write(self, rows: Sequence[Row]) -> None:
+    async def _write(self, rows: Sequence[Row]) -> set[str]:
+        """Write rows that are newer than the table's; return the uids of those."""
         try:
-            await self._run(lambda connection: _upsert(connection, rows))
+            written: set[str] = await self._run(lambda connection: _upsert(connection, rows))
         except asyncpg.DataError as error:
             if len(rows) == 1:
                 # Held back it would block its neighbours for ever, and the task could never be deleted.
                 _log.error("cannot project a task: PostgreSQL refuses its row", uid=rows[0].uid, error=str(error))
-                return
-            for row in rows:
-                await self._write([row])
+                return {rows[0].uid}
+            return {uid for row in rows for uid in await self._write([row])}
+        return written
 
     # ------------------------------------------------------------------------------------------- results and fence
 
@@ -294,12 +297,13 @@ class Database:
         return answer
 
 
-async def _upsert(connection: "asyncpg.Connection[asyncpg.Record]", rows: Sequence[Row]) -> None:
+async def _upsert(connection: "asyncpg.Connection[asyncpg.Record]", rows: Sequence[Row]) -> set[str]:
     listed = [(row.uid, row.version, row.lost) for row in rows if row.listed]
     async with connection.transaction():
         if listed:
             await connection.execute(_GIVE_WAY, *(list(column) for column in zip(*listed, strict=True)))
-        await connection.execute(_UPSERT, *(list(column) for column in zip(*(row.values for row in rows), strict=True)))
+        columns = zip(*(row.values for row in rows), strict=True)
+        return {row["uid"] for row in await connection.fetch(_UPSERT, *(list(column) for column in columns))}
 
 
 async def _raise_fence(connection: "asyncpg.Connection[asyncpg.Record]", uid: str, reason: str) -> Fence:

@@ -229,6 +229,7 @@ async def test_a_list_of_a_restored_api_server_begins_a_new_history(
     await database.held(namespaces=[])
     lost = database.newest()
     assert lost == 901
+    database.submit(_task(511, uid=back, status=processing()))  # an event before the list
     # The restored list: one task is back at its beginning, one does not exist yet, one exists again.
     database.submit(_task(510, uid=alive), lost=lost)
     database.submit(_task(511, uid=back, status=processing()), lost=lost)

@@ -15,7 +15,7 @@ from task_contract.lifecycle import ARROWS
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.models import Phase
 from task_operator.cluster import Conflict, NotFound, Page, Unavailable
-from task_operator.controller import Controller
+from task_operator.controller import Controller, VersionsWentBack
 from task_operator.jobs import RunnerTemplate
 from task_operator.metrics import Metrics
 from task_operator.observation import Fence, FenceState, StoredOutcome
@@ -43,6 +43,7 @@ class World:
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     pods: dict[str, dict[str, Any]] = field(default_factory=dict)
     results: dict[tuple[str, int], StoredOutcome] = field(default_factory=dict)
+    rows: dict[str, Held] = field(default_factory=dict)
     fences: set[str] = field(default_factory=set)
     published: set[str] = field(default_factory=set)
     database_up: bool = True
@@ -76,6 +77,9 @@ class World:
     def status(self) -> dict[str, Any]:
         status: dict[str, Any] = self.tasks[KEY]["status"]
         return status
+
+    async def task_version(self, namespace: str | None) -> int:
+        return self.version
 
     async def list_tasks(self, namespace: str | None) -> AsyncIterator[Page]:
         yield Page(items=copy.deepcopy(list(self.tasks.values())), resource_version=self.version)
@@ -231,6 +235,10 @@ class World:
 
     def submit(self, manifest: Mapping[str, Any], *, deleted: bool = False, lost: int | None = None) -> None:
         """Take a row: at once."""
+        uid, phase = manifest["metadata"]["uid"], Phase(manifest["status"]["phase"])
+        self.rows[uid] = Held(version=int(manifest["metadata"]["resourceVersion"]), finished=phase.finished)
+        if deleted:
+            del self.rows[uid]
 
     def newest(self) -> int:
         return -1
@@ -260,7 +268,14 @@ class World:
 
     async def held(self, **_: Any) -> dict[str, Held]:
         self._ask_database()
-        return {}
+        return dict(self.rows)
+
+    async def mark_deleted(self, gone: Mapping[str, Held]) -> None:
+        self._ask_database()
+        for uid, one in gone.items():
+            del self.rows[uid]
+            if not one.finished:
+                self.fences.add(uid)
 
     def _ask_database(self) -> None:
         if not self.database_up:
@@ -331,7 +346,7 @@ class Operator:
             await controller._look(KEY)
         except (Conflict, Unavailable):
             return  # the work queue would try again
-        except Crash:
+        except (Crash, VersionsWentBack):
             self.crashes += 1
             self._controller = None
 

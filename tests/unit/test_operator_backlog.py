@@ -1,5 +1,6 @@
 """Rows on their way to PostgreSQL: the newest version wins, memory is bounded, and an API server restored from a backup."""
 
+import asyncio
 import itertools
 import random
 import tracemalloc
@@ -11,8 +12,9 @@ import pytest
 from task_contract.models import Phase
 from task_operator.backlog import LIMIT, Backlog, Row
 from task_operator.cache import Cache
+from task_operator.controller import VersionsWentBack
 from task_operator.projection import _values
-from tests.support.operator_values import at, finished, manifest, processing, success
+from tests.support.operator_values import at, manifest, processing, success
 from tests.support.operator_world import KEY, Operator, World
 
 FULL_SPEC = {"payload": {"filePath": "/data/handbook.pdf", "metadata": {f"label-{n}": "x" * 40 for n in range(10)}}}
@@ -158,6 +160,21 @@ def test_a_lower_version_counts_only_if_the_higher_one_was_known_before_the_list
     assert (waiting.version, waiting.lost, waiting.listed) == (520, 950, True), "the table has to learn of the loss"
 
 
+def test_an_event_that_waits_is_confirmed_by_a_list_of_the_same_version() -> None:
+    backlog = Backlog()
+    backlog.put(row(510), now=0)
+    (being_written,) = backlog.batch(9)
+    backlog.confirm("a", lost=900)
+    backlog.confirm("b", lost=900)
+    assert not backlog.wants("a", 510, lost=900)
+    backlog.settle(being_written, written=False)  # the table has 900
+    assert backlog.stored("a") is None
+    (waiting,) = backlog.batch(9)
+    assert (waiting.version, waiting.lost, waiting.listed) == (510, 900, True)
+    backlog.settle(waiting)
+    assert backlog.stored("a") == 510
+
+
 # ------------------------------------------------------------------------------------------------------------ the cache
 
 
@@ -167,28 +184,13 @@ def _task(version: int, **parts: Any) -> dict[str, Any]:
     return made
 
 
-def test_the_cache_takes_a_lower_version_from_a_list_and_from_nothing_else() -> None:
-    cache = Cache()
-    cache.put_task(_task(900, status=finished()))
-    assert not cache.put_task(_task(510))
-    assert cache.put_task(_task(510), lost=cache.newest_task())
-    cached = cache.task(KEY)
-    assert cached is not None
-    assert (cached.resource_version, cached.phase) == (510, "Queued")
-    assert cache.put_task(_task(511, status=processing()))
-
-
-def test_a_task_that_is_gone_comes_back_only_with_a_backup() -> None:
+def test_a_task_that_is_gone_does_not_come_back() -> None:
     cache = Cache()
     cache.put_task(_task(900, uid="one"))
-    before = cache.newest_task()
     assert cache.drop_task(KEY, uid="one")
-    assert not cache.put_task(_task(900, uid="one"), lost=before), "a page of a list from before it went"
+    assert not cache.put_task(_task(900, uid="one")), "a page of a list from before it went"
     assert not cache.put_task(_task(901, uid="one")), "an answer that was under way"
     assert cache.put_task(_task(902, uid="two"))
-    assert cache.drop_task(KEY, uid="two")
-    assert cache.put_task(_task(510, uid="one"), lost=cache.newest_task())
-    assert cache.newest_task() == 902
 
 
 # ------------------------------------------------------------------------------------------------------- the controller
@@ -216,6 +218,24 @@ async def test_a_task_goes_on_after_the_api_server_was_restored(moment: int) -> 
     assert world.created == 1
 
 
+async def test_a_watch_that_opens_again_on_a_restored_api_server_ends_the_process() -> None:
+    world = World()
+    world.version = 1000
+    world.add_task()
+    operator = Operator(world)
+    await operator.settle()
+    controller = operator._controller
+    assert controller is not None
+    checking = asyncio.create_task(controller._check_versions_forever())
+    controller.check_versions()
+    await asyncio.sleep(0.01)
+    assert not checking.done()
+    world.restore()
+    controller.check_versions()
+    with pytest.raises(VersionsWentBack, match="restored from a backup"):
+        await asyncio.wait_for(checking, 5)
+
+
 async def test_what_a_restored_api_server_does_not_know_any_more_is_gone_and_what_it_knows_anew_stays() -> None:
     world = World()
     world.version = 1000
@@ -229,6 +249,8 @@ async def test_what_a_restored_api_server_does_not_know_any_more_is_gone_and_wha
     new["metadata"]["name"] = "another"
     world.tasks[("knowledge", "another")] = new
     await operator.look(resync=True)
+    assert operator.crashes == 1, "its watches would wait for versions that do not come"
+    await operator.look()
     controller = operator._controller
     assert controller is not None
     assert [key[1] for key, _ in controller._cache.tasks()] == ["another"]
