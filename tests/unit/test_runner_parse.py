@@ -137,7 +137,7 @@ ZIP_HEADER_ONLY = b"PK\x03\x04" + b"word/document.xml" * 10
         pytest.param(
             "a.docx",
             lambda: make_docx(
-                parts={"_rels/.rels": relationships({"officeDocument": "http://192.0.2.1/d.xml"}, mode="External")}
+                parts={"_rels/.rels": relationships({"officeDocument": "word/document.xml"}, mode="External")}
             ),
             DocumentUnreadable,
             DAMAGED,

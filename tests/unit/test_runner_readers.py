@@ -597,7 +597,11 @@ def test_docx_without_a_layout_has_no_pages(tmp_path: Path) -> None:
         pytest.param(
             make_docx(paragraph("a"), content_type="application/vnd.ms-word.document.macroEnabled.main+xml"), id="macros"
         ),
-        pytest.param(make_docx(paragraph("a"), parts={"WORD\\Media\\x.png": b"x", "../../etc/passwd": b"x"}), id="names"),
+        pytest.param(make_docx(paragraph("a"), parts={"word/media/../../../x": b"x", "/etc/passwd": b"x"}), id="names"),
+        pytest.param(
+            make_docx(parts={"word/document.xml": None, "WORD\\document.xml": part(f"<w:body>{paragraph('a')}</w:body>")}),
+            id="backslashes",
+        ),
         pytest.param(
             make_docx(paragraph("a"), parts={
                 "word/_rels/document.xml.rels": relationships({"styles": "http://192.0.2.1/s.xml"}, mode="External"),
