@@ -131,6 +131,12 @@ BAD_VALUES: list[tuple[list[str], list[str]]] = [
     (["priorityClasses.high.value=2000000000"], ["/priorityClasses/high/value"]),
     (["priorityClasses.low.preemptionPolicy=Always"], ["/priorityClasses/low/preemptionPolicy"]),
     (["imagePullSecrets[0]=registry"], ["/imagePullSecrets/0"]),
+    (["sources.port=1"], ["/sources", "port"]),
+    (["sources.ports[0]=99999"], ["/sources/ports/0"]),
+    (["sources.allow=all"], ["/sources/allow"]),
+    (["sources.s3.addressing=host"], ["/sources/s3/addressing"]),
+    (["sources.s3.secretAccessKey=hidden", "sources.s3.secret=hidden"], ["/sources/s3", "secret"]),
+    (["taskNamespaces[0].name=a", "taskNamespaces[0].sources.s3.bucket=b"], ["/taskNamespaces/0/sources/s3", "bucket"]),
     (["documents.size=ten"], ["/documents/size"]),
     (["documents.accessModes[0]=ReadWrite"], ["/documents/accessModes/0"]),
     (["documents.volumeName=pv", "taskNamespaces[0].name=a", "taskNamespaces[1].name=b"], ["documents.volumeName"]),
@@ -168,6 +174,9 @@ def test_bad_value_is_refused_by_name_and_never_printed_with_its_password(
     [
         (("taskNamespaces[0].name=a", "taskNamespaces[0].stores.redis.url=redis://r"), "taskNamespaces[0].stores"),
         (("runner.embeddingModel=all-MiniLM-L6-v2",), "runner.embeddingModel"),
+        (("sources.allowHttp=true",), "sources"),
+        (("sources.s3.buckets[0]=manuals",), "sources"),
+        (("taskNamespaces[0].name=a", "taskNamespaces[0].sources.ca=x"), "taskNamespaces[0].sources"),
     ],
 )
 def test_what_an_existing_secret_has_to_hold_is_refused_beside_it(helm: Helm, settings: tuple[str, ...], named: str) -> None:
@@ -296,6 +305,15 @@ def test_credentials_stand_in_secrets_only(rendered: tuple[str, dict[str, Docume
         if document["kind"] == "Secret"
     }
     if name == "full":
+        sources = {
+            "TASKS_SOURCE_PORTS": "443,8443",
+            "TASKS_SOURCE_ALLOW_HTTP": "true",
+            "TASKS_SOURCE_CA": "-----BEGIN CERTIFICATE-----",
+            "TASKS_S3_ENDPOINT": "https://minio.storage.svc:9000",
+            "TASKS_S3_REGION": "eu-west-1",
+            "TASKS_S3_ADDRESSING": "virtual",
+            "TASKS_S3_ANONYMOUS": "true",
+        }
         assert inside == {
             "Secret processing-tasks-system/kb-tasks-operator": {
                 "OPERATOR_POSTGRES_URL": "postgresql://operator:canary-operator@postgres.stores:5432/tasks",
@@ -309,6 +327,11 @@ def test_credentials_stand_in_secrets_only(rendered: tuple[str, dict[str, Docume
                 "TASKS_ELASTICSEARCH_URL": "https://elasticsearch.stores:9200",
                 "TASKS_ELASTICSEARCH_API_KEY": "canary-elasticsearch",
                 "TASKS_EMBEDDING_MODEL": "/models/bge-m3",
+                "TASKS_SOURCE_ALLOW": "files.corp.example.com,10.20.0.0/16",
+                "TASKS_S3_BUCKETS": "manuals,shared/knowledge",
+                "TASKS_S3_ACCESS_KEY_ID": "knowledge",
+                "TASKS_S3_SECRET_ACCESS_KEY": "canary-s3",
+                **sources,
             },
             "Secret research/processing-task-stores": {
                 "TASKS_POSTGRES_URL": "postgresql://research:canary-research@postgres.stores:5432/tasks",
@@ -318,6 +341,10 @@ def test_credentials_stand_in_secrets_only(rendered: tuple[str, dict[str, Docume
                 "TASKS_ELASTICSEARCH_URL": "https://elasticsearch.stores:9200",
                 "TASKS_ELASTICSEARCH_API_KEY": "canary-elasticsearch",
                 "TASKS_EMBEDDING_MODEL": "/models/bge-m3",
+                "TASKS_S3_BUCKETS": "research",
+                "TASKS_S3_ACCESS_KEY_ID": "research",
+                "TASKS_S3_SECRET_ACCESS_KEY": "canary-research-s3",
+                **sources,
             },
         }
     else:

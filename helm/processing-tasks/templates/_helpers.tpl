@@ -183,6 +183,27 @@ redis: TASKS_REDIS_URL
   verbs: [create, list]
 {{- end }}
 
+{{/* Keys of a Secret for the values `sources`; what is empty has no key, and the runner its default. */}}
+{{- define "processing-tasks.sources" -}}
+{{- $lists := dict "TASKS_SOURCE_ALLOW" .allow "TASKS_SOURCE_PORTS" .ports "TASKS_S3_BUCKETS" .s3.buckets }}
+{{- range $key, $values := $lists }}
+{{- with $values }}
+{{ $key }}: {{ join "," . | b64enc }}
+{{- end }}
+{{- end }}
+{{- $texts := dict "TASKS_SOURCE_CA" .ca "TASKS_S3_ENDPOINT" .s3.endpoint "TASKS_S3_REGION" .s3.region "TASKS_S3_ADDRESSING" .s3.addressing "TASKS_S3_ACCESS_KEY_ID" .s3.accessKeyId "TASKS_S3_SECRET_ACCESS_KEY" .s3.secretAccessKey }}
+{{- range $key, $value := $texts }}
+{{- with $value }}
+{{ $key }}: {{ b64enc . }}
+{{- end }}
+{{- end }}
+{{- range $key, $on := dict "TASKS_SOURCE_ALLOW_HTTP" .allowHttp "TASKS_S3_ANONYMOUS" .s3.anonymous }}
+{{- if $on }}
+{{ $key }}: {{ b64enc "true" }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{/* Checks the URLs of a dict "stores" that stands at "path". Here and not in the schema, whose errors print the value: it holds a password. */}}
 {{- define "processing-tasks.validateStores" -}}
 {{- $path := .path }}
@@ -206,6 +227,9 @@ redis: TASKS_REDIS_URL
 {{- if and $stores.existingSecret .Values.runner.embeddingModel }}
 {{- fail (printf "runner.embeddingModel: has no effect with stores.existingSecret; put TASKS_EMBEDDING_MODEL into its Secret %s" $stores.existingSecret) }}
 {{- end }}
+{{- if and $stores.existingSecret (include "processing-tasks.sources" .Values.sources) }}
+{{- fail (printf "sources: has no effect with stores.existingSecret; put the keys of docs/sources.md into its Secret %s" $stores.existingSecret) }}
+{{- end }}
 {{- $names := dict }}
 {{- range $index, $namespace := .Values.taskNamespaces }}
 {{- if hasKey $names $namespace.name }}
@@ -218,6 +242,9 @@ redis: TASKS_REDIS_URL
 {{- end }}
 {{- if and $stores.existingSecret $namespace.stores }}
 {{- fail (printf "taskNamespaces[%d].stores: has no effect with stores.existingSecret; put the namespace's own values into its Secret %s" $index $stores.existingSecret) }}
+{{- end }}
+{{- if and $stores.existingSecret $namespace.sources }}
+{{- fail (printf "taskNamespaces[%d].sources: has no effect with stores.existingSecret; put the keys of docs/sources.md into its Secret %s" $index $stores.existingSecret) }}
 {{- end }}
 {{- if and $.Values.documents.existingClaim $namespace.documents }}
 {{- fail (printf "taskNamespaces[%d].documents: has no effect with documents.existingClaim" $index) }}
