@@ -16,6 +16,7 @@ from job_runner.stores import opener
 from task_contract.errors import Fenced
 from task_contract.lifecycle import ExitCode
 from task_contract.messages import AttemptOutcome, Outcome
+from tests.support.docx import make_docx, paragraph, part
 from tests.support.pdf import PdfPage, make_pdf
 from tests.support.runner_lab import NAMESPACE, ROOT, HashEmbedder, Lab, Reached, run_watched
 
@@ -96,6 +97,22 @@ async def test_a_bad_page_is_recorded_and_the_rest_is_published(lab: Lab) -> Non
     assert outcome.result is not None
     assert (outcome.result.pages, outcome.result.failed_pages) == (3, 1)
     assert outcome.result.chunks
+
+
+async def test_pages_and_headings_of_a_word_document_reach_both_stores(lab: Lab) -> None:
+    turn = "<w:p><w:r><w:lastRenderedPageBreak/><w:t>{}</w:t></w:r></w:p>"
+    body = "".join(
+        paragraph(f"第{number}章", style="1") + turn.format(f"第{number}章的正文，字数足够成为一个片段。" * 12)
+        for number in "一二三"
+    )
+    (lab.documents / "a.docx").write_bytes(make_docx(body))
+    outcome, _ = await lab.run(lab.task("a.docx", chunkSize=300, chunkOverlap=0))
+    assert outcome.result is not None
+    assert (outcome.result.pages, outcome.result.failed_pages) == (4, 0)
+    in_vectors, in_texts = await lab.contents("a.docx")
+    assert in_vectors == in_texts
+    places = {row["heading_path"]: (row["page_start"], row["page_end"]) for row in in_vectors}
+    assert places == {"第一章": (1, 2), "第二章": (2, 3), "第三章": (3, 4)}
 
 
 # ------------------------------------------------------------------------------------------------------------- updates
@@ -337,6 +354,30 @@ async def test_a_broken_pdf_fails_at_once_and_says_why(lab: Lab) -> None:
     assert AttemptOutcome.parse((lab.folder / "termination-log").read_text()) == outcome
     row = await lab.fetch("SELECT outcome FROM task_results WHERE task_uid = $1", uuid.UUID(task.metadata.uid))
     assert AttemptOutcome.parse(row) == outcome
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason", "message"),
+    [
+        ("a.docx", make_docx(paragraph("word " * 99))[:-300], "DocumentUnreadable", "the DOCX is damaged or cut short"),
+        (
+            "a.docx",
+            make_docx(parts={"word/document.xml": "<!DOCTYPE x [<!ENTITY a 'b'>]><x/>"}),
+            "DocumentRefused",
+            "entities",
+        ),
+        ("a.docx", make_docx(parts={"word/document.xml": part(" " * (20 << 20))}), "DocumentRefused", "as zip bombs do"),
+        ("a.html", b"<html>" + b"<div>" * 100_000, "DocumentRefused", "open in one another"),
+        ("a.html", b"<html><script>fill()</script>", "DocumentEmpty", "the page shows no text"),
+    ],
+)
+async def test_hostile_files_fail_at_once_and_say_why(lab: Lab, name: str, data: bytes, reason: str, message: str) -> None:
+    (lab.documents / name).write_bytes(data)
+    outcome, code = await lab.run(lab.task(name))
+    assert (code, outcome.reason) == (ExitCode.PERMANENT, reason)
+    assert outcome.error is not None
+    assert (outcome.error.stage, outcome.error.retryable) == ("parse", False)
+    assert message in outcome.error.message
 
 
 @pytest.mark.parametrize(
