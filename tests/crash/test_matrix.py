@@ -58,8 +58,7 @@ async def test_a_kill_at_any_point_changes_nothing_in_the_end(
     subtests: pytest.Subtests,
 ) -> None:
     async with _tracks(world) as tracks:
-        undisturbed = await without_faults(tracks, scenario)
-        assert undisturbed.writes == writes
+        undisturbed = await without_faults(tracks, scenario, writes)
         points = undisturbed.points
         _check_kinds(scenario, points)
         kills = [frozenset({point}) for point in (points if everything else chosen(points, count))]
