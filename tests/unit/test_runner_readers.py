@@ -621,3 +621,14 @@ def test_docx_without_a_layout_has_no_pages(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_unusual_docx(tmp_path: Path, data: bytes) -> None:
     assert read_bytes(tmp_path, data, Kind.DOCX).text == "a"
+
+
+@pytest.mark.parametrize(("depth", "text"), [(20, "| 1 | 2 |\n| 3 | 4 |"), (21, "1\n\n2\n\n3\n\n4")])
+def test_tables_that_lie_too_deep_give_their_text(tmp_path: Path, depth: int, text: str) -> None:
+    markup = "<table><tr><td>1<td>2<tr><td>3<td>4</table>"
+    body = table(["1", "2"], ["3", "4"])
+    for _ in range(depth - 1):
+        markup = f"<table><tr><td>{markup}</table>"
+        body = table([body])
+    assert read_bytes(tmp_path, page(markup), Kind.HTML).text == text
+    assert read_bytes(tmp_path, make_docx(body), Kind.DOCX).text == text
