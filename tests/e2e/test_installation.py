@@ -102,6 +102,11 @@ def test_a_broken_pdf_fails_at_once_with_the_reason(installed: Installed) -> Non
     assert task.status.error is not None
     assert task.status.error.reason == "DocumentUnreadable"
     assert task.status.attempt == 1
+    deadline = time.monotonic() + 20
+    while "DocumentUnreadable: cannot read" not in (shown := installed.kubectl("describe", "ptask", name)):
+        assert time.monotonic() < deadline, shown
+        time.sleep(0.5)
+    assert "tasks.zzdsj.io/operator" in shown[shown.rindex("Events:") :]
 
 
 @pytest.mark.parametrize(
