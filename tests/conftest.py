@@ -62,9 +62,10 @@ def namespace(cluster: Endpoints) -> Iterator[str]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Add to the report of a failed test what its namespaces in the cluster show."""
+    """Add to the report of a failed test what its namespaces in the cluster and its processes show."""
     report = yield
     if report.failed and isinstance(item, pytest.Function) and call.when in {"setup", "call"}:
+        report.sections += evidence.logs(item.funcargs)
         for namespace in evidence.namespaces(item.funcargs):
             report.sections += evidence.gather(where(), namespace)
     return report

@@ -218,21 +218,17 @@ class Lab:
             make=lambda name: embedder or self.embedder,
         )
 
-    def command(self, *arguments: str, environment: dict[str, str] | None = None, **options: Any) -> "subprocess.Popen[str]":
+    def command(self, *arguments: str, environment: dict[str, str] | None = None) -> "RunnerProcess":
         """Start the runner's command line."""
-        return subprocess.Popen(
+        return RunnerProcess(
             [sys.executable, "-m", *arguments],
+            folder=self.folder,
             env={
                 "PATH": os.environ["PATH"],
                 "PYTHONPATH": f"{ROOT}:{ROOT / 'crds'}",
                 **self.environment,
                 **(environment or {}),
             },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=self.folder,
-            **options,
         )
 
     def task_file(self, task: ProcessingTask) -> str:
@@ -305,6 +301,21 @@ async def rows_of(stores: Stores, document_id: str) -> tuple[list[dict[str, Any]
     query = {"term": {"document_id": document_id}}
     hits = (await texts._client.search(index=texts._name, query=query, size=10_000))["hits"]["hits"]
     return [dict(row) for row in rows], [hit["_source"] | {"id": hit["_id"]} for hit in hits]
+
+
+class RunnerProcess(subprocess.Popen[str]):
+    """The runner's command line. What it says goes to files, so that a test that fails, or gives up waiting, shows it."""
+
+    def __init__(self, command: Sequence[str], *, folder: Path, env: dict[str, str]) -> None:
+        self._output = folder / f"runner-{uuid.uuid4().hex[:8]}.out"
+        self._errors = self._output.with_suffix(".log")
+        with self._output.open("w") as output, self._errors.open("w") as errors:
+            super().__init__(command, env=env, cwd=folder, stdout=output, stderr=errors)
+
+    def communicate(self, input: str | None = None, timeout: float | None = None) -> tuple[str, str]:  # noqa: A002 - theirs
+        """Wait for the end; return what it said on standard output and standard error."""
+        self.wait(timeout)
+        return self._output.read_text(), self._errors.read_text()
 
 
 class KnowledgeBases:
