@@ -111,13 +111,22 @@ def test_a_broken_pdf_fails_at_once_with_the_reason(installed: Installed) -> Non
 
 @pytest.mark.parametrize(
     ("path", "reason"),
-    [("absent.pdf", "DocumentNotFound"), ("/etc/passwd", "DocumentRefused")],
-    ids=["absent", "outside the volume"],
+    [
+        ("absent.pdf", "DocumentNotFound"),
+        ("outside.pdf", "DocumentRefused"),
+        ("https://kubernetes.default.svc/api", "DocumentRefused"),
+        ("s3://manuals/handbook.pdf", "DocumentRefused"),
+    ],
+    ids=["absent", "outside the volume", "the Kubernetes API", "a bucket that is not listed"],
 )
-def test_a_file_that_cannot_be_had_fails_at_once(installed: Installed, path: str, reason: str) -> None:
+def test_a_document_that_cannot_be_had_fails_at_once(installed: Installed, path: str, reason: str) -> None:
+    outside = installed.documents / "outside.pdf"
+    outside.unlink(missing_ok=True)
+    outside.symlink_to("/etc/passwd")
     name = unique("bad")
     installed.client.submit(document(path, kb_id=unique("kb")), name=name)
     task = installed.client.wait(name, timeout=MINUTES)
+    outside.unlink()
     assert task.status.error is not None
     assert (task.status.phase, task.status.error.reason, task.status.attempt) == (Phase.FAILED, reason, 1)
 
