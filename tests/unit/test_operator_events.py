@@ -186,27 +186,44 @@ async def test_no_more_than_some_wait() -> None:
     await asyncio.wait([work])
 
 
+def controller(world: World, told: list[Manifest]) -> Controller:
+    api: Any = world
+    return Controller(
+        api=api,
+        template=RunnerTemplate(image="runner:1"),
+        metrics=Metrics(),
+        announce=told.append,
+        clock=lambda: world.now,
+        random=lambda: 0.5,
+    )
+
+
+async def look(operator: Controller) -> None:
+    await operator._resync()
+    await operator._look(KEY)
+
+
+async def test_a_long_wait_is_told_once_by_a_process_and_by_the_next_under_the_same_name() -> None:
+    world = World()
+    told: list[Manifest] = []
+    world.add_task()
+    first = controller(world, told)
+    for seconds in (0, 5, 30, 70, 100, 200):
+        world.now = at(seconds)
+        await look(first)
+    assert [one["note"] for one in told] == [
+        f"waiting for 1m5s (PodNotCreated): the pod of Job {name_of(1)} does not exist yet: kubectl describe job"
+    ]
+    await look(controller(world, told))
+    assert len(told) == 2
+    assert len({one["metadata"]["name"] for one in told}) == 1
+
+
 async def test_a_life_tells_its_retry_once_whatever_is_looked_at_again() -> None:
     world = World()
     told: list[Manifest] = []
-
-    def controller() -> Controller:
-        api: Any = world
-        return Controller(
-            api=api,
-            template=RunnerTemplate(image="runner:1"),
-            metrics=Metrics(),
-            announce=told.append,
-            clock=lambda: world.now,
-            random=lambda: 0.5,
-        )
-
-    async def look(operator: Controller) -> None:
-        await operator._resync()
-        await operator._look(KEY)
-
     world.add_task()
-    first = controller()
+    first = controller(world, told)
     await look(first)
     world.run_pod()
     await look(first)
@@ -214,7 +231,7 @@ async def test_a_life_tells_its_retry_once_whatever_is_looked_at_again() -> None
     for _ in range(3):
         await look(first)
     for _ in range(3):
-        await look(controller())  # begins anew, as after a restart
+        await look(controller(world, told))  # begins anew, as after a restart
     assert [one["reason"] for one in told] == ["Retrying"]
     world.now = at(3600)
     await look(first)
