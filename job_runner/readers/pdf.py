@@ -44,10 +44,12 @@ def read_pdf(path: Path, *, name: str, on_progress: OnProgress) -> ParsedDocumen
     """Read a PDF page by page; a page that cannot be read is recorded. Raises :class:`ReadingFailed`."""
     import pypdfium2
 
+    file = path.open("rb")  # not by its path, which pypdfium2 resolves: a fetched document has no name
     try:
-        pdf = pypdfium2.PdfDocument(path)
+        pdf = pypdfium2.PdfDocument(file, autoclose=True)
         count = len(pdf)
     except pypdfium2.PdfiumError as error:
+        file.close()
         raise ReadingFailed("DocumentUnreadable", _why_unreadable(error, name=name)) from error
     if count == 0:
         raise ReadingFailed("DocumentUnreadable", f"cannot read {name}: the PDF has no pages; it is damaged")

@@ -18,6 +18,7 @@ from aiohttp import web
 
 from job_runner.document import Kind
 from job_runner.fetch import inspected
+from job_runner.parse import ParserLimits, parse
 from job_runner.remote import download
 from job_runner.settings import Settings
 from task_contract.errors import DocumentNotFound, DocumentRefused, SourceUnavailable, StoreUnavailable, TaskError
@@ -131,6 +132,25 @@ async def test_a_document_goes_the_way_of_a_mounted_file(site: Site) -> None:
         os.fstat(descriptor)
     assert site.headers[0]["Accept-Encoding"] == "identity"
     assert {"Authorization", "Cookie"}.isdisjoint(site.headers[0])
+
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples/documents"
+KINDS = ["handbook.pdf", "laboratory-rules.zh.docx", "tide-station.html", "operations-guide.zh.md"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+async def test_documents_of_every_kind_are_parsed_without_a_name(site: Site, name: str) -> None:
+    site.handlers["/a"] = answer((EXAMPLES / name).read_bytes())
+    limits = ParserLimits(memory_bytes=1 << 30, seconds=60, cpu_seconds=60, output_bytes=1 << 24)
+    texts = []
+    for descriptor in (
+        await download(site.url("/a"), settings=settings(site.port), resolve=Names("127.0.0.2")),
+        os.open(EXAMPLES / name, os.O_RDONLY),
+    ):
+        with inspected(descriptor, name=name, max_bytes=LIMIT) as source:
+            texts.append((await parse(source, limits=limits, on_progress=lambda done, total: None)).text)
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > 500
 
 
 async def test_encoded_characters_reach_the_server_as_they_are(site: Site) -> None:
