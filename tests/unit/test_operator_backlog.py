@@ -5,6 +5,7 @@ import itertools
 import random
 import tracemalloc
 import uuid
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from task_contract.models import Phase
 from task_operator.backlog import LIMIT, Backlog, Row
 from task_operator.cache import Cache
+from task_operator.cluster import Page
 from task_operator.controller import VersionsWentBack
 from task_operator.projection import _values
 from tests.support.operator_values import at, manifest, processing, success
@@ -216,6 +218,38 @@ async def test_a_task_goes_on_after_the_api_server_was_restored(moment: int) -> 
     await operator.finish()
     assert world.status["phase"] == Phase.COMPLETED
     assert world.created == 1
+
+
+async def test_a_task_that_went_back_is_noticed_even_when_versions_have_caught_up() -> None:
+    world = World()
+    world.version = 1000
+    world.add_task()
+    operator = Operator(world)
+    await operator.settle()
+    world.tasks[KEY]["metadata"]["resourceVersion"] = "510"
+    world.version = 5000
+    await operator.look(resync=True)
+    assert operator.crashes == 1
+
+
+async def test_a_task_that_comes_while_a_list_is_under_way_is_not_taken_for_gone() -> None:
+    world = World()
+    world.add_task()
+    operator = Operator(world)
+    await operator.settle()
+    controller = operator._controller
+    assert controller is not None
+    listed = await anext(world.list_tasks(None))
+    fresh = _task(world.version, uid="fresh")
+    fresh["metadata"]["name"] = "fresh"
+
+    async def list_tasks(namespace: str | None) -> AsyncIterator[Page]:
+        controller.on_task("ADDED", fresh)  # its event overtakes the list
+        yield listed
+
+    world.list_tasks = list_tasks  # type: ignore[method-assign]  # a list that is slow
+    await controller._resync()
+    assert {key[1] for key, _ in controller._cache.tasks()} == {"handbook", "fresh"}
 
 
 async def test_a_watch_that_opens_again_on_a_restored_api_server_ends_the_process() -> None:

@@ -177,6 +177,25 @@ async def test_a_status_write_names_the_version_it_was_decided_upon(server: Serv
     assert headers["Content-Type"] == "application/merge-patch+json"
 
 
+@pytest.mark.parametrize(
+    ("notes", "refusal"),
+    [
+        ([], None),
+        (["Error creating: pods x is forbidden", "Error creating: exceeded quota: few"], "exceeded quota: few"),
+        (["(combined from similar events): Error creating: exceeded quota: few"], "exceeded quota: few"),
+    ],
+)
+async def test_why_a_pod_was_refused_is_the_last_event_of_its_job(
+    server: Server, client: Cluster, notes: list[str], refusal: str | None
+) -> None:
+    events = [{"metadata": {"resourceVersion": str(9 + number)}, "note": note} for number, note in enumerate(notes)]
+    server.says(200, {"metadata": {"resourceVersion": "20"}, "items": events})
+    assert await client.pod_refusal("knowledge", job_uid="u") == refusal
+    path = server.asked[0][1]
+    assert path.startswith("/apis/events.k8s.io/v1/namespaces/knowledge/events?fieldSelector=regarding.uid")
+    assert "FailedCreate" in path
+
+
 async def test_a_deletion_names_the_object_it_means(server: Server, client: Cluster) -> None:
     server.says(200, {})
     await client.delete_job("knowledge", "handbook-1", uid="u")

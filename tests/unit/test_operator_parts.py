@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Mapping
+from datetime import timedelta
+from importlib import metadata
 from typing import Any
 
 import aiohttp
@@ -185,6 +187,9 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         "OPERATOR_RUNNER_TOLERATIONS": '[{"key": "tasks", "operator": "Exists"}]',
         "OPERATOR_RUNNER_RESOURCES": '{"limits": {"memory": "1Gi"}}',
         "OPERATOR_IMAGE_PULL_SECRETS": '["registry"]',
+        "OPERATOR_INSTANCE": "release-1",
+        "OPERATOR_PENDING_DEADLINE_SECONDS": "600",
+        "OPERATOR_CAPACITY_DEADLINE_SECONDS": "0",
     }.items():
         monkeypatch.setenv(key, value)
     settings = load_settings()
@@ -196,6 +201,9 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert template.tolerations == ({"key": "tasks", "operator": "Exists"},)
     assert template.resources == {"limits": {"memory": "1Gi"}}
     assert template.image_pull_secrets == ("registry",)
+    assert (template.instance, template.version) == ("release-1", metadata.version("processing-tasks"))
+    policy = settings.policy()
+    assert (policy.pending_deadline, policy.capacity_deadline) == (timedelta(minutes=10), timedelta())
 
 
 def test_one_error_names_every_bad_variable(monkeypatch: pytest.MonkeyPatch) -> None:
