@@ -8,6 +8,7 @@ Left out is only what no two lives share (names, uids, times, seconds), and what
 - attempts: each killed runner may spend one, which ends as ContainerFailed; a killed operator may spend none;
 - the epoch of the intent: each attempt raises it;
 - how many of the chunks were embedded and how many reused: their sum is compared, and what was computed in all is bounded;
+- writes of the operator: one that was killed may write two again, and a retry costs four;
 - the Job's and the pod's own end: a runner that is killed after it has stored its result has succeeded, whatever they say.
 """
 
@@ -25,6 +26,8 @@ from tests.support.runner_lab import rows_of
 
 KILLED = "ContainerFailed"
 """Reason of an attempt whose runner was killed before it could say anything."""
+AGAIN, RETRY = 2, 4
+"""Writes to the API server that the kill of an operator, and that of a runner, may cost."""
 _TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|\+00:00)?")
 _KINDS = {
     "/api/v1": ("configmaps", "secrets", "services", "persistentvolumeclaims"),
@@ -47,6 +50,8 @@ class End:
     """Texts that the model has computed in all."""
     ends: tuple[str, ...]
     """How Jobs and pods ended."""
+    writes: int
+    """What the operator has written to the API server, Events apart; 0 where it served other lives too."""
     settled: bool
     """Whether the projection has caught up and no process works on it any more."""
 
@@ -109,6 +114,7 @@ async def look(life: Life) -> End:
         epoch=epoch,
         computed=len(life.counter.read_text().splitlines()) if life.counter.exists() else 0,
         ends=tuple(sorted([*map(_job_end, jobs), *(pod["status"]["phase"] for pod in pods)])),
+        writes=_writes(life),
         settled=bool(projected)
         and str(projected[0]["resource_version"]) == task["metadata"]["resourceVersion"]
         and not busy
@@ -138,6 +144,9 @@ def differences(undisturbed: End, end: End, life: Life) -> list[str]:
         found.append(f"texts computed: {end.computed} instead of {undisturbed.computed}")
     if end.ends != undisturbed.ends and not life.runner_kills:
         found.append(f"Jobs and pods ended as {end.ends} instead of {undisturbed.ends}")
+    allowed = undisturbed.writes + AGAIN * (len(life.kills) - life.runner_kills) + RETRY * life.runner_kills
+    if end.writes > allowed:
+        found.append(f"the operator wrote {end.writes} times, instead of {undisturbed.writes} and at most {allowed}")
     if not end.settled:
         found.append("not settled: the projection is behind, or a process or Job goes on")
     return found
@@ -173,6 +182,11 @@ def _projection(row: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, An
 def _result(result: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in result.items() if key not in {"seconds", "embedded", "reused"}}
     return kept | {"embedded + reused": result.get("embedded", 0) + result.get("reused", 0)}
+
+
+def _writes(life: Life) -> int:
+    points = life.record("operator").points
+    return sum(point.startswith("API ") and point.endswith(" before") and " events " not in point for point in points)
 
 
 def _outcome(text: str) -> dict[str, Any]:
