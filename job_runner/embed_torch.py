@@ -125,7 +125,9 @@ class SentenceTransformerEmbedder:
             os.environ.update(_OFFLINE)  # read when huggingface_hub is imported
             try:
                 from sentence_transformers import SentenceTransformer
+                from transformers.utils.logging import disable_progress_bar
 
+                disable_progress_bar()  # standard error is for logs, in JSON
                 model = SentenceTransformer(str(self._folder), local_files_only=True, trust_remote_code=False)
                 found, expected = _shape_of(model), described(self._folder)
             except MemoryError:

@@ -32,6 +32,7 @@ async def test_a_document_is_found_by_meaning_and_other_models_are_kept_apart(la
 
     code, output, errors = await call("run", task(embeddingModel=NAME))
     assert code == 0, errors
+    assert all(json.loads(line) for line in errors.splitlines()), "logs are JSON"
     result = json.loads(output)["result"]
     assert result["chunks"] == result["embedded"] == result["milvusCount"] == result["elasticsearchCount"] > 10
 
