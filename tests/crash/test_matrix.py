@@ -19,11 +19,11 @@ EMBEDDED = "Milvus upsert #1 after"
 PUBLISH = Scenario("publish")
 SCENARIOS: list[tuple[Scenario, int, Mapping[str, int]]] = [
     # A new version of a document that readers see.
-    (PUBLISH, 22, {"POST jobs": 1, "PATCH status": 2}),
+    (PUBLISH, 16, {"POST jobs": 1, "PATCH status": 2}),
     # The first document of a knowledge base: collection and index are made.
-    (Scenario("first document", seeded=False, own_knowledge_base=True, published=1, roles=("runner",)), 4, {}),
+    (Scenario("first document", seeded=False, own_knowledge_base=True, published=1, roles=("runner",)), 3, {}),
     # An attempt fails and the next one goes on with what it left.
-    (Scenario("retry", runner={EMBEDDED: Action.KILL}), 8, {"POST jobs": 2, "PATCH status": 4, "DELETE jobs": 1}),
+    (Scenario("retry", runner={EMBEDDED: Action.KILL}), 6, {"POST jobs": 2, "PATCH status": 4, "DELETE jobs": 1}),
     # A store is down for the first pod: the attempt is given back and not counted.
     (
         Scenario("given back", first_pod={"TASKS_MILVUS_URL": "http://127.0.0.1:9"}),
