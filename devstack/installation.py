@@ -20,6 +20,7 @@ from devstack.progress import DevstackError, step
 from devstack.providers import CRD, Place, Provider
 from devstack.providers.embedded import Embedded
 from devstack.stores.common import write_private
+from task_contract.lifecycle import ExitCode
 
 RELEASE: Final = Place.release
 SYSTEM_NAMESPACE: Final = Place.namespace
@@ -79,10 +80,14 @@ class Installation:
             )
         else:
             with self._pod(writes=False) as pod:
-                done = self._exec(pod, "python", "-m", "job_runner", *arguments)
+                for _ in range(3):
+                    done = self._exec(pod, "python", "-m", "job_runner", *arguments)
+                    if done.returncode != ExitCode.STORE_UNAVAILABLE:  # asked again, as the operator does for a task
+                        break
         if done.returncode != 0:
-            last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-            raise DevstackError(f"cannot {arguments[0]}: {' '.join(last) or 'job_runner said nothing'}")
+            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            said = [line for line in lines if not line.startswith("command terminated with")][-1:]  # that is kubectl's
+            raise DevstackError(f"cannot {arguments[0]}: {' '.join(said) or 'job_runner said nothing'}")
         return done.stdout.decode()
 
     def _exec(self, pod: str, *command: str, stdin: bytes = b"") -> "subprocess.CompletedProcess[bytes]":

@@ -26,7 +26,8 @@ from devstack.stores.passwords import password
 
 NAME: Final = "processing-tasks"
 NODE: Final = f"{NAME}-control-plane"
-_DOCUMENTS: Final = "/documents"
+_DOCUMENTS: Final = "/mnt/documents"
+"""The folder of documents in the node."""
 _STORES_FILE: Final = Path(__file__).with_name("stores.yaml")
 _NODE_PORTS: Final = {postgres: 30432, redis: 30379, milvus: 30530, elasticsearch: 30920}
 """Ports of the node that the Services in stores.yaml listen on."""

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pty
 import subprocess
 import sys
 import tempfile
@@ -17,8 +18,9 @@ import pytest
 import yaml
 
 from devstack import Endpoints, images, stores, tools
-from devstack.providers import CRD, kind
+from devstack.providers import CRD, default, kind
 from devstack.providers.current import LABEL
+from tests.docs.blocks import blocks
 from tests.integration.test_cluster import PRIVATE_FILES
 from tests.support.devstack import Kubectl, in_private_machine
 from tests.support.stand_ins import StandIns
@@ -65,6 +67,11 @@ class User:
         assert done.returncode == 1, done.stderr
         assert "Traceback" not in done.stderr
         return done.stderr
+
+    def switch_to(self, context: str) -> None:
+        """Switch the user's current context."""
+        content = yaml.safe_load(self.kubeconfig.read_text())
+        self.kubeconfig.write_text(json.dumps({**content, "current-context": context}))
 
     def write(self, values: Mapping[str, Any]) -> Path:
         file = self.home / f"values-{uuid.uuid4().hex[:6]}.yaml"
@@ -146,43 +153,79 @@ def values(user: User, tmp_path: Path) -> Iterator[Path]:
     stores.drop_database(database)
 
 
-def test_demo_on_a_cluster_in_hand_and_down_leaves_the_cluster_as_it_was(user: User, values: Path) -> None:
-    kubectl = Kubectl(user.endpoints)
-    kinds = "namespace,clusterrole,clusterrolebinding,priorityclass,customresourcedefinition"
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder that looks like a clone of the repository, in which one may write."""
+    folder = tmp_path / "clone"
+    folder.mkdir()
+    for entry in ROOT.iterdir():
+        if entry.name != ".git":
+            (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+@pytest.mark.timeout(700)  # images may have to be built
+def test_the_way_of_the_page_to_a_cluster_in_hand(user: User, values: Path, clone: Path, kubectl: Kubectl) -> None:
+    """The commands of docs/install.md, line by line: the demo runs, and `down` leaves the cluster as it was."""
+    user.namespace = "tasks-trial"
+    [block] = [block.text for block in blocks(ROOT / "docs/install.md") if "CLUSTER=current" in block.text]
+    demo, look, down = block.strip().splitlines()
+    (clone / "trial-values.yaml").write_text(values.read_text())
+    kinds = "namespace,clusterrole,clusterrolebinding,priorityclass"
 
     def ours() -> list[str]:
-        return [
-            f"{item['kind']} {item['metadata']['name']}"
-            for item in kubectl.get(kinds)["items"]
-            if user.namespace in json.dumps(item["metadata"]) and item["kind"] != "CustomResourceDefinition"
-        ]
+        items = kubectl.get(kinds)["items"]
+        return [item["metadata"]["name"] for item in items if user.namespace in json.dumps(item["metadata"])]
 
-    demo = user.current("demo", "--values", str(values))
-    assert demo.returncode == 0, demo.stderr
-    assert "context in-hand, server https://127.0.0.1" in demo.stderr
-    assert "All as expected" in demo.stderr
+    def run(command: str) -> str:
+        script = command.replace("make ", "make -o .venv/.ready ")
+        path = f"{user.endpoints.kubectl.parent}:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", "-euc", script],
+            cwd=clone,
+            env=user.environment | {"PATH": path},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=280,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    told = run(demo)
+    assert "context in-hand, server https://127.0.0.1" in told
+    assert "All as expected" in told
     kubeconfig = user.home / "state/current" / user.namespace / "kubeconfig"
     assert kubeconfig.stat().st_mode & 0o777 == 0o600
-    assert len(json.loads(json.dumps(yaml.safe_load(kubeconfig.read_text())))["contexts"]) == 1
+    assert [entry["name"] for entry in yaml.safe_load(kubeconfig.read_text())["contexts"]] == ["in-hand"]
     labels = kubectl.get("namespace", user.namespace)["metadata"]["labels"]
     assert labels[LABEL] == user.namespace
     assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+    # The CRD was there: it is left to whom it belongs.
+    assert user.namespace not in json.dumps(kubectl.get("crd", CRD)["metadata"])
+    assert "Completed" in run(look)
 
-    # A switch of the context does not lead anybody astray.
-    run = ["kubectl", f"--kubeconfig={user.kubeconfig}", "config", "use-context", "elsewhere"]
-    subprocess.run([str(user.endpoints.kubectl), *run[1:]], check=True, capture_output=True)
+    user.switch_to("elsewhere")
     assert "it stands for the one on https://127.0.0.1" in user.refused("down")
     assert ours()
-    subprocess.run([str(user.endpoints.kubectl), *run[1:-1], "in-hand"], check=True, capture_output=True)
+    user.switch_to("in-hand")
 
-    down = user.current("down")
-    assert down.returncode == 0, down.stderr
+    assert f"The CRD {CRD} stays" in run(down)
     assert ours() == []
     assert kubectl.attempt("get", "crd", CRD).returncode == 0
     assert not kubeconfig.exists()
-    again = user.current("down")
-    assert again.returncode == 0, again.stderr
-    assert "nothing to remove" in again.stderr
+    assert "nothing to remove" in run(down)
+
+
+def test_the_values_of_the_page_are_values_of_the_chart(tmp_path: Path) -> None:
+    [text] = [block.text for block in blocks(ROOT / "docs/install.md") if block.file == "trial-values.yaml"]
+    file = tmp_path / "values.yaml"
+    file.write_text(text)
+    command = [str(tools.helm()), "template", "trial", str(ROOT / "helm/processing-tasks"), "--kube-version=v1.31.0"]
+    done = subprocess.run([*command, f"--values={file}"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_is_done_without_being_told_where(user: User) -> None:
@@ -228,27 +271,106 @@ def test_what_is_missing_is_named(user: User, values: Any, sentence: str) -> Non
 
 
 def test_a_context_that_does_not_answer_is_named(user: User) -> None:
-    content = json.loads(user.kubeconfig.read_text())
-    content["current-context"] = "elsewhere"
-    user.kubeconfig.write_text(json.dumps(content))
+    user.switch_to("elsewhere")
     told = user.refused("up")
     assert "context elsewhere, server https://127.0.0.1:1" in told
     assert "cannot reach the cluster" in told
 
 
+def test_a_crd_of_another_version_ends_it_with_the_ways_out(user: User, kubectl: Kubectl) -> None:
+    file = user.write({"operator": IMAGE, "runner": IMAGE, "stores": STORES})
+    path = "/spec/versions/0/schema/openAPIV3Schema/description"
+    before = kubectl.get("crd", CRD)["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["description"]
+
+    def describe(text: str) -> None:
+        kubectl("patch", "crd", CRD, "--type=json", "-p", json.dumps([{"op": "replace", "path": path, "value": text}]))
+
+    describe("Another version's.")
+    try:
+        told = user.refused("install", "--values", str(file))
+    finally:
+        describe(before)
+    assert f"cannot install beside the CRD {CRD}" in told
+    assert "differs from the one here" in told
+    assert f"meta.helm.sh/release-name={user.namespace}" in told
+    assert kubectl.get("secret", f"--namespace={user.namespace}")["items"] == []
+    assert user.current("down").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("answers", "code", "told"),
+    [
+        (["{0}", "{0}"], 0, "Up in"),
+        (["{0}", "yes"], 1, "cannot go on: the two differ; nothing was changed"),
+        (["default", "default"], 1, "cannot use the namespace default: it exists"),
+        (["Upper", "Upper"], 1, "choose up to 40 lower-case letters"),
+    ],
+)
+def test_at_a_terminal_the_namespace_is_asked_for_and_confirmed(
+    user: User, answers: list[str], code: int, told: str
+) -> None:
+    ours, theirs = pty.openpty()
+    os.write(ours, "".join(f"{answer.format(user.namespace)}\n" for answer in answers).encode())
+    done = subprocess.run(
+        [sys.executable, "-m", "devstack", "up", "--cluster", "current"],
+        cwd=ROOT,
+        env=user.environment,
+        stdin=theirs,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(ours)
+    os.close(theirs)
+    assert done.returncode == code, done.stderr
+    assert told in done.stderr
+    assert "A namespace of its own" in done.stdout
+    assert "context in-hand" in done.stderr
+    assert (Kubectl(user.endpoints).attempt("get", "namespace", user.namespace).returncode == 0) == (code == 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--namespace", "x"], "cannot use a namespace of your own"),
+        (["--values", "README.md"], "cannot use --values with the embedded cluster"),
+        (["--cluster", "kind", "--parts", "node"], "--parts is for the embedded one"),
+        (["--cluster", "kind", "--values", "absent.yaml"], "there is no such file"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(arguments: list[str], sentence: str, tmp_path: Path) -> None:
+    environment = os.environ | {"DEVSTACK_STATE": str(tmp_path / "state")}
+    command = [sys.executable, "-m", "devstack", "up", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, sentence in done.stderr) == (1, True), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("root", "docker", "expected"),
+    [(True, True, "embedded"), (True, False, "embedded"), (False, True, "kind"), (False, False, "embedded")],
+)
+def test_a_cluster_that_was_there_is_never_the_default(root: bool, docker: bool, expected: str) -> None:
+    assert default(root=root, docker_runs=lambda: docker) == expected
+
+
 @pytest.mark.usefixtures("devstack_node")
-def test_kind_is_driven_as_it_wants_to_be() -> None:
+@pytest.mark.parametrize(
+    ("scenario", "seconds"), [("drives", 280), pytest.param("page", 680, marks=pytest.mark.timeout(700))]
+)
+def test_kind_is_driven_as_it_wants_to_be(scenario: str, seconds: float) -> None:
     """With stand-ins of kind and Docker, which are not on every machine; see tests.support.kind_machine."""
+    images.build()  # in there is no network
     with tempfile.TemporaryDirectory(prefix="devstack-test-") as folder:
         Path(folder).chmod(0o755)  # PostgreSQL runs as another user
-        script = f"cd {ROOT} && {sys.executable} -m tests.support.kind_machine"
-        done = in_private_machine(script, state=Path(folder, "state"), mounts=PRIVATE_FILES)
+        script = f"cd {ROOT} && {sys.executable} -m tests.support.kind_machine {scenario}"
+        done = in_private_machine(script, state=Path(folder, "state"), mounts=PRIVATE_FILES, seconds=seconds)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
 def test_the_real_kind_takes_our_configuration(tmp_path: Path) -> None:
     """The real kind, on a stand-in of Docker: it asks for one node, with the documents in it and ports on loopback."""
-    stand_ins = StandIns(tmp_path, programs=["docker"])
+    stand_ins = StandIns(tmp_path, ["docker"])
     file = tmp_path / "kind.yaml"
     file.write_text(yaml.safe_dump(kind.configuration(tmp_path / "documents")))
     command = [
@@ -265,7 +387,7 @@ def test_the_real_kind_takes_our_configuration(tmp_path: Path) -> None:
     runs = [call for call in stand_ins.calls("docker") if call[0] == "run"]
     assert len(runs) == 1, done.stderr
     assert runs[0][runs[0].index("--name") + 1] == kind.NODE
-    assert f"--volume={tmp_path / 'documents'}:/documents:ro" in runs[0]
+    assert f"--volume={tmp_path / 'documents'}:/mnt/documents:ro" in runs[0]
     published = [argument.removeprefix("--publish=") for argument in runs[0] if argument.startswith("--publish=")]
     assert len(published) == 5  # the stores' and the API server's
     assert all(address.startswith("127.0.0.1:") for address in published)

@@ -81,7 +81,9 @@ def fresh_namespace(endpoints: Endpoints, labels: Mapping[str, str] = RESTRICTED
         kubectl("delete", "namespace", name, "--wait=false")
 
 
-def in_private_machine(script: str, *, state: Path, mounts: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+def in_private_machine(
+    script: str, *, state: Path, mounts: Sequence[str] = (), seconds: float = 240
+) -> subprocess.CompletedProcess[str]:
     """Run the shell SCRIPT as if on a machine of its own: own network, processes, mounts and state folder.
 
     A devstack that runs on this machine is out of reach; whatever SCRIPT leaves running ends with it.
@@ -94,6 +96,6 @@ def in_private_machine(script: str, *, state: Path, mounts: Sequence[str] = ()) 
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=seconds,
         check=False,
     )

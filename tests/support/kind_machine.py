@@ -1,8 +1,8 @@
 """The kind provider on a machine of its own: `kind` and `docker` are stand-ins, and what answers is real.
 
-Run in tests.support.devstack.in_private_machine as `python -m tests.support.kind_machine`. The control plane of a devstack
-is what the stand-in of kind hands out; its stores listen where kind would map those in the cluster to. No node runs, so a
-thread plays the kubelet for the stores' pods. It ends with 0 and prints nothing when all is well.
+Run in tests.support.devstack.in_private_machine as `python -m tests.support.kind_machine drives`, or `page` (the commands of
+docs/install.md). The cluster of a devstack is what the stand-in of kind hands out. Its stores listen where kind would map
+those in the cluster to; a thread leads the Services there, too, as no image of the stores can be fetched.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,64 +19,84 @@ import asyncpg
 import pytest
 
 import devstack
-from devstack import DevstackError, Endpoints, images, providers, stores
+from devstack import DevstackError, Endpoints, cluster, images, providers, stores
 from devstack.cache import cache_dir, state_dir
 from devstack.providers import kind
+from tests.docs.blocks import ROOT, blocks
 from tests.support.devstack import Kubectl
 from tests.support.stand_ins import StandIns
 
 CREATE = f"create cluster --name={kind.NAME}"
 
 
-class Kubelet(threading.Thread):
-    """Makes the pods of the stores ready, and nothing of them real."""
+class Containers(threading.Thread):
+    """Takes the place of the stores' containers: the pods go, and the Services lead to the devstack's stores."""
 
     def __init__(self, endpoints: Endpoints) -> None:
         super().__init__(daemon=True)
         self._kubectl = Kubectl(endpoints, stores.NAMESPACE)
-        self._done = threading.Event()
 
     def run(self) -> None:
-        ready = {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}
-        while not self._done.wait(0.3):
-            for pod in json.loads(self._kubectl.attempt("get", "pods", "-o", "json").stdout or '{"items": []}')["items"]:
-                patch = json.dumps({"status": ready})
-                self._kubectl.attempt(
-                    "patch", "pod", pod["metadata"]["name"], "--subresource=status", "--type=merge", "-p", patch
-                )
+        while True:
+            deployments = json.loads(self._kubectl.attempt("get", "deployments", "-o", "json").stdout or "{}").get(
+                "items", []
+            )
+            for name in [item["metadata"]["name"] for item in deployments if item["spec"]["replicas"]]:
+                service = self._kubectl.attempt("get", "service", name, "-o", "json")
+                if service.returncode == 0:  # applied after its deployment
+                    self._replace(name, json.loads(service.stdout)["spec"]["ports"][0]["name"])
+            time.sleep(0.3)
 
-    def stop(self) -> None:
-        self._done.set()
-        self.join()
+    def _replace(self, name: str, port: str) -> None:
+        self._kubectl.attempt("patch", "service", name, "--type=merge", "-p", '{"spec": {"selector": null}}')
+        [ours] = [o for o in stores.services() if o["kind"] == "EndpointSlice" and o["metadata"]["name"] == name]
+        ours["metadata"]["name"] = f"{name}-real"
+        ours["ports"][0]["name"] = port
+        self._kubectl.apply(ours)
+        self._kubectl.attempt("scale", f"deployment/{name}", "--replicas=0")  # last: then its rollout is done
 
 
-def main() -> None:
+def main(scenario: str) -> None:
     folder = state_dir().parent
-    real = devstack.up(["cluster", "stores"])  # with passwords that the stores in the cluster would get, too
+    real = devstack.up()  # with passwords that the stores in the cluster would get, too
     kubectl = Kubectl(real)
     kubectl("delete", "namespace", stores.NAMESPACE, "--wait")  # of the embedded cluster's
-    stand_ins = StandIns(folder / "stand-ins", kubeconfig=real.kubeconfig)
+    kubectl("label", "node", "node1", f"kubernetes.io/hostname={kind.NODE}", "--overwrite")
+    stand_ins = StandIns(folder / "stand-ins")
+    built = {name: image.archive for name, image in images.build().items()}
+    stand_ins.hand_over(kubeconfig=real.kubeconfig, containerd=state_dir() / "containerd.sock", images=built)
     os.environ |= stand_ins.environment
+    own_cache(folder / "cache")
     os.chdir(folder)
-    kubelet = Kubelet(real)
-    kubelet.start()
-    refuses(stand_ins)
-    comes_up(stand_ins, kubectl)
-    starts_again(stand_ins)
-    prepares(stand_ins, kubectl)
-    clears(kubectl)
-    mends_what_died(stand_ins)
-    takes_stores_in_hand(stand_ins, folder)
-    kubelet.stop()
-    passwords = (state_dir() / "passwords").rename(state_dir() / "kept")  # the real stores are not kind's to forget
-    providers.choose("kind").down()
-    assert [" ".join(call[:2]) for call in stand_ins.calls("kind")][-2:] == ["get clusters", "delete cluster"]
-    assert not (state_dir() / "kind").exists()
+    Containers(real).start()
+    if scenario == "page":
+        follows_the_page(stand_ins, real)
+    else:
+        refuses(stand_ins)
+        comes_up(stand_ins, kubectl)
+        starts_again(stand_ins)
+        prepares(stand_ins, kubectl)
+        clears(kubectl)
+        mends_what_died(stand_ins)
+        takes_stores_in_hand(folder)
+        passwords = (state_dir() / "passwords").rename(state_dir() / "kept")  # the real stores' are not kind's to forget
+        providers.choose("kind").down()
+        passwords.rename(state_dir() / "passwords")
+        assert [" ".join(call[:2]) for call in stand_ins.calls("kind")][-2:] == ["get clusters", "delete cluster"]
+        assert not (state_dir() / "kind").exists()
     providers.choose("kind").down()
     assert ["delete", "cluster"] not in [call[:2] for call in stand_ins.calls("kind")]
-    passwords.rename(state_dir() / "passwords")
     assert not (folder / ".pytest-kind").exists()
     devstack.down()
+
+
+def own_cache(folder: Path) -> None:
+    """Use a cache of our own, with all in it but images: what the stand-in saves must not be taken for them later."""
+    (folder / "build").mkdir(parents=True)
+    for built in (cache_dir() / "build").iterdir():
+        if not built.name.startswith("image-"):
+            (folder / "build" / built.name).symlink_to(built)
+    os.environ["DEVSTACK_CACHE"] = str(folder)
 
 
 def joined(calls: list[list[str]]) -> list[str]:
@@ -139,26 +160,16 @@ def starts_again(stand_ins: StandIns) -> None:
 
 def prepares(stand_ins: StandIns, kubectl: Kubectl) -> None:
     """Images are built by Docker and loaded; documents are a folder here and a volume there."""
-    own = state_dir().parent / "cache"  # what the stand-in saves must not be taken for images
-    (own / "build").mkdir(parents=True)
-    for built in (cache_dir() / "build").iterdir():
-        if not built.name.startswith("image-"):
-            (own / "build" / built.name).symlink_to(built)
-    before = os.environ.get("DEVSTACK_CACHE")
-    os.environ["DEVSTACK_CACHE"] = str(own)
     provider = providers.choose("kind")
     prepared = provider.prepare(provider.up())
-    os.environ.pop("DEVSTACK_CACHE")
-    if before:
-        os.environ["DEVSTACK_CACHE"] = before
-    archives = sorted((own / "build").glob("image-*"))
+    archives = sorted((cache_dir() / "build").glob("image-*"))
     [load] = [call for call in joined(stand_ins.calls("kind")) if call.startswith("load")]
     assert load.startswith(f"load image-archive --name={kind.NAME} ")
     assert sorted(load.split()[3:]) == [str(archive) for archive in archives]
     assert len(archives) == 2
     assert prepared.documents == state_dir() / "documents/knowledge"
     volume = kubectl.get("persistentvolume", "documents-knowledge")["spec"]
-    assert volume["local"]["path"] == "/documents/knowledge"
+    assert volume["local"]["path"] == "/mnt/documents/knowledge"
     assert volume["nodeAffinity"]["required"]["nodeSelectorTerms"][0]["matchExpressions"][0]["values"] == [kind.NODE]
     assert prepared.values["stores"]["postgres"]["url"].endswith("@postgres.stores.svc.cluster.local:5432/tasks")
     for name in ("operator", "runner"):
@@ -191,15 +202,55 @@ def mends_what_died(stand_ins: StandIns) -> None:
     assert calls.index("delete cluster") < calls.index("create cluster")
 
 
-def takes_stores_in_hand(stand_ins: StandIns, folder: Path) -> None:
+def takes_stores_in_hand(folder: Path) -> None:
     """With values of the user's, no store is brought up, and nothing of ours is put into the chart's."""
-    del stand_ins
     values = folder / "values.yaml"
     values.write_text("stores: {postgres: {url: 'postgresql://user:secret@db:5432/tasks'}}\n")
-    provider = providers.choose("kind", values=values)
-    endpoints = provider.up()
+    endpoints = providers.choose("kind", values=values).up()
     assert endpoints.host_urls == endpoints.pod_urls == {}
 
 
+def follows_the_page(stand_ins: StandIns, real: Endpoints) -> None:
+    """The commands of docs/install.md, as they stand: the demo with stores that come along, and with stores in hand."""
+    mounted = Path("/mnt/documents")
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=True)
+    mounted.mkdir()
+    cluster.document_root().mkdir(exist_ok=True)
+    subprocess.run(["mount", "--bind", cluster.document_root(), mounted], check=True)
+    clone = state_dir().parent / "clone"
+    clone.mkdir()
+    for entry in ROOT.iterdir():
+        if entry.name != ".git":
+            (clone / entry.name).symlink_to(entry)
+    urls = real.pod_urls
+    own = {
+        "postgres": {"url": urls["TASKS_POSTGRES_URL"]},
+        "redis": {"url": urls["TASKS_REDIS_URL"]},
+        "milvus": {"url": urls["TASKS_MILVUS_URL"], "token": urls["TASKS_MILVUS_TOKEN"]},
+        "elasticsearch": {"url": urls["TASKS_ELASTICSEARCH_URL"]},
+    }
+    (clone / "trial-values.yaml").write_text(json.dumps({"stores": own}))  # JSON is YAML
+    with_stores, in_hand = [block.text for block in blocks(ROOT / "docs/install.md") if "CLUSTER=kind" in block.text]
+    demo, down = with_stores.strip().splitlines()
+    for command in (demo, in_hand.strip()):
+        told = shell(command, clone)
+        assert "All as expected" in told, told
+        assert ("The rows in PostgreSQL" in told) == (command == demo)
+    stand_ins.calls("kind")
+    subprocess.run(["umount", mounted], check=True)
+    shell(down, clone)
+    assert [" ".join(call[:2]) for call in stand_ins.calls("kind")] == ["get clusters", "delete cluster"]
+    assert not (state_dir() / "kind").exists()
+
+
+def shell(command: str, folder: Path) -> str:
+    script = f"timeout 270 {command}".replace("make ", "make -o .venv/.ready ")
+    done = subprocess.run(
+        ["bash", "-euc", script], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}"
+    return done.stdout
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

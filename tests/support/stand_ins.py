@@ -1,11 +1,14 @@
 """Stand-ins of the programs `kind` and `docker`, for machines without Docker.
 
 They record what they are called with, answer as the real ones do (kind v0.30.0, whose words these are), and keep what a
-cluster is to kind: a name that is listed. Its kubeconfig is that of a real cluster, which somebody else has started.
+cluster is to kind: a name that is listed. Its kubeconfig is that of a real cluster, which somebody else has started; what
+is loaded into it goes to the containerd of its node; and what Docker builds has been built before.
 """
 
+import io
 import json
 import os
+import subprocess
 import sys
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -20,9 +23,7 @@ FOLDER = "STAND_IN_FOLDER"
 class StandIns:
     """The two programs in FOLDER/bin, which goes to the front of PATH, and what they were asked."""
 
-    def __init__(
-        self, folder: Path, *, kubeconfig: Path | None = None, programs: Sequence[str] = ("kind", "docker")
-    ) -> None:
+    def __init__(self, folder: Path, programs: Sequence[str] = ("kind", "docker")) -> None:
         self.folder = folder
         (folder / "bin").mkdir(parents=True, exist_ok=True)
         for program in programs:
@@ -31,13 +32,17 @@ class StandIns:
             call = f'PYTHONPATH={root} exec {sys.executable} -m tests.support.stand_ins {program} "$@"'
             file.write_text(f"#!/bin/sh\n{call}\n")
             file.chmod(0o755)
-        if kubeconfig is not None:
-            (folder / "answer").write_text(kubeconfig.read_text())
 
     @property
     def environment(self) -> dict[str, str]:
         """Variables under which the stand-ins are found."""
         return {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", FOLDER: str(self.folder)}
+
+    def hand_over(self, *, kubeconfig: Path, containerd: Path, images: Mapping[str, Path]) -> None:
+        """Give them a real cluster, the socket of its node's containerd, and docker-archive files by the images' names."""
+        (self.folder / "answer").write_text(kubeconfig.read_text())
+        (self.folder / "containerd").write_text(str(containerd))
+        (self.folder / "images").write_text(json.dumps({name: str(path) for name, path in images.items()}))
 
     def calls(self, program: str) -> list[list[str]]:
         """Return the arguments of every call of PROGRAM, in order, and forget all calls."""
@@ -94,8 +99,7 @@ def _kind(folder: Path, arguments: list[str]) -> int:
                 return _fail(f'no nodes found for cluster "{options["name"]}"')
             for archive in arguments[2:]:
                 if not archive.startswith("--"):
-                    with tarfile.open(archive) as content:
-                        content.getmember("manifest.json")
+                    _import(folder, archive)
             return 0
         case ["delete", "cluster"]:
             print(f'Deleting cluster "{options["name"]}" ...', file=sys.stderr)
@@ -118,10 +122,7 @@ def _docker(folder: Path, arguments: list[str]) -> int:
     match arguments[0]:
         case "save":
             archive = next(a.removeprefix("--output=") for a in arguments if a.startswith("--output="))
-            manifest = folder / "manifest.json"
-            manifest.write_text(json.dumps([{"RepoTags": arguments[-1:]}]))
-            with tarfile.open(archive, "w") as content:
-                content.add(manifest, "manifest.json")
+            _save(folder, archive, reference=arguments[-1])
         case "start":
             print(arguments[-1])
         case "network" if arguments[1] == "ls":
@@ -139,6 +140,28 @@ def _docker(folder: Path, arguments: list[str]) -> int:
                 )
             )
     return 0
+
+
+def _save(folder: Path, archive: str, *, reference: str) -> None:
+    """Write the image that was handed over under REFERENCE's name, as REFERENCE."""
+    name = reference.rpartition("/")[2].partition(":")[0]
+    source = Path(json.loads((folder / "images").read_text())[name])
+    with tarfile.open(source) as content, tarfile.open(archive, "w") as copy:
+        for member in content:
+            if member.name == "manifest.json":
+                [entry] = json.load(content.extractfile(member) or io.BytesIO())
+                data = json.dumps([{**entry, "RepoTags": [reference]}]).encode()
+                member.size = len(data)
+                copy.addfile(member, io.BytesIO(data))
+            elif member.name != "repositories":  # the same names in an older form
+                copy.addfile(member, content.extractfile(member) if member.isreg() else None)
+
+
+def _import(folder: Path, archive: str) -> None:
+    """Load the image into the containerd that was handed over."""
+    socket = (folder / "containerd").read_text()
+    command = ["ctr", f"--address={socket}", "--namespace=k8s.io", "images", "import", archive]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def _fail(message: str) -> int:
