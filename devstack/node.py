@@ -341,9 +341,11 @@ def _kill_containers() -> None:
 def _members(control_group: Path) -> set[int]:
     """Return the living processes in CONTROL_GROUP and below; zombies stay listed until they are reaped."""
     found = set()
-    for listed in control_group.rglob("cgroup.procs"):
-        with contextlib.suppress(OSError):
-            found |= {int(pid) for pid in listed.read_text().split() if Path("/proc", pid, "exe").exists()}
+    for folder, _, files in os.walk(control_group):  # unlike rglob it goes on where a folder vanishes meanwhile
+        if "cgroup.procs" in files:
+            with contextlib.suppress(OSError):
+                listed = Path(folder, "cgroup.procs").read_text()
+                found |= {int(pid) for pid in listed.split() if Path("/proc", pid, "exe").exists()}
     return found
 
 
