@@ -234,7 +234,7 @@ def _pod_manifest(name: str, place: Place, settings: dict[str, str], *, writes: 
     claim = settings.get("OPERATOR_DOCUMENTS_CLAIM", "")
     if writes and not claim:
         raise DevstackError("cannot put documents anywhere: the values leave out the document volume (documents.enabled)")
-    mounts = [{"name": "tmp", "mountPath": "/tmp"}]  # noqa: S108 - the pod's own
+    mounts = [{"name": "tmp", "mountPath": "/tmp"}]  # noqa: S108 - the pod's own emptyDir
     volumes: list[dict[str, Any]] = [{"name": "tmp", "emptyDir": {}}]
     if writes:
         mounts.append({"name": "documents", "mountPath": "/data"})

@@ -69,14 +69,12 @@ _ACCOUNT: Final = frozenset(
 class Origin(Protocol):
     """Where a document comes from."""
 
-    redirects: int
-    """How many are followed."""
+    @property
+    def guard(self) -> Guard | None:
+        """What checks where redirects lead; None: they are not followed."""
 
-    async def first(self) -> Target:
-        """Return the first request."""
-
-    async def next(self, url: URL) -> Target:
-        """Return the request to which a redirect leads; it may be refused."""
+    async def target(self) -> Target:
+        """Return the request for the document."""
 
     def failure(self, status: int, *, code: str, retry_after: str) -> TaskError:
         """Return what an answer other than 200 means."""
@@ -111,22 +109,22 @@ async def download(location: str, *, settings: Settings, resolve: Resolve = reso
 
 
 async def _fetch(location: str, origin: Origin, *, into: "IO[bytes]", settings: Settings) -> None:
-    target = await origin.first()
+    target = await origin.target()
     context = ssl.create_default_context()
     if settings.source_ca is not None:
         context.load_verify_locations(cadata=settings.source_ca)
-    for _ in range(origin.redirects + 1):
+    for _ in range(_REDIRECTS + 1):
         following = await _request(
             location, target, origin, into=into, context=context, max_bytes=settings.max_document_bytes
         )
-        if following is None:
+        if following is None or origin.guard is None:
             return
         if target.url.scheme == "https" and following.scheme != "https":
             raise DocumentRefused(
                 f"cannot fetch {location}: it redirects from https to {following.scheme}; give its final URL"
             )
-        target = await origin.next(following)
-    raise DocumentRefused(f"cannot fetch {location}: more than {origin.redirects} redirects; give its final URL")
+        target = await origin.guard.check(following)
+    raise DocumentRefused(f"cannot fetch {location}: more than {_REDIRECTS} redirects; give its final URL")
 
 
 async def _request(
@@ -149,7 +147,7 @@ async def _request(
             if response.status == 200:
                 await _keep(location, response, into=into, max_bytes=max_bytes)
                 return None
-            if origin.redirects and response.status in {301, 302, 303, 307, 308}:
+            if origin.guard is not None and response.status in {301, 302, 303, 307, 308}:
                 try:
                     return response.url.join(URL(response.headers.get("Location", ""))).with_fragment(None)
                 except ValueError:
@@ -227,11 +225,9 @@ class _Pinned(AbstractResolver):
 class _Web:
     """A server that the task names."""
 
-    redirects = _REDIRECTS
-
     def __init__(self, location: str, *, settings: Settings, resolve: Resolve) -> None:
         self._location = location
-        self._guard = Guard(
+        self.guard = Guard(
             allowed=AllowList.parse(settings.source_allow),
             ports=frozenset(settings.source_ports),
             allow_http=settings.source_allow_http,
@@ -239,11 +235,8 @@ class _Web:
             resolve=resolve,
         )
 
-    async def first(self) -> Target:
-        return await self._guard.check(URL(self._location))
-
-    async def next(self, url: URL) -> Target:
-        return await self._guard.check(url)
+    async def target(self) -> Target:
+        return await self.guard.check(URL(self._location))
 
     def failure(self, status: int, *, code: str, retry_after: str) -> TaskError:
         del code
@@ -267,14 +260,14 @@ class _Web:
 class _ObjectStore:
     """The object store of the settings."""
 
-    redirects = 0  # they lead to another region, for which the signature is not valid
+    guard = None  # redirects lead to another region, for which the signature is not valid
 
     def __init__(self, location: str, *, settings: Settings, resolve: Resolve) -> None:
         self._location = location
         self._settings = settings
         self._resolve = resolve
 
-    async def first(self) -> Target:
+    async def target(self) -> Target:
         settings = self._settings
         bucket, key = bucket_and_key(self._location)
         if not any(f"{bucket}/{key}".startswith(f"{entry.rstrip('/')}/") for entry in settings.s3_buckets):
@@ -291,9 +284,6 @@ class _ObjectStore:
                 f"cannot resolve {url.host}, the object store; correct TASKS_S3_ENDPOINT or look at the DNS"
             ) from error
         return Target(url, addresses)
-
-    async def next(self, url: URL) -> Target:
-        raise NotImplementedError("redirects of the object store are not followed")
 
     async def _url(self, bucket: str, key: str) -> URL:
         """Return the URL of an object, signed unless requests are to be anonymous."""

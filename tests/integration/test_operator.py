@@ -16,7 +16,7 @@ from task_contract.models import Failure, Result
 from task_contract.names import job_name
 from task_operator.cluster import Access
 from tests.support.devstack import Kubectl
-from tests.support.operator_lab import Kube, Kubelet, OperatorProcess, Place, Proxy, ended, running, until
+from tests.support.operator_lab import Kubelet, OperatorProcess, Place, Proxy, ended, running, until
 
 pytestmark = pytest.mark.integration
 
@@ -28,19 +28,6 @@ SUCCESS = AttemptOutcome(
 def outcome(kind: Outcome, reason: str, *, retryable: bool = True) -> AttemptOutcome:
     error = Failure(reason=reason, message=f"cannot go on: {reason}", retryable=retryable, stage="parse")
     return AttemptOutcome(outcome=kind, attempt=1, reason=reason, error=error)
-
-
-@pytest.fixture
-async def kube(kubectl: Kubectl, cluster: Endpoints) -> AsyncIterator[Kube]:
-    kube = Kube(Access.from_kubeconfig(cluster.kubeconfig))
-    yield kube
-    await kube.aclose()
-
-
-@pytest.fixture
-async def place(kube: Kube) -> AsyncIterator[Place]:
-    async with Place.fresh(kube) as place:
-        yield place
 
 
 Start = Callable[..., OperatorProcess]

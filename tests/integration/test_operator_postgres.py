@@ -22,9 +22,9 @@ from task_operator.cluster import Access
 from task_operator.metrics import Metrics
 from task_operator.observation import FenceState
 from task_operator.projection import Database, DatabaseUnavailable, Held
-from tests.support.devstack import Kubectl
-from tests.support.operator_lab import Kube, Kubelet, OperatorProcess, Place, Proxy, free_port, until
+from tests.support.operator_lab import Kubelet, OperatorProcess, Place, Proxy, until
 from tests.support.operator_values import at, finished, manifest, processing
+from tests.support.servers import free_port
 
 pytestmark = pytest.mark.integration
 
@@ -382,14 +382,6 @@ async def test_a_commit_under_way_is_waited_for(database: Database, sql: "asyncp
 
 
 # ------------------------------------------------------------------------------------------------- the whole operator
-
-
-@pytest.fixture
-async def place(kubectl: Kubectl, cluster: Endpoints) -> AsyncIterator[Place]:
-    kube = Kube(Access.from_kubeconfig(cluster.kubeconfig))
-    async with Place.fresh(kube) as place:
-        yield place
-    await kube.aclose()
 
 
 @pytest.fixture

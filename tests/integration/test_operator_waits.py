@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +10,13 @@ import pytest
 import yaml
 
 from devstack import Endpoints
-from task_operator.cluster import Access
 from tests.support.devstack import Kubectl
-from tests.support.operator_lab import ROOT, Kube, Kubelet, OperatorProcess, Place, until
+from tests.support.operator_lab import ROOT, Kubelet, OperatorProcess, Place, until
 
 pytestmark = pytest.mark.integration
 
 VISIBLE = 12.0  # seconds from the creation of a task to the reason in its status, on a machine that does much else
 DEADLINE = 15
-
-
-@pytest.fixture
-async def place(kubectl: Kubectl, cluster: Endpoints) -> AsyncIterator[Place]:
-    kube = Kube(Access.from_kubeconfig(cluster.kubeconfig))
-    async with Place.fresh(kube) as place:
-        yield place
-    await kube.aclose()
 
 
 Start = Callable[..., OperatorProcess]

@@ -21,8 +21,6 @@ from service_client import TaskClient
 from task_contract.crd import custom_resource_definition
 from task_contract.migrations import migrate, migrations
 from task_contract.models import ProcessingTask
-from task_operator.cluster import Access
-from tests.support.devstack import Kubectl
 from tests.support.operator_lab import MERGE, Kube, Place, until
 from tests.support.releases import RELEASES, ROOT, Release
 
@@ -38,13 +36,6 @@ CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 TABLE = "application/json;as=Table;v=v1;g=meta.k8s.io"
 APPLY = "application/apply-patch+yaml"
 MARK = "as it was released"
-
-
-@pytest.fixture
-async def kube(kubectl: Kubectl, cluster: Endpoints) -> AsyncIterator[Kube]:
-    kube = Kube(Access.from_kubeconfig(cluster.kubeconfig))
-    yield kube
-    await kube.aclose()
 
 
 async def _serve(place: Place, crd: Mapping[str, Any]) -> None:

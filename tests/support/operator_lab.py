@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from aiohttp import web
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.names import ATTEMPT_LABEL
 from task_operator.cluster import Access, open_session
+from tests.support.servers import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
@@ -254,12 +254,6 @@ def exited(code: int, *, message: str = "", **terminated: Any) -> dict[str, Any]
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 class OperatorProcess:

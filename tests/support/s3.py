@@ -2,9 +2,6 @@
 
 import json
 import os
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +10,7 @@ from pathlib import Path
 import trustme
 
 from devstack import tools
+from tests.support.servers import free_port, serving
 
 VERSITYGW = "v1.8.0"
 HOST = "s3.example.com"
@@ -62,9 +60,7 @@ def object_store(folder: Path) -> Iterator[ObjectStore]:
     certificate.private_key_pem.write_to_path(folder / "key.pem")
     for part in certificate.cert_chain_pems:
         part.write_to_path(folder / "cert.pem", append=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     store = ObjectStore(port, data, authority.cert_pem.bytes().decode())
     name, secret = store.stranger
     stranger = {"access": name, "secret": secret, "role": "user", "userID": 0, "groupID": 0}
@@ -76,16 +72,5 @@ def object_store(folder: Path) -> Iterator[ObjectStore]:
         *("posix", "--sidecar", str(properties), str(data)),
     ]
     environment = {**os.environ, "ROOT_ACCESS_KEY": store.account[0], "ROOT_SECRET_KEY": store.account[1]}
-    with (folder / "log").open("w") as log, subprocess.Popen(command, env=environment, stdout=log, stderr=log) as server:
-        try:
-            deadline = time.monotonic() + 30
-            while True:
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                assert time.monotonic() < deadline, (folder / "log").read_text()
-                assert server.poll() is None, (folder / "log").read_text()
-                time.sleep(0.02)
-            yield store
-        finally:
-            server.terminate()
+    with serving(command, port=port, log=folder / "log", environment=environment):
+        yield store

@@ -22,8 +22,8 @@ from task_operator.health import Health
 from task_operator.metrics import Metrics
 from task_operator.settings import SettingsError, load_settings
 from task_operator.workqueue import WorkQueue
-from tests.support.operator_lab import free_port
 from tests.support.operator_values import at, complete, finished, job, manifest, name_of, processing
+from tests.support.servers import free_port
 
 KEY = ("knowledge", "handbook")
 

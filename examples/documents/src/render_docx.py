@@ -74,7 +74,7 @@ def footnotes(document: Any, notes: dict[str, str]) -> None:
 
 def text_box(paragraph: Any, text: str) -> None:
     """Put a text box at a paragraph, as VML, which all versions of Word read."""
-    paragraph.add_run()._r.append(  # noqa: SLF001 - there is no other way to its XML
+    paragraph.add_run()._r.append(
         parse_xml(
             f'<w:pict {nsdecls("w")} xmlns:v="urn:schemas-microsoft-com:vml"><v:shape style="width:400pt;height:40pt">'
             f"<v:textbox><w:txbxContent><w:p><w:r><w:t>{text}</w:t></w:r></w:p></w:txbxContent></v:textbox></v:shape></w:pict>"
@@ -113,23 +113,21 @@ def build(markdown: str) -> Any:
                 mark, text = line.split(" ", 1)
                 paragraph = document.add_paragraph(text, style="List Bullet" if mark == "-" else "List Paragraph")
                 if mark != "-":
-                    paragraph._p.get_or_add_pPr().get_or_add_numPr().get_or_add_numId().val = STEPS  # noqa: SLF001
-                    paragraph._p.pPr.numPr.get_or_add_ilvl().val = 0  # noqa: SLF001
+                    paragraph._p.get_or_add_pPr().get_or_add_numPr().get_or_add_numId().val = STEPS
+                    paragraph._p.pPr.numPr.get_or_add_ilvl().val = 0
         else:
             text, *reference = re.split(r"\[\^(\d+)\]", block)
             paragraph = document.add_paragraph(text)
             if reference:
                 run = paragraph.add_run()
-                run._r.append(parse_xml(f'<w:footnoteReference {nsdecls("w")} w:id="{reference[0]}"/>'))  # noqa: SLF001
+                run._r.append(parse_xml(f'<w:footnoteReference {nsdecls("w")} w:id="{reference[0]}"/>'))
     footnotes(document, notes)
     # The edition was the third one before somebody, with tracked changes, made it the fourth.
     first = next(one for one in document.paragraphs if one.text.startswith("第四版"))
     first.runs[0].text = first.text.removeprefix("第四版")
     who = 'w:id="1" w:author="editor" w:date="2026-01-05T09:00:00Z"'
-    first.runs[0]._r.addprevious(  # noqa: SLF001
-        parse_xml(f"<w:del {nsdecls('w')} {who}><w:r><w:delText>第三版</w:delText></w:r></w:del>")
-    )
-    first.runs[0]._r.addprevious(parse_xml(f"<w:ins {nsdecls('w')} {who}><w:r><w:t>第四版</w:t></w:r></w:ins>"))  # noqa: SLF001
+    first.runs[0]._r.addprevious(parse_xml(f"<w:del {nsdecls('w')} {who}><w:r><w:delText>第三版</w:delText></w:r></w:del>"))
+    first.runs[0]._r.addprevious(parse_xml(f"<w:ins {nsdecls('w')} {who}><w:r><w:t>第四版</w:t></w:r></w:ins>"))
     return document
 
 

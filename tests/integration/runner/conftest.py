@@ -2,10 +2,7 @@
 
 import asyncio
 import os
-import socket
-import subprocess
 import sys
-import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -16,6 +13,7 @@ import pytest
 
 from job_runner.ledger import Ledger
 from tests.support.runner_lab import KnowledgeBases, Lab
+from tests.support.servers import free_port, serving
 
 _NEEDED = ("TASKS_POSTGRES_URL", "TASKS_MILVUS_URL", "TASKS_ELASTICSEARCH_URL")
 
@@ -58,21 +56,11 @@ def database(store_urls: dict[str, str]) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def milvus_lite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a milvus-lite server of this session."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     folder = tmp_path_factory.mktemp("milvus-lite")
     command = [str(Path(sys.executable).with_name("milvus-lite")), "server", "--data-dir", str(folder), "--port", str(port)]
-    with (folder / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
-        deadline = time.monotonic() + 30
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert time.monotonic() < deadline, (folder / "log").read_text()
-            assert server.poll() is None, (folder / "log").read_text()
+    with serving(command, port=port, log=folder / "log"):
         yield f"http://127.0.0.1:{port}"
-        server.terminate()
 
 
 @pytest.fixture(scope="module")
