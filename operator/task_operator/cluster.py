@@ -471,8 +471,3 @@ def _error(method: str, path: str, status: int, data: bytes, retry_after: str | 
     kind = _KINDS.get(status, Unavailable)
     wait = float(retry_after) if retry_after is not None and retry_after.isdecimal() else None
     return kind(f"cannot {method} {path}: {status} {message}", status=status, reason=reason, retry_after=wait)
-
-
-def is_quota(error: Forbidden) -> bool:
-    """Whether a refusal is for want of quota: waiting for others to finish is the cure."""
-    return "exceeded quota" in error.message

@@ -54,7 +54,6 @@ from task_operator.cluster import (
     NotFound,
     Page,
     Unavailable,
-    is_quota,
 )
 from task_operator.events import of_transition, of_wait
 from task_operator.jobs import JobState, PodReport, RunnerTemplate, build_job, current_attempt, pod_report
@@ -62,6 +61,7 @@ from task_operator.metrics import Metrics
 from task_operator.observation import Decision, Fence, Need, Observed, Policy, Refusal, Store, StoredOutcome, view_of
 from task_operator.projection import Database, DatabaseUnavailable, Held
 from task_operator.reconcile import decide, refuse
+from task_operator.waits import refused_for
 from task_operator.workqueue import WorkQueue
 
 _log = structlog.get_logger(__name__)
@@ -619,7 +619,7 @@ class Controller:
                 )
                 return Refusal(reason="JobConflict", message=message, permanent=True)
         except Forbidden as error:
-            return Refusal(reason="QuotaExceeded" if is_quota(error) else "JobForbidden", message=error.message)
+            return Refusal(reason=refused_for(error.message, otherwise="JobForbidden"), message=error.message)
         except Invalid as error:
             return Refusal(reason="JobInvalid", message=error.message)
         self._cache.put_job(JobState.from_manifest(answer), now=self._clock())

@@ -53,6 +53,11 @@ def kind_of(reason: str) -> Kind:
     return Kind.ROOM if reason in _ROOM else Kind.OWN
 
 
+def refused_for(message: str, *, otherwise: str) -> str:
+    """Return why the API server would not create a Job or pod: want of quota, for which others have to finish first."""
+    return _QUOTA if "exceeded quota" in message else otherwise
+
+
 def waiting(status: Status, reason: str, message: str, *, now: datetime) -> QueueStatus:
     """Return a wait for ``reason``: the one that the status tells of, going on, or one that begins now."""
     known = status.queue
@@ -89,7 +94,7 @@ def _without_pod(observed: Observed, job: JobState, *, now: datetime) -> QueueSt
     if observed.pod_refusal is None:
         message = f"the pod of Job {job.name} does not exist yet: kubectl describe job"
         return waiting(observed.task.status, "PodNotCreated", message, now=now)
-    reason = _QUOTA if "exceeded quota" in observed.pod_refusal else _FORBIDDEN
+    reason = refused_for(observed.pod_refusal, otherwise=_FORBIDDEN)
     return waiting(observed.task.status, reason, f"cannot create the pod: {observed.pod_refusal}", now=now)
 
 
