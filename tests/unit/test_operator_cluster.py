@@ -25,7 +25,6 @@ from task_operator.cluster import (
     NotFound,
     Unavailable,
     Watches,
-    is_quota,
     open_session,
 )
 
@@ -240,11 +239,6 @@ async def test_a_list_whose_position_is_forgotten_is_gone(server: Server, client
         async for _ in client.list_tasks(None):
             pass
     assert server.asked[0][1].startswith("/apis/tasks.zzdsj.io/v1/processingtasks?")
-
-
-def test_a_quota_is_told_from_missing_rights() -> None:
-    assert is_quota(Forbidden('jobs.batch "a" is forbidden: exceeded quota: pods, requested: 1'))
-    assert not is_quota(Forbidden("jobs.batch is forbidden: User cannot create resource"))
 
 
 async def test_the_token_is_read_anew_each_minute(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

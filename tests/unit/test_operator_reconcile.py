@@ -13,6 +13,7 @@ from task_operator import waits
 from task_operator.jobs import Waiting
 from task_operator.observation import Decision, Fence, FenceState, Need, Observed, Policy, Refusal, Store, StoredOutcome
 from task_operator.reconcile import decide, refuse
+from task_operator.waits import refused_for
 from tests.support.operator_values import (
     UID,
     at,
@@ -1119,3 +1120,14 @@ def test_only_five_attempts_are_kept_and_the_number_goes_on() -> None:
     assert status is not None
     assert [attempt.number for attempt in status.attempts] == [5, 6, 7, 8, 9]
     assert manifest()["metadata"]["uid"] == UID
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ('jobs.batch "a" is forbidden: exceeded quota: pods, requested: 1', "QuotaExceeded"),
+        ("jobs.batch is forbidden: User cannot create resource", "JobForbidden"),
+    ],
+)
+def test_want_of_quota_is_told_from_other_refusals(message: str, reason: str) -> None:
+    assert refused_for(message, otherwise="JobForbidden") == reason
