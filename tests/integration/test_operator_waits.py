@@ -117,8 +117,13 @@ async def test_the_example_of_a_quota_bounds_the_tasks_and_loses_none(place: Pla
             return (len(running), len(waiting)) == (allowed, 3)
 
         await until("as many run as may, the others wait", bounded)
-        full = await used()
-        assert (full["pods"], full["count/processingtasks.tasks.zzdsj.io"]) == (str(allowed), str(len(names)))
+
+        async def counted() -> bool:
+            full = await used()
+            counts = (full.get("pods"), full.get("count/processingtasks.tasks.zzdsj.io"))
+            return counts == (str(allowed), str(len(names)))
+
+        await until("the quota counts tasks and pods", counted)
         kubelet.outcomes = {}
         for name in names:
             status = await place.wait_for("Completed", name=name, seconds=120)
