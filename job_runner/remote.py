@@ -13,12 +13,14 @@ Nothing that a server says gets into a message, and neither does a signature.
 """
 
 import asyncio
+import contextlib
 import errno
 import os
 import re
 import socket
 import ssl
 import tempfile
+from collections.abc import AsyncIterator
 from datetime import timedelta
 from ipaddress import ip_address
 from typing import IO, TYPE_CHECKING, Final, Protocol
@@ -133,7 +135,7 @@ async def _request(
     """Make one request. Return where it is redirected, or None when the document is in the file."""
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS)
     session = aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(resolver=_Pinned(target), ssl=context, use_dns_cache=False, force_close=True),
+        connector=aiohttp.TCPConnector(resolver=_Pinned(target), ssl=context, use_dns_cache=False),
         timeout=timeout,
         trust_env=False,  # no proxy: it would resolve the name again, out of the guard's sight
         cookie_jar=aiohttp.DummyCookieJar(),
@@ -143,7 +145,7 @@ async def _request(
     )
     # No chain of exceptions below: those of aiohttp hold the URL of the request, which may be signed.
     try:
-        async with session, session.get(target.url, allow_redirects=False) as response:
+        async with _answer(session, target.url) as response:
             if response.status == 200:
                 await _keep(location, response, into=into, max_bytes=max_bytes)
                 return None
@@ -176,6 +178,19 @@ async def _request(
         raise SourceUnavailable(f"cannot fetch {location}: {reason}; look at the server and at network policies") from None
     except aiohttp.ClientError as error:
         raise SourceUnavailable(f"cannot fetch {location}: {type(error).__name__}; look at the server") from None
+
+
+@contextlib.asynccontextmanager
+async def _answer(session: aiohttp.ClientSession, url: URL) -> AsyncIterator[aiohttp.ClientResponse]:
+    """Make the one request of a session. Its connection is closed when this ends, not only told to close."""
+    response = None
+    try:
+        response = await session.get(url, allow_redirects=False)
+        yield response
+    finally:
+        await session.close()  # first, as it waits for connections, but only for those that the response has not given back
+        if response is not None:
+            response.close()
 
 
 async def _keep(location: str, response: aiohttp.ClientResponse, *, into: "IO[bytes]", max_bytes: int) -> None:
