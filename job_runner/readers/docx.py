@@ -15,7 +15,7 @@ from job_runner.document import Kind, ParsedDocument
 from job_runner.readers.blocks import SHOWN, Block, Cell, Table, assemble, clean, prefixed
 from job_runner.readers.failure import ReadingFailed
 from job_runner.readers.numbering import Numbering, integer
-from job_runner.readers.package import Attributes, Package, opened
+from job_runner.readers.package import Attributes, Package
 
 _HEADING_STYLE: Final = re.compile(
     r"(?:heading|标题|標題|見出し|제목|überschrift|titre|título|titolo|заголовок|kop|rubrik)\s*([1-9])", re.IGNORECASE
@@ -48,7 +48,7 @@ def read_docx(path: Path, *, name: str) -> ParsedDocument:
     Raises :class:`ReadingFailed`: DocumentRefused for other archives and for bombs, DocumentUnreadable for a damaged file,
     DocumentEmpty for one without text.
     """
-    with opened(path, name=name) as package:
+    with Package.opened(path, name=name) as package:
         styles = _Styles(package)
         numbering = Numbering(package)
         notes: dict[str, list[Block]] = {}
