@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
-from job_runner.index import HIT_FIELDS, Generation, Hit, Row
+from job_runner.index import HIT_FIELDS, STORED_FIELDS, Generation, Hit, Row, Stored
 from task_contract.errors import RetryableError, StoreCapacity, StoresDisagree, StoreUnavailable, TaskError
 
 TIMEOUT: Final = 15.0
@@ -108,6 +108,30 @@ class ElasticsearchIndex:
                 if len(hits) < _PAGE:
                     return found
                 after = hits[-1]["sort"]
+
+    async def scan(self) -> AsyncIterator[list[Stored]]:
+        """Yield all rows, document by document."""
+        async with _guarded(f"read {self._name}"):
+            if not await self._client.indices.exists(index=self._name):
+                return
+            await self._client.indices.refresh(index=self._name)
+        after: list[Any] | None = None
+        while True:
+            async with _guarded(f"read {self._name}"):
+                answer = await self._client.search(
+                    index=self._name,
+                    size=_PAGE,
+                    source=False,
+                    fields=list(STORED_FIELDS),
+                    sort=[{"document_id": "asc"}, {"version": "asc"}, {"ordinal": "asc"}],  # together unique
+                    track_total_hits=False,
+                    **({} if after is None else {"search_after": after}),
+                )
+            hits = _complete(answer)
+            if not hits:
+                return
+            yield [Stored(id=hit["_id"], **{name: hit["fields"][name][0] for name in STORED_FIELDS}) for hit in hits]
+            after = hits[-1]["sort"]
 
     async def write(self, rows: Sequence[Row]) -> None:
         """Index rows under their ids, in requests of bounded size; only what failed is sent again."""

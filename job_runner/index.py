@@ -6,7 +6,7 @@ new ids.
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -64,6 +64,20 @@ class Row:
     task_uid: str
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What tells whether a row belongs where it is, without its text."""
+
+    id: str
+    document_id: str
+    version: int
+    ordinal: int
+    content_hash: str
+    task_uid: str
+
+
+STORED_FIELDS: Final = tuple(field for field in Stored.__dataclass_fields__ if field != "id")
+
 FIELDS: Final = tuple(field for field in Row.__dataclass_fields__ if field != "id")
 """Names of the columns beside the id, the same in both stores."""
 
@@ -106,6 +120,12 @@ class ChunkStore(Protocol):
 
     async def stored(self, document_id: str, version: int) -> dict[str, str]:
         """Return chunk id → content hash of every row of a version."""
+
+    def scan(self) -> AsyncIterator[list[Stored]]:
+        """Yield every row of every version once, some thousands at a time; nothing where the generation is not there.
+
+        Rows that are written or deleted meanwhile may or may not be among them.
+        """
 
     async def delete(self, ids: Collection[str]) -> None:
         """Remove rows by chunk id; those that are not there are no error."""

@@ -7,12 +7,12 @@ pymilvus is imported when the first connection is made, since the import costs m
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
-from job_runner.index import FIELDS, HIT_FIELDS, Generation, Hit, Row
+from job_runner.index import FIELDS, HIT_FIELDS, STORED_FIELDS, Generation, Hit, Row, Stored
 from task_contract.errors import RetryableError, StoreCapacity, StoresDisagree, StoreUnavailable, TaskError
 
 if TYPE_CHECKING:
@@ -121,6 +121,25 @@ class MilvusIndex:
             **limit,
         )
         return list(answer)
+
+    async def scan(self) -> AsyncIterator[list[Stored]]:
+        """Yield all rows in the order of their ids, read with Strong consistency."""
+        if not await self._run("look for the collection", self._exists):
+            return
+        pages = await self._run("read", self._pages)
+        try:
+            while rows := await self._run("read", pages.next):
+                yield [Stored(id=row["id"], **{name: row[name] for name in STORED_FIELDS}) for row in rows]
+        finally:
+            pages.close()
+
+    def _exists(self) -> bool:
+        return bool(self._client.has_collection(self._name, timeout=TIMEOUT))
+
+    def _pages(self) -> Any:
+        return self._client.query_iterator(
+            self._name, batch_size=_WINDOW, output_fields=["id", *STORED_FIELDS], consistency_level="Strong", timeout=TIMEOUT
+        )
 
     async def write(self, rows: Sequence[Row], vectors: "npt.NDArray[np.float32]") -> None:
         """Upsert: insert alone would leave two rows of one id after a retry (milvus-io/milvus#37389)."""

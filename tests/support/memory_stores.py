@@ -1,13 +1,13 @@
 """The two stores in memory: they pass the contract tests of the real ones, and stand in where a server adds nothing."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import asdict
 
 import numpy as np
 import numpy.typing as npt
 
-from job_runner.index import Hit, Row
+from job_runner.index import STORED_FIELDS, Hit, Row, Stored
 
 
 class _MemoryStore:
@@ -26,6 +26,12 @@ class _MemoryStore:
             for row in self.rows.values()
             if (row.document_id, row.version) == (document_id, version)
         }
+
+    async def scan(self) -> AsyncIterator[list[Stored]]:
+        rows = list(self.rows.values())
+        for start in range(0, len(rows), 100):
+            part = rows[start : start + 100]
+            yield [Stored(id=row.id, **{name: getattr(row, name) for name in STORED_FIELDS}) for row in part]
 
     async def delete(self, ids: Collection[str]) -> None:
         for key in ids:

@@ -10,7 +10,7 @@ import pytest
 
 from job_runner import elasticsearch, milvus
 from job_runner.elasticsearch import ElasticsearchIndex
-from job_runner.index import Generation, Row, TextIndex, VectorIndex
+from job_runner.index import Generation, Row, Stored, TextIndex, VectorIndex
 from job_runner.milvus import MilvusIndex
 from task_contract import names
 from task_contract.errors import RetryableError, StoreUnavailable
@@ -119,6 +119,14 @@ async def check_chunk_store(store: VectorIndex | TextIndex) -> None:
     assert (await store.stored(ODD_ID, 2))[second[0].id] == "d" * 32
     assert len(await store.stored(ODD_ID, 2)) == 3
 
+    # A scan shows every row once, with what tells its place.
+    scanned = [row async for page in store.scan() for row in page]
+    assert len(scanned) == 705
+    assert {row.id: row for row in scanned} == {
+        row.id: Stored(row.id, row.document_id, row.version, row.ordinal, row.content_hash, row.task_uid)
+        for row in (*first, replace(second[0], content_hash="d" * 32), *second[1:], *other)
+    }
+
     # Removal by id, and of lower versions of this document alone.
     await store.delete([row.id for row in first[:10]])
     assert len(await store.stored(ODD_ID, 1)) == 690
@@ -128,6 +136,7 @@ async def check_chunk_store(store: VectorIndex | TextIndex) -> None:
     assert await store.stored(ODD_ID, 1) == {}
     assert len(await store.stored(ODD_ID, 2)) == 3
     assert len(await store.stored("other", 1)) == 2
+    assert sum([len(page) async for page in store.scan()]) == 5
 
 
 async def test_a_vector_store_keeps_rows(vector_index: VectorIndex) -> None:
