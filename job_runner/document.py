@@ -23,6 +23,20 @@ class Kind(StrEnum):
     TEXT = "text"
     DOCX = "docx"
     HTML = "html"
+    PPTX = "pptx"
+    XLSX = "xlsx"
+    XLS = "xls"
+    ODS = "ods"
+    CSV = "csv"
+    JSON = "json"
+    JSONL = "jsonl"
+    EPUB = "epub"
+    EML = "eml"
+    IMAGE = "image"
+
+
+READABLE: Final = "PDF, DOCX, HTML, Markdown and text"
+"""What messages say that this version reads."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from dataclasses import astuple
-from pathlib import Path
 from typing import Any, Final, TextIO
 
 from job_runner.document import Kind, ParsedDocument
@@ -59,7 +58,8 @@ def main(arguments: list[str], output: TextIO) -> None:
             say(progress=[done, total])
 
     try:
-        document = read(Path("/dev/stdin"), kind=Kind(kind), name=name, on_progress=progress)
+        with open("/dev/stdin", "rb") as file:  # noqa: PTH123 - a path of its own, not the descriptor: its position is not shared
+            document = read(file, kind=Kind(kind), name=name, on_progress=progress)
         say(document=encode(document))
     except ReadingFailed as failure:
         say(failure={"reason": failure.reason, "message": failure.message})

@@ -5,10 +5,9 @@ any amount of memory. They import nothing of the contract, so that the child sta
 wrong is a :class:`ReadingFailed` whose ``reason`` names an error of :mod:`task_contract.errors`.
 """
 
-from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
-from job_runner.document import Kind, ParsedDocument
+from job_runner.document import READABLE, Kind, ParsedDocument
 from job_runner.readers.charset import decode
 from job_runner.readers.docx import read_docx
 from job_runner.readers.failure import OnProgress, ReadingFailed
@@ -22,22 +21,26 @@ PARSER_VERSION: Final = "1"
 """Part of the pipeline fingerprint: raise it whenever the same bytes would give another text, page or heading."""
 
 
-def read(path: Path, *, kind: Kind, name: str, on_progress: OnProgress = lambda done, total: None) -> ParsedDocument:
-    """Read a file of a known kind; ``name`` is what messages call it.
+def read(file: BinaryIO, *, kind: Kind, name: str, on_progress: OnProgress = lambda done, total: None) -> ParsedDocument:
+    """Read an open file of a known kind, from its beginning; ``name`` is what messages call it.
 
     Raises :class:`ReadingFailed`.
     """
     match kind:
         case Kind.PDF:
-            document = read_pdf(path, name=name, on_progress=on_progress)
+            document = read_pdf(file, name=name, on_progress=on_progress)
         case Kind.MARKDOWN:
-            document = read_markdown(decode(path.read_bytes(), name=name))
+            document = read_markdown(decode(file.read(), name=name))
         case Kind.TEXT:
-            document = read_plain(decode(path.read_bytes(), name=name))
+            document = read_plain(decode(file.read(), name=name))
         case Kind.DOCX:
-            document = read_docx(path, name=name)
+            document = read_docx(file, name=name)
         case Kind.HTML:
-            document = read_html(path.read_bytes(), name=name)
+            document = read_html(file.read(), name=name)
+        case Kind.PPTX | Kind.XLSX | Kind.XLS | Kind.ODS | Kind.CSV | Kind.JSON | Kind.JSONL:
+            raise ReadingFailed("DocumentRefused", f"cannot read {name}: no reader")
+        case Kind.EPUB | Kind.EML | Kind.IMAGE:  # known to job_runner.kinds, which refuses them
+            raise ReadingFailed("DocumentRefused", f"cannot read {name}: this version reads {READABLE}")
     if not document.text.strip():
         raise ReadingFailed("DocumentEmpty", f"cannot index {name}: there is no text in it")
     return document

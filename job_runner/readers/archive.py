@@ -9,8 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, ClassVar, Final, Self
+from typing import Any, BinaryIO, ClassVar, Final, Self, cast
 from xml.parsers import expat
 
 from job_runner.readers.failure import ReadingFailed
@@ -70,14 +69,17 @@ class Archive:
 
     @classmethod
     @contextmanager
-    def opened(cls, path: Path, *, name: str) -> Iterator[Self]:
+    def opened(cls, file: BinaryIO, *, name: str) -> Iterator[Self]:
         """Open an archive.
 
         Raises :class:`ReadingFailed`: DocumentRefused for another kind of archive and for a bomb, DocumentUnreadable for a
         damaged one.
         """
-        with _Bounded(io.FileIO(path), name=name) as file:
-            yield cls(file, name=name)
+        bounded = BoundedReads(file, name=name)
+        try:
+            yield cls(bounded, name=name)
+        finally:
+            bounded.detach()  # else it would close the file
 
     def __contains__(self, part: str) -> bool:
         return part.lower() in self._members
@@ -91,6 +93,11 @@ class Archive:
         member = self._inflatable(part)
         with self._reading(part):
             return self._archive.read(member)
+
+    def beginning(self, part: str, *, size: int) -> bytes:
+        """Return at most ``size`` bytes from the start of a part; no more is inflated. Raises :class:`ReadingFailed`."""
+        with self._reading(part), self._archive.open(self._member(part)) as file:
+            return file.read(size)
 
     def parse(self, part: str, *, start: OnStart, end: OnEnd = lambda name: None, text: OnText = lambda text: None) -> None:
         """Read the XML of a part as a stream of events.
@@ -159,14 +166,22 @@ class Archive:
             message = f"cannot read {self.name}: the archive is encrypted with a password; store it without one"
             raise ReadingFailed("DocumentUnreadable", message) from error
 
+    def _member(self, part: str) -> zipfile.ZipInfo:
+        """Return the member of a part.
+
+        Its method of compression is one of the two that these formats know: others may ask for gigabytes of memory.
+        """
+        member = self._members.get(part.lower())
+        if member is None or member.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+            raise self.damaged(part)
+        return member
+
     def _inflatable(self, part: str) -> zipfile.ZipInfo:
         """Return the member of a part, if inflating it stays within bounds.
 
         The size is what the archive declares; zipfile inflates no more than that, and finds the checksum wrong if there is.
         """
-        member = self._members.get(part.lower())
-        if member is None:
-            raise self.damaged(part)
+        member = self._member(part)
         size = member.file_size
         self._inflated += size
         if self._inflated > _TOTAL_LIMIT:
@@ -206,17 +221,18 @@ class _Names(dict[str, str]):
         return short
 
 
-class _Bounded(io.BufferedReader):
+class BoundedReads(io.BufferedReader):
     """A file of which no more than the bound is read at once, as zipfile does with the table of contents of an archive.
 
     Its size stands in the file, and a made-up one would take any amount of memory.
     """
 
-    def __init__(self, raw: io.FileIO, *, name: str) -> None:
-        super().__init__(raw)
+    def __init__(self, raw: BinaryIO, *, name: str) -> None:
+        super().__init__(cast("io.RawIOBase", raw))
         self._document = name
 
     def read(self, size: int | None = -1, /) -> bytes:
+        """Read as usual. Raises :class:`ReadingFailed` above the bound."""
         if size is not None and size > _DIRECTORY_LIMIT:
             message = (
                 f"cannot read {self._document}: the archive's table of contents has {size} bytes and the limit is "

@@ -4,6 +4,7 @@ import codecs
 import re
 from typing import Final
 
+from job_runner.document import READABLE
 from job_runner.readers.failure import ReadingFailed
 
 _BYTE_ORDER_MARKS: Final = (
@@ -57,7 +58,7 @@ def decode(data: bytes, *, name: str, declared: str | None = None) -> str:
     if len(_CONTROL.findall(text, 0, 100_000)) > len(text[:100_000]) // 100:
         raise ReadingFailed(
             "DocumentRefused",
-            f"cannot read {name}: it holds binary data, not text; give a PDF, DOCX, HTML, Markdown or text file",
+            f"cannot read {name}: it holds binary data, not text; this version reads {READABLE}",
         )
     return _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
 

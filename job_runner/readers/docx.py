@@ -8,8 +8,7 @@ headings), codes of fields, pictures. Footnotes, endnotes and text boxes follow 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from job_runner.document import Kind, ParsedDocument
 from job_runner.readers.blocks import SHOWN, Block, Cell, Table, assemble, clean, prefixed
@@ -42,13 +41,13 @@ _SKIPPED: Final = frozenset({
 """Elements without text of today: what was deleted, moved away, or what properties used to be."""
 
 
-def read_docx(path: Path, *, name: str) -> ParsedDocument:
+def read_docx(file: BinaryIO, *, name: str) -> ParsedDocument:
     """Read a DOCX.
 
     Raises :class:`ReadingFailed`: DocumentRefused for other archives and for bombs, DocumentUnreadable for a damaged file,
     DocumentEmpty for one without text.
     """
-    with Package.opened(path, name=name) as package:
+    with Package.opened(file, name=name) as package:
         styles = _Styles(package)
         numbering = Numbering(package)
         notes: dict[str, list[Block]] = {}

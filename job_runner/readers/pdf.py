@@ -4,8 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from job_runner.document import Heading, Kind, Page, ParsedDocument
 from job_runner.readers.failure import OnProgress, ReadingFailed
@@ -40,16 +39,14 @@ class _Line:
     """Level of a heading; 0: no heading."""
 
 
-def read_pdf(path: Path, *, name: str, on_progress: OnProgress) -> ParsedDocument:
+def read_pdf(file: BinaryIO, *, name: str, on_progress: OnProgress) -> ParsedDocument:
     """Read a PDF page by page; a page that cannot be read is recorded. Raises :class:`ReadingFailed`."""
     import pypdfium2
 
-    file = path.open("rb")  # not by its path, which pypdfium2 resolves: a fetched document has no name
     try:
-        pdf = pypdfium2.PdfDocument(file, autoclose=True)
+        pdf = pypdfium2.PdfDocument(file)
         count = len(pdf)
     except pypdfium2.PdfiumError as error:
-        file.close()
         raise ReadingFailed("DocumentUnreadable", _why_unreadable(error, name=name)) from error
     if count == 0:
         raise ReadingFailed("DocumentUnreadable", f"cannot read {name}: the PDF has no pages; it is damaged")

@@ -116,8 +116,8 @@ GOLDEN = ROOT / "tests/data/documents"
 
 def parsed(name: str) -> ParsedDocument:
     """A document as a task on it would read it."""
-    with opened(name, root=DOCUMENTS, max_bytes=1 << 20) as source:
-        return read(DOCUMENTS / name, kind=source.kind, name=name)
+    with opened(name, root=DOCUMENTS, max_bytes=1 << 20) as source, (DOCUMENTS / name).open("rb") as file:
+        return read(file, kind=source.kind, name=name)
 
 
 @pytest.mark.parametrize("name", ["laboratory-rules.zh.docx", "tide-station.html"])
