@@ -8,8 +8,8 @@ import posixpath
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from job_runner.readers.archive import Archive, Attributes
 from job_runner.document import READABLE
+from job_runner.readers.archive import Archive, Attributes
 from job_runner.readers.failure import ReadingFailed
 
 __all__ = ["Attributes", "Package"]

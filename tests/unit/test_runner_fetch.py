@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from job_runner.document import Kind
-from job_runner.fetch import kind_of, opened
+from job_runner.fetch import opened
 from task_contract.errors import (
     DocumentEmpty,
     DocumentNotFound,
@@ -90,80 +89,15 @@ def test_a_volume_that_is_not_mounted_is_not_the_tasks_fault(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "head", "kind"),
+    ("data", "error", "message"),
     [
-        ("a.pdf", b"%PDF-1.7 ...", Kind.PDF),
-        ("a.txt", b"\0\0junk from a mail\n%PDF-1.4 ...", Kind.PDF),
-        ("a.pdf", b"just text, whatever the name says", Kind.TEXT),
-        ("a.md", b"plain", Kind.MARKDOWN),
-        ("README", b"# Title\n\ntext", Kind.MARKDOWN),
-        ("a.txt", b"# Title\n\ntext", Kind.TEXT),
-        ("a", b"text", Kind.TEXT),
-        ("a", b"MZ is how this text starts", Kind.TEXT),
-        ("a", "知识库".encode("gb18030"), Kind.TEXT),
-        ("a", "知识库".encode("utf-16"), Kind.TEXT),
-        ("a.txt", b"PK\x03\x04..[Content_Types].xml..word/document.xml\0", Kind.DOCX),
-        ("a.zip", b"PK\x03\x04..anything, the reader will tell\0", Kind.DOCX),
-        ("a.txt", b"\xef\xbb\xbf \n<!DOCTYPE HTML PUBLIC>", Kind.HTML),
-        ("a.md", b"<HTML lang=en>", Kind.HTML),
-        ("a", b"<?xml version='1.0'?>\n<!-- saved --><!-- twice -->\n<!DOCTYPE html>", Kind.HTML),
-        ("a", "<html><body>页</body></html>".encode("utf-16"), Kind.HTML),
-        ("a.htm", b"<p>A piece of a page", Kind.HTML),
-        ("a.md", b"<p align=center>A README", Kind.MARKDOWN),
-        ("a.html", b"no tags at all", Kind.TEXT),
-        ("a.txt", b"<!--" * 500 + b"-->" * 500, Kind.TEXT),
+        pytest.param(b"\x7fELF\x02\x01\0", DocumentRefused, "a Linux program", id="refused"),
+        pytest.param(b"PK\x03\x04 and no more", DocumentUnreadable, "damaged or cut short", id="unreadable"),
     ],
 )
-def test_the_kind_is_told_by_content(name: str, head: bytes, kind: Kind) -> None:
-    assert kind_of(head, name=name) is kind
-
-
-@pytest.mark.parametrize(
-    ("head", "what"),
-    [
-        (b"PK\x03\x04..mimetypeapplication/epub+zip", "an EPUB book"),
-        (b"PK\x05\x06" + bytes(18), "an empty ZIP archive"),
-        (b"\x89PNG\r\n\x1a\n\0", "a PNG image"),
-        (b"\xff\xd8\xff\xe0\0", "a JPEG image"),
-        (b"\x7fELF\x02\x01\0", "a Linux program"),
-        (b"\x1f\x8b\x08\0", "a gzip file"),
-        (b"{\\rtf1\\ansi", "an RTF document"),
-        (b"\x00\x01\x02\x03", "binary data"),
-    ],
-)
-def test_other_kinds_are_refused_by_their_name(head: bytes, what: str) -> None:
-    with pytest.raises(
-        DocumentRefused, match=f"cannot read x.txt: it is {what}.*this version reads PDF, DOCX, HTML, Markdown and text"
-    ):
-        kind_of(head, name="x.txt")
-
-
-def compound(*streams: str) -> bytes:
-    """A compound file (OLE) whose directory lies far behind its header: sectors of 512 bytes, the directory in the 300th."""
-    header = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(22) + (9).to_bytes(2, "little") + bytes(16)
-    header += (299).to_bytes(4, "little")
-    directory = b"".join(stream.encode("utf-16-le").ljust(128, b"\0") for stream in ("Root Entry", *streams))
-    return (header.ljust(512, b"\0") + b"\x01" * 299 * 512 + directory).ljust(400 * 512, b"\0")
-
-
-@pytest.mark.parametrize(
-    ("streams", "error", "message"),
-    [
-        pytest.param(
-            ["EncryptionInfo", "EncryptedPackage"], DocumentUnreadable, "password; store it without", id="encrypted"
-        ),
-        pytest.param(["WordDocument"], DocumentRefused, "an old Word document.*save it as DOCX", id="doc"),
-        pytest.param(["Workbook"], DocumentRefused, "an old Excel workbook", id="xls"),
-        pytest.param(["__substg1.0_0037001F"], DocumentRefused, "an Outlook message", id="msg"),
-        pytest.param(["Else"], DocumentRefused, "an old Microsoft Office file.*save it as DOCX or PDF", id="another"),
-    ],
-)
-def test_compound_files_say_what_they_are(tmp_path: Path, streams: list[str], error: type[Exception], message: str) -> None:
-    (tmp_path / "a.docx").write_bytes(compound(*streams))
+def test_kinds_that_are_not_read_are_errors_of_the_contract(
+    tmp_path: Path, data: bytes, error: type[TaskError], message: str
+) -> None:
+    (tmp_path / "a.docx").write_bytes(data)
     with pytest.raises(error, match=message), opened("a.docx", root=tmp_path, max_bytes=1 << 20):
         pass
-
-
-def test_a_pdf_without_its_start_is_damaged() -> None:
-    with pytest.raises(DocumentUnreadable, match="no PDF header"):
-        kind_of(b"\x00\x01garbage", name="x.pdf")
