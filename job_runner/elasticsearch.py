@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
-from job_runner.index import HIT_FIELDS, STORED_FIELDS, Generation, Hit, Row, Stored
+from job_runner.index import HIT_FIELDS, STORED_FIELDS, Generation, Hit, Row, Stale, Stored
 from task_contract.errors import RetryableError, StoreCapacity, StoresDisagree, StoreUnavailable, TaskError
 
 TIMEOUT: Final = 15.0
@@ -54,11 +54,13 @@ class ElasticsearchIndex:
     async def ensure(self) -> None:
         """Create the index with its alias, in one step, where it is missing."""
         async with _guarded(f"create the index {self._name}"):
-            if await self._client.indices.exists(index=self._name):
-                return
             alias = self._generation.alias
             # An alias that serves another generation stays: switching generations is a step of its own.
             aliases: dict[str, Any] = {} if await self._client.indices.exists_alias(name=alias) else {alias: {}}
+            if await self._client.indices.exists(index=self._name):
+                if aliases:  # it served a generation that has been dropped
+                    await self._client.indices.put_alias(index=self._name, name=alias)
+                return
             from elasticsearch import BadRequestError
 
             try:
@@ -153,23 +155,49 @@ class ElasticsearchIndex:
         for start in range(0, len(listed), _PAGE):
             await self._bulk("delete", [({"delete": {"_id": key}}, None) for key in listed[start : start + _PAGE]])
 
-    async def delete_below(self, document_id: str, version: int) -> None:
-        """Remove lower versions page by page, until a refreshed search finds none."""
-        query = {"bool": {"filter": [{"term": {"document_id": document_id}}, {"range": {"version": {"lt": version}}}]}}
+    async def exists(self) -> bool:
+        """Tell whether the index is there."""
+        async with _guarded(f"look for {self._name}"):
+            return bool(await self._client.indices.exists(index=self._name))
+
+    async def count(self, stale: Sequence[Stale]) -> int:
+        """Count after a refresh that makes all writes visible."""
+        if not stale or not await self.exists():
+            return 0
+        async with _guarded(f"look for old versions in {self._name}"):
+            await self._client.indices.refresh(index=self._name)
+            answer = await self._client.search(index=self._name, query=_stale(stale), size=0, track_total_hits=True)
+        _complete(answer)
+        return int(answer["hits"]["total"]["value"])
+
+    async def remove(self, stale: Sequence[Stale]) -> int:
+        """Remove page by page, until a refreshed search finds none."""
+        found = await self.count(stale)
+        if not found:
+            return 0
         deadline = asyncio.get_running_loop().time() + _GONE_SECONDS
         left = None
         while True:
             async with _guarded(f"look for old versions in {self._name}"):
                 await self._client.indices.refresh(index=self._name)
-                answer = await self._client.search(index=self._name, query=query, size=_PAGE, source=False)
+                answer = await self._client.search(index=self._name, query=_stale(stale), size=_PAGE, source=False)
             ids = [hit["_id"] for hit in _complete(answer)]
             if not ids:
-                return
+                return found
             if ids == left and asyncio.get_running_loop().time() > deadline:
                 message = f"cannot remove old versions from Elasticsearch: {len(ids)} rows are still in {self._name}"
                 raise StoresDisagree(message)
             left = ids
             await self.delete(ids)
+
+    async def drop(self) -> bool:
+        """Delete the index, with which its alias goes."""
+        there = await self.exists()
+        async with _guarded(f"delete the index {self._name}"):
+            await self._client.indices.delete(index=self._name, ignore_unavailable=True)
+            if await self._client.indices.exists(index=self._name):
+                raise StoresDisagree(f"cannot remove the index {self._name} from Elasticsearch: it is still there")
+        return there
 
     async def search(self, query: str, *, limit: int, offset: int = 0) -> list[Hit]:
         """Return the best rows by BM25 over text and headings."""
@@ -270,6 +298,26 @@ def _mappings(analyzer: str) -> dict[str, Any]:
 
 def _version(document_id: str, version: int) -> dict[str, Any]:
     return {"bool": {"filter": [{"term": {"document_id": document_id}}, {"term": {"version": version}}]}}
+
+
+def _stale(stale: Sequence[Stale]) -> dict[str, Any]:
+    return {
+        "bool": {
+            "should": [
+                {
+                    "bool": {
+                        "filter": [
+                            {"term": {"document_id": one.document_id}},
+                            {"range": {"version": {"lte": one.up_to}}},
+                        ],
+                        "must_not": [{"terms": {"version": list(one.keep)}}],
+                    }
+                }
+                for one in stale
+            ],
+            "minimum_should_match": 1,
+        }
+    }
 
 
 def _complete(answer: Mapping[str, Any]) -> list[dict[str, Any]]:

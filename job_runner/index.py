@@ -76,6 +76,18 @@ class Stored:
     task_uid: str
 
 
+@dataclass(frozen=True, slots=True)
+class Stale:
+    """Versions of a document that nobody reads and nobody will publish: all up to a number, but for those kept."""
+
+    document_id: str
+    up_to: int
+    keep: tuple[int, ...] = ()
+
+
+STALE_AT_ONCE: Final = 50
+"""Documents of one question about stale versions: each is a clause of the stores' queries."""
+
 STORED_FIELDS: Final = tuple(field for field in Stored.__dataclass_fields__ if field != "id")
 
 FIELDS: Final = tuple(field for field in Row.__dataclass_fields__ if field != "id")
@@ -130,8 +142,23 @@ class ChunkStore(Protocol):
     async def delete(self, ids: Collection[str]) -> None:
         """Remove rows by chunk id; those that are not there are no error."""
 
-    async def delete_below(self, document_id: str, version: int) -> None:
-        """Remove all rows of a document's lower versions, and return when a reader sees none of them."""
+    async def exists(self) -> bool:
+        """Tell whether the collection or index of this generation is there."""
+
+    async def count(self, stale: Sequence[Stale]) -> int:
+        """Return how many rows there are of stale versions: at most :data:`STALE_AT_ONCE` documents, 0 where nothing is."""
+
+    async def remove(self, stale: Sequence[Stale]) -> int:
+        """Remove all rows of stale versions, and return how many there were when a reader sees none of them.
+
+        At most :data:`STALE_AT_ONCE` documents. A generation that is not there has none.
+        """
+
+    async def drop(self) -> bool:
+        """Remove collection or index of this generation with its alias, and return whether there was one.
+
+        When it returns a reader finds neither. An alias that serves another generation stays.
+        """
 
 
 class VectorIndex(ChunkStore, Protocol):

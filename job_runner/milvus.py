@@ -12,7 +12,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
-from job_runner.index import FIELDS, HIT_FIELDS, STORED_FIELDS, Generation, Hit, Row, Stored
+from job_runner.index import FIELDS, HIT_FIELDS, STORED_FIELDS, Generation, Hit, Row, Stale, Stored
 from task_contract.errors import RetryableError, StoreCapacity, StoresDisagree, StoreUnavailable, TaskError
 
 if TYPE_CHECKING:
@@ -161,17 +161,48 @@ class MilvusIndex:
             part = listed[start : start + _DELETE_IDS]
             await self._run("delete", self._delete, ids=part)
 
-    async def delete_below(self, document_id: str, version: int) -> None:
-        """Remove lower versions by expression, then count with Strong consistency until there are none."""
-        condition = f"document_id == {_quoted(document_id)} and version < {version}"
+    async def exists(self) -> bool:
+        """Tell whether the collection is there."""
+        return await self._run("look for the collection", self._exists)
+
+    async def count(self, stale: Sequence[Stale]) -> int:
+        """Count with Strong consistency."""
+        if not stale or not await self.exists():
+            return 0
+        return await self._run("count", self._count, _stale(stale))
+
+    async def remove(self, stale: Sequence[Stale]) -> int:
+        """Remove by expression, then count until there are none."""
+        found = left = await self.count(stale)
+        condition = _stale(stale)
         deadline = asyncio.get_running_loop().time() + _GONE_SECONDS
         pause = 0.1
-        while (left := await self._run("count", self._count, condition)) > 0:
+        while left > 0:
             if asyncio.get_running_loop().time() > deadline:
                 raise StoresDisagree(f"cannot remove old versions from Milvus: {left} rows are still in {self._name}")
             await self._run("delete", self._delete, filter=condition)
-            await asyncio.sleep(pause)
-            pause *= 2
+            if left := await self._run("count", self._count, condition):
+                await asyncio.sleep(pause)
+                pause *= 2
+        return found
+
+    async def drop(self) -> bool:
+        """Drop the collection; Milvus wants its alias to be dropped before."""
+        return await self._run("drop the collection", self._drop)
+
+    def _drop(self) -> bool:
+        client, name, alias = self._client, self._name, self._generation.alias
+        if not client.has_collection(name, timeout=TIMEOUT):
+            return False
+        if self._has_alias() and client.describe_collection(alias, timeout=TIMEOUT)["collection_name"] == name:
+            _unless(lambda: not self._has_alias(), lambda: client.drop_alias(alias, timeout=TIMEOUT))
+        _unless(
+            lambda: not client.has_collection(name, timeout=TIMEOUT),
+            lambda: client.drop_collection(name, timeout=_CREATE_TIMEOUT),
+        )
+        if client.has_collection(name, timeout=TIMEOUT):
+            raise StoresDisagree(f"cannot remove the collection {name} from Milvus: it is still there")
+        return True
 
     def _delete(self, **what: object) -> None:
         self._client.delete(self._name, timeout=TIMEOUT, **what)
@@ -285,6 +316,14 @@ def _schema(dimension: int) -> Any:
             fields.append(FieldSchema(name, DataType.VARCHAR, max_length=lengths.get(name, 128)))
     fields.append(FieldSchema("embedding", DataType.FLOAT_VECTOR, dim=dimension))
     return CollectionSchema(fields, enable_dynamic_field=False)
+
+
+def _stale(stale: Sequence[Stale]) -> str:
+    def one(versions: Stale) -> str:
+        kept = f" and version not in {list(versions.keep)}" if versions.keep else ""
+        return f"(document_id == {_quoted(versions.document_id)} and version <= {versions.up_to}{kept})"
+
+    return " or ".join(map(one, stale))
 
 
 def _quoted(text: str) -> str:

@@ -34,7 +34,7 @@ import structlog
 from job_runner.document import Chunk, ParsedDocument
 from job_runner.embed import Embedder, batches, check_model
 from job_runner.fetch import Source, inspected, opened
-from job_runner.index import Generation, Row, check_metadata
+from job_runner.index import Generation, Row, Stale, check_metadata
 from job_runner.ledger import Claim, Commit, Intent, Ledger, Published, Standing
 from job_runner.parse import ParserLimits, parse
 from job_runner.progress import Progress
@@ -508,8 +508,8 @@ class DocumentPipeline:
 
     async def _remove_lower(self, version: int, stores: Stores) -> None:
         await asyncio.gather(
-            stores.vectors.delete_below(self._document_id, version),
-            stores.texts.delete_below(self._document_id, version),
+            stores.vectors.remove([Stale(self._document_id, up_to=version - 1)]),
+            stores.texts.remove([Stale(self._document_id, up_to=version - 1)]),
         )
 
     def _done(self, reason: str, published: Published, *, counts: tuple[int, int]) -> Done:

@@ -213,7 +213,7 @@ class Track:
 
     async def aclose(self) -> None:
         for stores in self._stores.values():
-            await drop(stores.vectors, stores.texts)
+            await drop(stores)
 
     async def live(self, life: Life) -> None:
         """Lead a life to its end. AssertionError if it does not end."""

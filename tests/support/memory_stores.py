@@ -7,15 +7,16 @@ from dataclasses import asdict
 import numpy as np
 import numpy.typing as npt
 
-from job_runner.index import STORED_FIELDS, Hit, Row, Stored
+from job_runner.index import STORED_FIELDS, Hit, Row, Stale, Stored
 
 
 class _MemoryStore:
     def __init__(self) -> None:
         self.rows: dict[str, Row] = {}
+        self.there = True
 
     async def ensure(self) -> None:
-        pass
+        self.there = True
 
     async def aclose(self) -> None:
         pass
@@ -37,9 +38,29 @@ class _MemoryStore:
         for key in ids:
             self.rows.pop(key, None)
 
-    async def delete_below(self, document_id: str, version: int) -> None:
-        lower = [row.id for row in self.rows.values() if row.document_id == document_id and row.version < version]
-        await self.delete(lower)
+    async def exists(self) -> bool:
+        return self.there
+
+    def _of(self, stale: Sequence[Stale]) -> list[str]:
+        doomed = {one.document_id: one for one in stale}
+        return [
+            row.id
+            for row in self.rows.values()
+            if (one := doomed.get(row.document_id)) and row.version <= one.up_to and row.version not in one.keep
+        ]
+
+    async def count(self, stale: Sequence[Stale]) -> int:
+        return len(self._of(stale))
+
+    async def remove(self, stale: Sequence[Stale]) -> int:
+        ids = self._of(stale)
+        await self.delete(ids)
+        return len(ids)
+
+    async def drop(self) -> bool:
+        there, self.there = self.there, False
+        self.rows.clear()
+        return there
 
 
 def _ranked(scored: list[tuple[float, Row]], limit: int, offset: int) -> list[Hit]:

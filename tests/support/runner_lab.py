@@ -341,19 +341,12 @@ class KnowledgeBases:
             {name.removeprefix("TASKS_").lower(): value for name, value in self._urls.items()}
         )
         for kb_id, dimension in self._all:
-            stores: Any = opener(settings, dimension=dimension)(Generation(NAMESPACE, kb_id, 1))
-            await drop(stores.vectors, stores.texts)
+            stores = opener(settings, dimension=dimension)(Generation(NAMESPACE, kb_id, 1))
+            await drop(stores)
 
 
-async def drop(vectors: Any, texts: Any) -> None:
+async def drop(stores: Stores) -> None:
     """Remove the collection and the index of a generation, if they are there, and close both stores."""
-
-    def drop_collection() -> None:
-        if vectors._client.has_collection(vectors._name):
-            vectors._client.drop_alias(vectors._generation.alias)
-            vectors._client.drop_collection(vectors._name)
-
-    await vectors._run("drop", drop_collection)
-    await texts._client.options(ignore_status=404).indices.delete(index=texts._name)
-    await vectors.aclose()
-    await texts.aclose()
+    await stores.vectors.drop()
+    await stores.texts.drop()
+    await stores.aclose()

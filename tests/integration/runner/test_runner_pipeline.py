@@ -286,7 +286,7 @@ async def test_a_stop_hands_the_attempt_back_and_the_next_one_goes_on(lab: Lab) 
     assert (counts(outcome)[2] or 0) >= 64
 
 
-@pytest.mark.parametrize("point", ["ledger.commit 1 before", "ledger.commit 1 after", "vectors.delete_below 1 after"])
+@pytest.mark.parametrize("point", ["ledger.commit 1 before", "ledger.commit 1 after", "vectors.remove 1 after"])
 async def test_what_is_being_published_is_not_interrupted(lab: Lab, point: str) -> None:
     lab.write(sentences(5))
     work: asyncio.Task[Any]

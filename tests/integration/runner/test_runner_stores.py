@@ -10,7 +10,7 @@ import pytest
 
 from job_runner import elasticsearch, milvus
 from job_runner.elasticsearch import ElasticsearchIndex
-from job_runner.index import Generation, Row, Stored, TextIndex, VectorIndex
+from job_runner.index import Generation, Row, Stale, Stored, TextIndex, VectorIndex
 from job_runner.milvus import MilvusIndex
 from task_contract import names
 from task_contract.errors import RetryableError, StoreUnavailable
@@ -70,8 +70,7 @@ async def vector_index(request: pytest.FixtureRequest) -> AsyncIterator[VectorIn
     index = MilvusIndex(generation(), url=url, token=token, dimension=DIMENSION)
     await index.ensure()
     yield index
-    await index._run("drop", index._client.drop_alias, index._generation.alias)
-    await index._run("drop", index._client.drop_collection, index._name)
+    await index.drop()
     await index.aclose()
 
 
@@ -87,7 +86,7 @@ async def text_index(request: pytest.FixtureRequest) -> AsyncIterator[TextIndex]
     )
     await index.ensure()
     yield index
-    await index._client.indices.delete(index=index._name)
+    await index.drop()
     await index.aclose()
 
 
@@ -104,7 +103,7 @@ async def check_chunk_store(store: VectorIndex | TextIndex) -> None:
     # Nothing is there, and removing nothing is no error.
     assert await store.stored(ODD_ID, 1) == {}
     await store.delete(["0" * 32])
-    await store.delete_below(ODD_ID, 5)
+    assert await store.remove([Stale(ODD_ID, up_to=5)]) == 0
     await store.ensure()  # again
 
     # What was written is there at once, once, and only in its version.
@@ -127,16 +126,34 @@ async def check_chunk_store(store: VectorIndex | TextIndex) -> None:
         for row in (*first, replace(second[0], content_hash="d" * 32), *second[1:], *other)
     }
 
-    # Removal by id, and of lower versions of this document alone.
+    # Removal by id, and of stale versions: of these documents alone, up to a number, without those that are kept.
     await store.delete([row.id for row in first[:10]])
     assert len(await store.stored(ODD_ID, 1)) == 690
-    await store.delete_below(ODD_ID, 1)
+    assert await store.remove([Stale(ODD_ID, up_to=0), Stale("unknown", up_to=9)]) == 0
+    assert await store.remove([Stale(ODD_ID, up_to=2, keep=(1, 2, 7))]) == 0
+    assert await store.count([]) == await store.remove([]) == 0
+    stale = [Stale(ODD_ID, up_to=2, keep=(2,)), Stale("other", up_to=0)]
+    assert await store.count(stale) == 690
     assert len(await store.stored(ODD_ID, 1)) == 690
-    await store.delete_below(ODD_ID, 2)
+    assert await store.remove(stale) == 690
+    assert await store.count(stale) == await store.remove(stale) == 0
     assert await store.stored(ODD_ID, 1) == {}
     assert len(await store.stored(ODD_ID, 2)) == 3
     assert len(await store.stored("other", 1)) == 2
     assert sum([len(page) async for page in store.scan()]) == 5
+    assert await store.remove([Stale(ODD_ID, up_to=9), Stale("other", up_to=9)]) == 5
+
+    # A generation that is dropped is not there, holds nothing, and can be made anew.
+    await write(first[:3])
+    assert await store.exists()
+    assert await store.drop()
+    assert not await store.exists()
+    assert not await store.drop()
+    assert await store.count([Stale(ODD_ID, up_to=9)]) == await store.remove([Stale(ODD_ID, up_to=9)]) == 0
+    assert [page async for page in store.scan()] == []
+    await store.ensure()
+    assert await store.exists()
+    assert await store.stored(ODD_ID, 1) == {}
 
 
 async def test_a_vector_store_keeps_rows(vector_index: VectorIndex) -> None:
@@ -170,7 +187,7 @@ async def test_more_rows_than_one_answer_holds(vector_index: VectorIndex) -> Non
     for start in range(0, len(data), 5000):
         await vector_index.write(data[start : start + 5000], vectors(len(data[start : start + 5000])))
     assert (await vector_index.stored(ODD_ID, 1)).keys() == {row.id for row in data}
-    await vector_index.delete_below(ODD_ID, 2)
+    assert await vector_index.remove([Stale(ODD_ID, up_to=1)]) == 17_000
     assert await vector_index.stored(ODD_ID, 1) == {}
 
 
@@ -178,7 +195,7 @@ async def test_more_text_rows_than_one_answer_holds(text_index: TextIndex) -> No
     data = rows(11_000)
     await text_index.write(data)
     assert (await text_index.stored(ODD_ID, 1)).keys() == {row.id for row in data}
-    await text_index.delete_below(ODD_ID, 2)
+    assert await text_index.remove([Stale(ODD_ID, up_to=1)]) == 11_000
     assert await text_index.stored(ODD_ID, 1) == {}
 
 
@@ -238,14 +255,47 @@ async def test_two_pods_create_a_knowledge_base_at_once(store_urls: dict[str, st
     await texts[0].write(data)
     assert len(await texts[1].stored(ODD_ID, 1)) == 2
     assert await texts[2].search("chunk", limit=5)  # through the alias
-    await texts[0]._client.indices.delete(index=where.name)
-    for pod in (pods[0], pods[3]):
-        pod._client.drop_alias(where.alias)
-        pod._client.drop_collection(where.name)
+    for store in (pods[0], pods[3], texts[0]):
+        await store.drop()
     for pod in pods:
         await pod.aclose()
     for text in texts:
         await text.aclose()
+
+
+async def test_the_alias_goes_over_to_the_generation_that_is_left(store_urls: dict[str, str], milvus_lite: str) -> None:
+    first = generation()
+    second = replace(first, number=2)
+    api_key = store_urls.get("TASKS_ELASTICSEARCH_API_KEY")
+    for open_store in (
+        lambda where: MilvusIndex(
+            where, url=store_urls["TASKS_MILVUS_URL"], token=store_urls.get("TASKS_MILVUS_TOKEN"), dimension=DIMENSION
+        ),
+        lambda where: MilvusIndex(where, url=milvus_lite, token=None, dimension=DIMENSION),
+        lambda where: ElasticsearchIndex(where, url=store_urls["TASKS_ELASTICSEARCH_URL"], api_key=api_key),
+    ):
+        old, new = open_store(first), open_store(second)
+        await old.ensure()
+        await new.ensure()
+        data = rows(1, texts="only in the new one {}")
+        await (new.write(data, vectors(1)) if isinstance(new, MilvusIndex) else new.write(data))
+        await new.stored(ODD_ID, 1)  # refreshes
+
+        async def found(store: MilvusIndex | ElasticsearchIndex) -> int:
+            if isinstance(store, MilvusIndex):
+                return len(await store.search(vectors(1)[0], limit=5))
+            return len(await store.search("only", limit=5))
+
+        assert await found(new) == 0, "the alias serves the first generation"
+        assert await old.drop()
+        await new.ensure()
+        assert await found(new) == 1, "the alias serves the second one"
+        await old.ensure()
+        assert await old.drop(), "an alias that serves another generation does not keep a collection"
+        assert await found(new) == 1
+        await new.drop()
+        await old.aclose()
+        await new.aclose()
 
 
 async def test_an_index_is_strict_about_its_fields(store_urls: dict[str, str]) -> None:
@@ -255,7 +305,7 @@ async def test_an_index_is_strict_about_its_fields(store_urls: dict[str, str]) -
     await index.ensure()
     with pytest.raises(RetryableError, match=r"cannot write x in kb_.*strict_dynamic_mapping_exception"):
         await index._bulk("write", [({"index": {"_id": "x"}}, {"unknown": 1})])
-    await index._client.indices.delete(index=index._name)
+    await index.drop()
     await index.aclose()
 
 
