@@ -78,6 +78,9 @@ lock: $(READY) ## Pin all dependencies anew within the bounds of pyproject.toml
 	@echo "locking torch"
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-header --constraint requirements/dev.txt --extra sentence-transformers pyproject.toml -o requirements/torch.txt
+	@echo "locking bench"
+	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-header --group bench -o requirements/bench.txt
 	@echo hatchling | $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-header --no-annotate - -o requirements/build.txt
 

@@ -1,23 +1,32 @@
 """``python -m tests.bench [NAME]``: run the benchmarks, write ``build/bench/NAME.json``, print a table.
 
 A benchmark is a module here with a function ``run() -> list[Measurement]``. Figures of a shared machine are noisy: CPU time
-and ratios within one run say more than wall time.
+and ratios within one run say more than wall time. ``--help`` lists what each of them measures.
 """
 
 import importlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
 
 from devstack.progress import DevstackError
 
-BENCHMARKS = ("devstack", "document", "operator")
+BENCHMARKS = ("devstack", "document", "operator", "pipeline")
 RESULTS = Path(__file__).resolve().parents[2] / "build/bench"
 
 
 def main(names: list[str]) -> int:
     """Run the benchmarks named, or all; return the exit status: 1 when one could not be run. A missed target is no error."""
+    # One thread of linear algebra, as in the runner (job_runner.__main__); numpy reads it when it is imported.
+    for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
+    if "--help" in names:
+        print("python -m tests.bench [NAME ...]: writes build/bench/NAME.json; a missed target is no error\n")
+        for name in BENCHMARKS:
+            print(f"  {name:<10} {str(importlib.import_module(f'tests.bench.{name}_bench').__doc__).splitlines()[0]}")
+        return 0
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         print(f"cannot run {', '.join(unknown)}: the benchmarks are {', '.join(BENCHMARKS)}", file=sys.stderr)
