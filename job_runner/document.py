@@ -35,7 +35,7 @@ class Kind(StrEnum):
     IMAGE = "image"
 
 
-READABLE: Final = "PDF, DOCX, HTML, Markdown and text"
+READABLE: Final = "PDF, DOCX, EPUB, HTML, Markdown and text"
 """What messages say that this version reads."""
 
 

@@ -105,7 +105,6 @@ _UNREAD: Final = {
     Kind.CSV: "a delimited table",
     Kind.JSON: "JSON",
     Kind.JSONL: "JSON Lines",
-    Kind.EPUB: "an EPUB book",
     Kind.EML: "an e-mail",
     Kind.IMAGE: "a picture",
 }

@@ -10,6 +10,7 @@ from typing import BinaryIO, Final
 from job_runner.document import READABLE, Kind, ParsedDocument
 from job_runner.readers.charset import decode
 from job_runner.readers.docx import read_docx
+from job_runner.readers.epub import read_epub
 from job_runner.readers.failure import OnProgress, ReadingFailed
 from job_runner.readers.html import read_html
 from job_runner.readers.pdf import read_pdf
@@ -39,7 +40,9 @@ def read(file: BinaryIO, *, kind: Kind, name: str, on_progress: OnProgress = lam
             document = read_html(file.read(), name=name)
         case Kind.PPTX | Kind.XLSX | Kind.XLS | Kind.ODS | Kind.CSV | Kind.JSON | Kind.JSONL:
             raise ReadingFailed("DocumentRefused", f"cannot read {name}: no reader")
-        case Kind.EPUB | Kind.EML | Kind.IMAGE:  # known to job_runner.kinds, which refuses them
+        case Kind.EPUB:
+            document = read_epub(file, name=name, on_progress=on_progress)
+        case Kind.EML | Kind.IMAGE:  # known to job_runner.kinds, which refuses them
             raise ReadingFailed("DocumentRefused", f"cannot read {name}: this version reads {READABLE}")
     if not document.text.strip():
         raise ReadingFailed("DocumentEmpty", f"cannot index {name}: there is no text in it")

@@ -22,6 +22,11 @@ square of it (measured: 0.4 s for 20,000, 32 s for 100,000)."""
 _MARKUP_LIMIT: Final = 4_000_000
 """Tags of a page. Lexbor needs some 190 bytes an element (measured), so that about five million fit the default limit."""
 _TAG: Final = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)")
+_SELF_CLOSING: Final = re.compile(r"""<([a-zA-Z][\w:.-]*+)((?:\s++[\w:.-]++\s*+=\s*+(?:"[^"<]*+"|'[^'<]*+'))*+)\s*+/>""")
+_VOID: Final = frozenset({
+    "area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "param", "source", "track", "wbr",
+})  # fmt: skip
+"""Elements of HTML that have no content and no end tag."""
 # fmt: off
 _NEVER_DEEP: Final = frozenset({
     # Without an end tag of their own, or ended by their neighbour or by one another.
@@ -73,11 +78,34 @@ def read_html(data: bytes, *, name: str) -> ParsedDocument:
 
     Raises :class:`ReadingFailed`: DocumentRefused for markup without end, DocumentEmpty if the page shows nothing.
     """
+    blocks, title = page_blocks(data, name=name)
+    document = assemble(blocks, kind=Kind.HTML, title=title)
+    if not document.text:
+        message = (
+            f"cannot index {name}: the page shows no text; if scripts fill it, save it from a browser once it is complete"
+        )
+        raise ReadingFailed("DocumentEmpty", message)
+    return document
+
+
+def page_blocks(
+    data: bytes, *, name: str, charset: str | None = None, xhtml: bool = False
+) -> tuple[list[Block], str | None]:
+    """Return the blocks of a page and its title.
+
+    ``charset``: what is declared outside of the page, which counts more than what it says itself. ``xhtml``: it is XML,
+    whatever it begins with.
+
+    Raises :class:`ReadingFailed`: DocumentRefused for markup without end.
+    """
     from selectolax.lexbor import LexborHTMLParser, SelectolaxError
 
-    declared = _DECLARED.search(data, 0, _DECLARED_WITHIN)
-    text = decode(data, name=name, declared=declared and (declared.group(1) or declared.group(2)).decode("ascii"))
+    if charset is None and (declared := _DECLARED.search(data, 0, _DECLARED_WITHIN)):
+        charset = (declared.group(1) or declared.group(2)).decode("ascii")
+    text = decode(data, name=name, declared=charset)
     _check_markup(text, name=name)
+    if xhtml or text[:100].lstrip().startswith("<?xml"):
+        text = _SELF_CLOSING.sub(_closed, text)
     try:
         tree = LexborHTMLParser(text.encode("utf-8", errors="replace"))
     except SelectolaxError as error:
@@ -96,13 +124,12 @@ def read_html(data: bytes, *, name: str) -> ParsedDocument:
         if not any(block.text for block in blocks):
             blocks = _Walk(unseen).blocks(root)
     title = tree.css_first("head > title")
-    document = assemble(blocks, kind=Kind.HTML, title=_inline(title.text()).replace(_BREAK, " ") if title else None)
-    if not document.text:
-        message = (
-            f"cannot index {name}: the page shows no text; if scripts fill it, save it from a browser once it is complete"
-        )
-        raise ReadingFailed("DocumentEmpty", message)
-    return document
+    return blocks, _inline(title.text()).replace(_BREAK, " ") if title else None
+
+
+def _closed(tag: re.Match[str]) -> str:
+    """Return an element of XML without content as HTML has it: there ``<title/>`` begins one that never ends."""
+    return tag.group() if tag.group(1).lower() in _VOID else f"<{tag.group(1)}{tag.group(2)}></{tag.group(1)}>"
 
 
 def _check_markup(text: str, *, name: str) -> None:
