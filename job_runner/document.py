@@ -35,7 +35,7 @@ class Kind(StrEnum):
     IMAGE = "image"
 
 
-READABLE: Final = "PDF, DOCX, EPUB, HTML, Markdown and text"
+READABLE: Final = "PDF, DOCX, EPUB, HTML, Markdown, text and e-mails (EML)"
 """What messages say that this version reads."""
 
 

@@ -105,7 +105,6 @@ _UNREAD: Final = {
     Kind.CSV: "a delimited table",
     Kind.JSON: "JSON",
     Kind.JSONL: "JSON Lines",
-    Kind.EML: "an e-mail",
     Kind.IMAGE: "a picture",
 }
 """Kinds that are known and that no reader reads yet."""

@@ -13,6 +13,7 @@ from job_runner.readers.docx import read_docx
 from job_runner.readers.epub import read_epub
 from job_runner.readers.failure import OnProgress, ReadingFailed
 from job_runner.readers.html import read_html
+from job_runner.readers.mail import Allowance, read_mail
 from job_runner.readers.pdf import read_pdf
 from job_runner.readers.text import read_markdown, read_plain
 
@@ -22,8 +23,17 @@ PARSER_VERSION: Final = "1"
 """Part of the pipeline fingerprint: raise it whenever the same bytes would give another text, page or heading."""
 
 
-def read(file: BinaryIO, *, kind: Kind, name: str, on_progress: OnProgress = lambda done, total: None) -> ParsedDocument:
+def read(
+    file: BinaryIO,
+    *,
+    kind: Kind,
+    name: str,
+    on_progress: OnProgress = lambda done, total: None,
+    allowance: Allowance | None = None,
+) -> ParsedDocument:
     """Read an open file of a known kind, from its beginning; ``name`` is what messages call it.
+
+    ``allowance`` is what attachments of mails may still be, for a file that is one itself.
 
     Raises :class:`ReadingFailed`.
     """
@@ -42,7 +52,9 @@ def read(file: BinaryIO, *, kind: Kind, name: str, on_progress: OnProgress = lam
             raise ReadingFailed("DocumentRefused", f"cannot read {name}: no reader")
         case Kind.EPUB:
             document = read_epub(file, name=name, on_progress=on_progress)
-        case Kind.EML | Kind.IMAGE:  # known to job_runner.kinds, which refuses them
+        case Kind.EML:
+            document = read_mail(file, name=name, allowance=allowance or Allowance(), read=read)
+        case Kind.IMAGE:  # known to job_runner.kinds, which refuses them
             raise ReadingFailed("DocumentRefused", f"cannot read {name}: this version reads {READABLE}")
     if not document.text.strip():
         raise ReadingFailed("DocumentEmpty", f"cannot index {name}: there is no text in it")
