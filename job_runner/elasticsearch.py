@@ -6,20 +6,30 @@ Deletion is search and bulk, since ``_delete_by_query`` comes with a module that
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import asdict
+from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
+from job_runner.backoff import Busy, patiently
 from job_runner.index import HIT_FIELDS, STORED_FIELDS, Generation, Hit, Row, Stale, Stored
-from task_contract.errors import RetryableError, StoreCapacity, StoresDisagree, StoreUnavailable, TaskError
+from task_contract.errors import RetryableError, StoreCapacity, StoreRefused, StoresDisagree, StoreUnavailable, TaskError
 
 TIMEOUT: Final = 15.0
 _PAGE: Final = 5_000
 _BULK_BYTES: Final = 512 * 2**10
 """The HTTP library wants bodies below 1 MiB, so as not to hold up the event loop; a row may have 150 KiB."""
 _BUSY: Final = frozenset({429, 502, 503, 504})
-_BUSY_SECONDS: Final = 30.0
-"""How long a busy server is asked again before the task is given back."""
+# Of the errors with status 400 those that say something of the rows; others are about the index or a request of ours.
+_BAD_ROWS: Final = frozenset(
+    {
+        "document_parsing_exception",
+        "illegal_argument_exception",
+        "mapper_parsing_exception",
+        "strict_dynamic_mapping_exception",
+    }
+)
 _GONE_SECONDS: Final = 15.0
 _ANALYZERS: Final = ("smartcn", "cjk", "standard")
 """In the order in which Chinese is found best: words, pairs of characters, single characters. All know English."""
@@ -213,27 +223,30 @@ class ElasticsearchIndex:
 
     async def _bulk(self, action: str, operations: Sequence[tuple[Mapping[str, Any], Mapping[str, Any] | None]]) -> None:
         """Send operations; look at every item of the answer, since a bulk request succeeds even where its items fail."""
-        deadline = asyncio.get_running_loop().time() + _BUSY_SECONDS
-        pause = 0.2
         rest = list(operations)
-        while rest:
+        # What a busy server refuses is asked for again below, after pauses, which the client does not make.
+        client = self._client.options(retry_on_status=())
+
+        async def send() -> None:
+            nonlocal rest
             body = [line for operation in rest for line in operation if line is not None]
             async with _guarded(f"{action} in {self._name}"):
-                answer = await self._client.bulk(index=self._name, operations=body)
-            busy = []
+                answer = await client.bulk(index=self._name, operations=body)
+            busy, last = [], None
             for operation, item in zip(rest, answer["items"], strict=True):
                 result = next(iter(item.values()))
                 status = result["status"]
                 if status in _BUSY:
-                    busy.append((operation, result))
+                    busy.append(operation)
+                    last = result.get("error")
                 elif status >= 300 and not (status == 404 and "delete" in item):
                     raise _refused(f"{action} {result.get('_id')} in {self._name}", status, result.get("error"))
-            if busy and asyncio.get_running_loop().time() > deadline:
-                raise _refused(f"{action} in {self._name}", 429, busy[0][1].get("error"))
-            rest = [operation for operation, _ in busy]
+            rest = busy
             if rest:
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, 5)
+                raise _refused(f"{action} {len(rest)} rows in {self._name}", 429, last)
+
+        if rest:
+            await patiently(send)
 
 
 _loaded: Any = None
@@ -335,22 +348,39 @@ async def _guarded(action: str) -> AsyncIterator[None]:
     try:
         yield
     except client.ApiError as error:
-        raise _refused(action, error.meta.status, error.body) from error
+        raise _refused(action, error.meta.status, error.body, after=_retry_after(error.meta.headers)) from error
     except client.TransportError as error:
         message = f"cannot {action}: Elasticsearch: {error.message}; check TASKS_ELASTICSEARCH_URL and the server"
         raise StoreUnavailable(message) from error
 
 
-def _refused(action: str, status: int, detail: object) -> TaskError:
-    reason = detail
+def _refused(action: str, status: int, detail: object, *, after: float = 0) -> TaskError:
+    kind, reason = "", str(detail)
     if isinstance(detail, Mapping):
         cause = detail.get("error", detail)
-        reason = f"{cause.get('type')}: {cause.get('reason')}" if isinstance(cause, Mapping) else cause
-    text = f"cannot {action}: Elasticsearch: {status} {str(reason)[:500]}"
+        kind = str(cause.get("type")) if isinstance(cause, Mapping) else ""
+        reason = f"{kind}: {cause.get('reason')}" if isinstance(cause, Mapping) else str(cause)
+    text = f"cannot {action}: Elasticsearch: {status} {reason[:500]}"
     if "maximum" in text and "shards" in text:
         return StoreCapacity(f"{text}; remove unused knowledge bases, or raise cluster.max_shards_per_node")
+    if status == 400 and ("Limit of total fields" in text or "documents in the index cannot exceed" in text):
+        return StoreCapacity(f"{text}; begin another knowledge base, or raise the limit of the index")
     if status in _BUSY:
-        return StoreUnavailable(f"{text}; check the server's load and disk")
+        return Busy(f"{text}; check the server's load and disk", after=after)
+    if kind == "cluster_block_exception":
+        return StoreUnavailable(f"{text}; the index does not take writes: free disk space, then remove the block")
     if status in {401, 403}:
         return StoreUnavailable(f"{text}; check the credentials in TASKS_ELASTICSEARCH_URL or TASKS_ELASTICSEARCH_API_KEY")
+    if (status == 400 and kind in _BAD_ROWS) or status == 413:
+        return StoreRefused(f"{text}; correct the task, or rebuild a knowledge base whose index has other columns")
     return RetryableError(text)
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Return the seconds for which a server asks to be left alone (RFC 9110, 10.2.3); 0 if it does not say."""
+    said = headers.get("retry-after") or ""
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(said))
+    with contextlib.suppress(ValueError, TypeError):
+        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+    return 0.0

@@ -7,13 +7,15 @@ pymilvus is imported when the first connection is made, since the import costs m
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
+from job_runner.backoff import Busy, patiently
 from job_runner.index import FIELDS, HIT_FIELDS, STORED_FIELDS, Generation, Hit, Row, Stale, Stored
-from task_contract.errors import RetryableError, StoreCapacity, StoresDisagree, StoreUnavailable, TaskError
+from task_contract.errors import RetryableError, StoreCapacity, StoreRefused, StoresDisagree, StoreUnavailable, TaskError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,8 +36,14 @@ _DELETE_IDS: Final = 1_000
 _GONE_SECONDS: Final = 15.0
 
 # Codes of pymilvus and of Milvus 2.3 and later (pkg/util/merr); milvus-lite uses 1 for many things.
-_CONNECTION_CODES: Final = frozenset({2, 3, 4, 5, 8, 9, 10, 1400, 1401})
+_CONNECTION_CODES: Final = frozenset({2, 5, 10, 1400, 1401})
+_BUSY_CODES: Final = frozenset({3, 4, 7, 8, 9})
+"""Memory, requests, disk, rate, quota: the server is there and takes no more now."""
 _LIMIT_CODES: Final = frozenset({102})
+_BAD_ROW_CODES: Final = frozenset({6, 1100, 1101, 1102})
+"""6 is milvus-lite's; of a server it would say that the client asks a wrong cluster."""
+_BAD_ROWS: Final = re.compile("exceeds? max|divide the dim|expected dim|not a number|larger than max")
+"""Refusals that Milvus 2.3 gives the code of every unexpected error."""
 
 
 class MilvusIndex:
@@ -149,7 +157,7 @@ class MilvusIndex:
                 {**asdict(row), "metadata": dict(row.metadata), "embedding": vector}
                 for row, vector in zip(rows[part], vectors[part], strict=True)
             ]
-            await self._run("write", self._upsert, data)
+            await patiently(partial(self._run, "write", self._upsert, data))
 
     def _upsert(self, data: list[dict[str, Any]]) -> None:
         self._client.upsert(self._name, data, timeout=TIMEOUT)
@@ -283,10 +291,21 @@ def _converted(action: str, error: Exception) -> TaskError:
     lowered = message.lower()
     if code in _LIMIT_CODES or ("collection" in lowered and "exceed" in lowered and "limit" in lowered):
         return StoreCapacity(f"{text}; remove unused knowledge bases, or raise Milvus' limit on collections")
+    if code in _BAD_ROW_CODES or isinstance(error, _mismatch()) or _BAD_ROWS.search(lowered):
+        return StoreRefused(f"{text}; correct the task, or rebuild a knowledge base whose collection has other columns")
+    if code in _BUSY_CODES:
+        return Busy(f"{text}; check the server's load, memory and disk")
     transport = callable(code) or code in _CONNECTION_CODES or "unavailable" in lowered or "deadline" in lowered
     if transport or "timeout" in lowered or "auth" in lowered or "connect" in lowered or "not loaded" in lowered:
         return StoreUnavailable(f"{text}; check TASKS_MILVUS_URL and the server")
     return RetryableError(text)
+
+
+def _mismatch() -> type[Exception]:
+    from pymilvus.exceptions import DataNotMatchException
+
+    mismatch: type[Exception] = DataNotMatchException
+    return mismatch
 
 
 def _unless(done: Callable[[], bool], act: Callable[[], object]) -> None:
@@ -305,7 +324,7 @@ def _schema(dimension: int) -> Any:
 
     integers = {"version", "ordinal", "page_start", "page_end", "char_start", "char_end"}
     # Milvus counts bytes: four a character at most. Bounds are those of the contract and of the splitter.
-    lengths = {"document_id": 2_048, "text": 65_535, "heading_path": 4_096}
+    lengths = {"document_id": 4_096, "text": 65_535, "heading_path": 4_096}
     fields = [FieldSchema("id", DataType.VARCHAR, max_length=64, is_primary=True)]
     for name in FIELDS:
         if name in integers:

@@ -11,7 +11,8 @@
     │   ├── DocumentEmpty         no text in it
     │   ├── ModelMismatch         the knowledge base was filled by another embedding model
     │   ├── ModelUnavailable      the runner's image has not the embedding model of its settings, or a damaged one
-    │   └── StoreCapacity         a store's limit on collections, shards or fields
+    │   ├── StoreCapacity         a store's limit on collections, shards or fields
+    │   └── StoreRefused          a store does not take these rows: a value too long, columns of another kind
     ├── RetryableError            another attempt may succeed: counted against spec.retry.limit
     │   ├── AttemptTimeout
     │   ├── ParserCrashed         killed for memory or time, or a crash of the child process
@@ -96,6 +97,12 @@ class StoreCapacity(PermanentError):
     """A store's own limit is reached (collections, shards, fields)."""
 
     reason = "StoreCapacity"
+
+
+class StoreRefused(PermanentError):
+    """A store refuses the rows for what they are: a value that is too long, a column of another kind."""
+
+    reason = "StoreRefused"
 
 
 class RetryableError(TaskError):

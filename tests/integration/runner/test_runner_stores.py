@@ -13,7 +13,7 @@ from job_runner.elasticsearch import ElasticsearchIndex
 from job_runner.index import Generation, Row, Stale, Stored, TextIndex, VectorIndex
 from job_runner.milvus import MilvusIndex
 from task_contract import names
-from task_contract.errors import RetryableError, StoreUnavailable
+from task_contract.errors import StoreRefused, StoreUnavailable
 from tests.support.memory_stores import MemoryTextIndex, MemoryVectorIndex
 
 pytestmark = pytest.mark.integration
@@ -303,7 +303,7 @@ async def test_an_index_is_strict_about_its_fields(store_urls: dict[str, str]) -
         generation(), url=store_urls["TASKS_ELASTICSEARCH_URL"], api_key=store_urls.get("TASKS_ELASTICSEARCH_API_KEY")
     )
     await index.ensure()
-    with pytest.raises(RetryableError, match=r"cannot write x in kb_.*strict_dynamic_mapping_exception"):
+    with pytest.raises(StoreRefused, match=r"cannot write x in kb_.*strict_dynamic_mapping_exception"):
         await index._bulk("write", [({"index": {"_id": "x"}}, {"unknown": 1})])
     await index.drop()
     await index.aclose()
