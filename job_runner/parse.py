@@ -7,6 +7,7 @@ exceeds their bounds is refused. Errors that the child names keep their type.
 
 import asyncio
 import contextlib
+import io
 import json
 import os
 import signal
@@ -43,7 +44,7 @@ class ParserLimits:
     cpu_seconds: int
     """CPU time; at half of the wall time it is reached first, unless the child had to wait for a CPU."""
     output_bytes: int
-    """Size of the text and its tables as JSON."""
+    """Size of the answer: the text, pages and headings as JSON."""
 
 
 async def parse(source: Source, *, limits: ParserLimits, on_progress: Callable[[int, int], None]) -> ParsedDocument:
@@ -73,7 +74,7 @@ async def parse(source: Source, *, limits: ParserLimits, on_progress: Callable[[
     errors = asyncio.create_task(_stderr(child))
     try:
         async with asyncio.timeout(limits.seconds):
-            answer = await _answer(child, name=source.name, limits=limits, on_progress=on_progress)
+            answer, text = await _answer(child, name=source.name, limits=limits, on_progress=on_progress)
             status = await child.wait()
     except TimeoutError:
         raise ParserCrashed(
@@ -90,32 +91,37 @@ async def parse(source: Source, *, limits: ParserLimits, on_progress: Callable[[
         raise _FAILURES.get(failure["reason"], DocumentUnreadable)(failure["message"])
     if "document" not in answer or status != 0:
         raise _crash(source.name, status=status, errors=errors.result(), limits=limits)
-    return decode_document(answer["document"])
+    return decode_document(answer["document"], text=text)
 
 
 async def _answer(
     child: asyncio.subprocess.Process, *, name: str, limits: ParserLimits, on_progress: Callable[[int, int], None]
-) -> dict[str, Any]:
-    """Read the child's lines; return the last one, empty if there was none."""
+) -> tuple[dict[str, Any], str]:
+    """Read the child's lines; return the last one, empty if there was none, and the text that came in pieces before it."""
     assert child.stdout is not None  # noqa: S101 - for the type checker: it was asked for above
     answer: dict[str, Any] = {}
+    text = io.StringIO()
     rest = bytearray()
+    size = 0
     while data := await child.stdout.read(_READ_BYTES):
-        rest += data
-        if len(rest) > limits.output_bytes:
+        size += len(data)
+        if size > limits.output_bytes:
             raise DocumentRefused(
                 f"cannot parse {name}: its text is larger than {limits.output_bytes} bytes; "
                 "split the document, or raise TASKS_PARSER_OUTPUT_BYTES"
             )
-        if not data.endswith(b"\n"):
+        rest += data
+        if b"\n" not in data:
             continue
-        lines, rest = rest.splitlines(), bytearray()
+        *lines, rest = rest.split(b"\n")
         for line in lines:
-            # A large document takes a while to decode; progress and SIGTERM must not wait for it.
+            # Tables of a large document take a while to decode; progress and SIGTERM must not wait for it.
             answer = await asyncio.to_thread(json.loads, line) if len(line) > _READ_BYTES else json.loads(line)
             if "progress" in answer:
                 on_progress(*answer["progress"])
-    return {} if rest else answer  # cut off in the middle: a crash, which the exit status explains
+            elif "text" in answer:
+                text.write(answer["text"])
+    return ({} if rest else answer), text.getvalue()  # cut off in the middle: a crash, which the exit status explains
 
 
 async def _drain(stream: asyncio.StreamReader | None) -> None:
@@ -148,11 +154,11 @@ def _crash(name: str, *, status: int, errors: str, limits: ParserLimits) -> Task
     return ParserCrashed(f"cannot parse {name}: the parser crashed ({how}, memory limit {memory}) {last[0]}".rstrip())
 
 
-def decode_document(document: Mapping[str, Any]) -> ParsedDocument:
+def decode_document(document: Mapping[str, Any], *, text: str) -> ParsedDocument:
     """Read what :func:`job_runner.parse_child.encode` wrote."""
     return ParsedDocument(
         kind=Kind(document["kind"]),
-        text=document["text"],
+        text=text,
         pages=tuple(Page(*page) for page in document["pages"]),
         headings=tuple(Heading(*heading) for heading in document["headings"]),
         failed_pages=tuple(document["failed_pages"]),

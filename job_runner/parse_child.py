@@ -1,8 +1,8 @@
 """The child process that reads a file: ``python -m job_runner.parse_child KIND NAME MEMORY_BYTES CPU_SECONDS``.
 
 The file is standard input. Standard output carries JSON, one object a line: ``{"progress": [done, total]}`` while it
-reads, then ``{"document": ...}`` or ``{"failure": {"reason": ..., "message": ...}}``. Whatever else happens (a signal, no
-last line) is a crash, and the parent says so.
+reads, then the text in pieces, ``{"text": ...}``, and ``{"document": ...}`` with the rest, or at any time ``{"failure":
+{"reason": ..., "message": ...}}``. Whatever else happens (a signal, no last line) is a crash, and the parent says so.
 """
 
 import ctypes
@@ -18,6 +18,8 @@ from job_runner.document import Kind, ParsedDocument
 from job_runner.readers import ReadingFailed, read
 
 _PROGRESS_SECONDS: Final = 0.2
+_PIECE: Final = 64 * 1024
+"""Characters of a piece of text: neither side then holds a large text a second time, as JSON."""
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 
@@ -31,10 +33,9 @@ def limit(*, memory_bytes: int, cpu_seconds: int) -> None:
 
 
 def encode(document: ParsedDocument) -> dict[str, Any]:
-    """Return a document as JSON; the parent's :func:`job_runner.parse.decode_document` reads it."""
+    """Return a document without its text as JSON; the parent's :func:`job_runner.parse.decode_document` reads it."""
     return {
         "kind": document.kind,
-        "text": document.text,
         "pages": [astuple(page) for page in document.pages],
         "headings": [astuple(heading) for heading in document.headings],
         "failed_pages": document.failed_pages,
@@ -60,6 +61,8 @@ def main(arguments: list[str], output: TextIO) -> None:
     try:
         with open("/dev/stdin", "rb") as file:  # noqa: PTH123 - a path of its own, not the descriptor: its position is not shared
             document = read(file, kind=Kind(kind), name=name, on_progress=progress)
+        for start in range(0, len(document.text), _PIECE):
+            say(text=document.text[start : start + _PIECE])
         say(document=encode(document))
     except ReadingFailed as failure:
         say(failure={"reason": failure.reason, "message": failure.message})

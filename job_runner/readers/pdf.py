@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, Final
 
 from job_runner.document import Heading, Kind, Page, ParsedDocument
 from job_runner.readers.failure import OnProgress, ReadingFailed
+from job_runner.readers.ocr import NEEDS_OCR, RESOLUTION, SIDE, Recognize
 
 _HEADING_LINE_LIMIT: Final = 100
 _HEADING_SHARE: Final = 0.25
@@ -22,6 +23,11 @@ _WIDE: Final = re.compile(
 _SENTENCE_END: Final = re.compile(r"[。！？；…｡.!?:：][\"'”’」』）】》)\]]*\Z")
 _LIST_ITEM: Final = re.compile(r"(?:[-*+•·▪◦‣–]|\(?\d{1,3}[.)、）]|[（(][一二三四五六七八九十]{1,3}[）)])\s*\S")
 _DIGITS: Final = re.compile(r"\d+")
+_WINDOW: Final = 100
+"""Pages after which a PDF is opened anew. PDFium keeps what it has parsed of an open one, 7 KB a page of plain text: 31 MB
+after 1,000 pages, 25 if it is opened anew, in the same time (measured)."""
+_STAMP: Final = 100
+"""Characters below which the text of a page may be what a scanner or an archive stamped on it."""
 _HYPHEN: Final = "\ufffe"
 """What PDFium writes for a hyphen that parts a word at the end of a line."""
 
@@ -39,38 +45,38 @@ class _Line:
     """Level of a heading; 0: no heading."""
 
 
-def read_pdf(file: BinaryIO, *, name: str, on_progress: OnProgress) -> ParsedDocument:
-    """Read a PDF page by page; a page that cannot be read is recorded. Raises :class:`ReadingFailed`."""
+def read_pdf(file: BinaryIO, *, name: str, on_progress: OnProgress, recognize: Recognize | None = None) -> ParsedDocument:
+    """Read a PDF page by page; a page that cannot be read is recorded.
+
+    Scanned pages are those of ``recognize``; without it they are among the failed ones. Raises :class:`ReadingFailed`.
+    """
     import pypdfium2
 
-    try:
-        pdf = pypdfium2.PdfDocument(file)
-        count = len(pdf)
-    except pypdfium2.PdfiumError as error:
-        raise ReadingFailed("DocumentUnreadable", _why_unreadable(error, name=name)) from error
+    pdf = _opened(file, name=name)
+    count = len(pdf)
     if count == 0:
         raise ReadingFailed("DocumentUnreadable", f"cannot read {name}: the PDF has no pages; it is damaged")
     bookmarks = _bookmarks(pdf)
     lines: list[_Line] = []
     failed: list[int] = []
-    images: list[int] = []
+    scans: list[int] = []
     for number in range(1, count + 1):
+        if number % _WINDOW == 0:
+            pdf.close()
+            pdf = _opened(file, name=name)
         try:
-            found, is_image = _page_lines(pdf, number, with_sizes=not bookmarks)
+            found, is_scan = _page_lines(pdf, number, with_sizes=not bookmarks, recognize=recognize)
         except (pypdfium2.PdfiumError, ValueError, UnicodeError):
             failed.append(number)
         else:
             lines += found
-            if is_image:
-                images.append(number)
+            if is_scan and not found and recognize is None:
+                scans.append(number)
         on_progress(number, count)
     pdf.close()
     if not lines:
-        if images:
-            message = (
-                f"cannot index {name}: none of its {count} pages has text; scanned pages need OCR, which this version lacks"
-            )
-            raise ReadingFailed("DocumentEmpty", message)
+        if scans:
+            raise ReadingFailed("DocumentEmpty", f"cannot index {name}: none of its {count} pages has text; {NEEDS_OCR}")
         if failed:
             raise ReadingFailed("DocumentUnreadable", f"cannot read {name}: all {count} pages are damaged")
         raise ReadingFailed("DocumentEmpty", f"cannot index {name}: none of its {count} pages has text")
@@ -87,8 +93,18 @@ def read_pdf(file: BinaryIO, *, name: str, on_progress: OnProgress) -> ParsedDoc
         text=text,
         pages=tuple(reversed(pages)),
         headings=tuple(headings),
-        failed_pages=tuple(sorted({*failed, *images})),
+        failed_pages=tuple(sorted({*failed, *scans})),
     )
+
+
+def _opened(file: BinaryIO, *, name: str) -> Any:
+    """Open a PDF; PDFium reads the parts of the file as it needs them."""
+    import pypdfium2
+
+    try:
+        return pypdfium2.PdfDocument(file)
+    except pypdfium2.PdfiumError as error:
+        raise ReadingFailed("DocumentUnreadable", _why_unreadable(error, name=name)) from error
 
 
 def _why_unreadable(error: Any, *, name: str) -> str:
@@ -123,35 +139,72 @@ def _bookmarks(pdf: Any) -> list[_Bookmark]:
     return found
 
 
-def _page_lines(pdf: Any, number: int, *, with_sizes: bool) -> tuple[list[_Line], bool]:
-    """Return the lines of a page, and whether it is an image without text."""
-    import pypdfium2.raw as pdfium
-
+def _page_lines(pdf: Any, number: int, *, with_sizes: bool, recognize: Recognize | None) -> tuple[list[_Line], bool]:
+    """Return the lines of a page, and whether it is a scan."""
     page = pdf[number - 1]
     try:
-        text_page = page.get_textpage()
-        try:
-            text = text_page.get_text_bounded()
-            # Positions in the text are positions of characters only if the library left nothing out.
-            sized = with_sizes and len(text) == text_page.count_chars()
-            lines: list[_Line] = []
-            offset = 0
-            for raw in text.split("\n"):
-                start, offset = offset, offset + len(raw) + 1
-                content = raw.strip("\r\x00 \t\u3000")
-                if not content.strip(_HYPHEN):
-                    continue
-                size = 0.0
-                if sized:
-                    first = start + len(raw) - len(raw.lstrip("\r\x00 \t\u3000"))
-                    size = round(pdfium.FPDFText_GetFontSize(text_page, first), 1)
-                lines.append(_Line(text=content, page=number, size=size))
-        finally:
-            text_page.close()
-        is_image = not lines and next(page.get_objects(filter=[pdfium.FPDF_PAGEOBJ_IMAGE]), None) is not None
+        lines = _text_lines(page, number, with_sizes=with_sizes)
+        is_scan = _is_scan(page, characters=sum(len(line.text) for line in lines))
+        if is_scan and recognize is not None:
+            recognized = [_Line(text=text, page=number) for text in recognize(_rendered(page))]
+            lines = recognized or lines
     finally:
         page.close()
-    return lines, is_image
+    return lines, is_scan
+
+
+def _text_lines(page: Any, number: int, *, with_sizes: bool) -> list[_Line]:
+    """Return the lines of the text that a page has."""
+    import pypdfium2.raw as pdfium
+
+    lines: list[_Line] = []
+    text_page = page.get_textpage()
+    try:
+        text = text_page.get_text_bounded()
+        # Positions in the text are positions of characters only if the library left nothing out.
+        sized = with_sizes and len(text) == text_page.count_chars()
+        offset = 0
+        for raw in text.split("\n"):
+            start, offset = offset, offset + len(raw) + 1
+            content = raw.strip("\r\x00 \t\u3000")
+            if not content.strip(_HYPHEN):
+                continue
+            size = 0.0
+            if sized:
+                first = start + len(raw) - len(raw.lstrip("\r\x00 \t\u3000"))
+                size = round(pdfium.FPDFText_GetFontSize(text_page, first), 1)
+            lines.append(_Line(text=content, page=number, size=size))
+    finally:
+        text_page.close()
+    return lines
+
+
+def _is_scan(page: Any, *, characters: int) -> bool:
+    """Tell whether the text of a page is in a picture: there is none besides, or hardly any beside one of half the page."""
+    import pypdfium2.raw as pdfium
+
+    if characters >= _STAMP:
+        return False
+    images = page.get_objects(filter=[pdfium.FPDF_PAGEOBJ_IMAGE])
+    if not characters:
+        return next(images, None) is not None
+    half = page.get_width() * page.get_height() / 2
+    for image in images:
+        left, bottom, right, top = image.get_bounds()
+        if (right - left) * (top - bottom) >= half:
+            return True
+    return False
+
+
+def _rendered(page: Any) -> Any:
+    """Return a page as a picture, an array of rows of pixels of blue, green and red."""
+    longest = max(page.get_width(), page.get_height(), 1)
+    scale = min(RESOLUTION / 72, SIDE / longest)
+    bitmap = page.render(scale=scale, no_smoothtext=False)
+    try:
+        return bitmap.to_numpy().copy()
+    finally:
+        bitmap.close()
 
 
 def _without_running_lines(lines: Sequence[_Line], *, pages: int) -> list[_Line]:
@@ -188,7 +241,8 @@ def _with_large_lines(lines: Sequence[_Line]) -> list[_Line]:
     """Mark short lines that are set larger than the body as headings, the largest as level 1."""
     weights: Counter[float] = Counter()
     for line in lines:
-        weights[line.size] += len(line.text)
+        if line.size > 0:  # those of scanned pages have none
+            weights[line.size] += len(line.text)
     body = max(weights, key=lambda size: weights[size], default=0)
     if body <= 0:
         return list(lines)
