@@ -35,8 +35,11 @@ class Kind(StrEnum):
     IMAGE = "image"
 
 
-READABLE: Final = "PDF, DOCX, EPUB, HTML, Markdown, text and e-mails (EML)"
+READABLE: Final = "PDF, DOCX, XLSX, XLS, ODS, CSV, EPUB, HTML, Markdown, text and e-mails (EML)"
 """What messages say that this version reads."""
+
+
+_PAGED: Final = frozenset({Kind.PDF, Kind.PPTX, Kind.XLSX, Kind.XLS, Kind.ODS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +78,8 @@ class ParsedDocument:
 
     @property
     def paged(self) -> bool:
-        """Whether page numbers mean anything: Markdown and most texts have no pages."""
-        return self.kind is Kind.PDF or len(self.pages) > 1
+        """Whether page numbers mean anything: Markdown and most texts have no pages. Sheets and slides are pages."""
+        return self.kind in _PAGED or len(self.pages) > 1
 
     def page_at(self, offset: int) -> int:
         """Return the number of the page that holds ``offset``."""

@@ -99,13 +99,8 @@ _DIRECTORY_SECTORS: Final = 64
 """Sectors of the directory of a compound file that are looked at: 256 streams and more."""
 _UNREAD: Final = {
     Kind.PPTX: "a PowerPoint file (PPTX)",
-    Kind.XLSX: "an Excel workbook (XLSX)",
-    Kind.XLS: "an old Excel workbook (XLS)",
-    Kind.ODS: "an OpenDocument spreadsheet (ODS)",
-    Kind.CSV: "a delimited table",
     Kind.JSON: "JSON",
     Kind.JSONL: "JSON Lines",
-    Kind.IMAGE: "a picture",
 }
 """Kinds that are known and that no reader reads yet."""
 

@@ -9,6 +9,7 @@ from typing import BinaryIO, Final
 
 from job_runner.document import READABLE, Kind, ParsedDocument
 from job_runner.readers.charset import decode
+from job_runner.readers.delimited import read_delimited
 from job_runner.readers.docx import read_docx
 from job_runner.readers.epub import read_epub
 from job_runner.readers.failure import OnProgress, ReadingFailed
@@ -16,10 +17,11 @@ from job_runner.readers.html import read_html
 from job_runner.readers.mail import Allowance, read_mail
 from job_runner.readers.pdf import read_pdf
 from job_runner.readers.text import read_markdown, read_plain
+from job_runner.readers.workbook import read_ods, read_xls, read_xlsx
 
 __all__ = ["PARSER_VERSION", "OnProgress", "ReadingFailed", "decode", "read"]
 
-PARSER_VERSION: Final = "1"
+PARSER_VERSION: Final = "2"
 """Part of the pipeline fingerprint: raise it whenever the same bytes would give another text, page or heading."""
 
 
@@ -48,7 +50,15 @@ def read(
             document = read_docx(file, name=name)
         case Kind.HTML:
             document = read_html(file.read(), name=name)
-        case Kind.PPTX | Kind.XLSX | Kind.XLS | Kind.ODS | Kind.CSV | Kind.JSON | Kind.JSONL:
+        case Kind.XLSX:
+            document = read_xlsx(file, name=name, on_progress=on_progress)
+        case Kind.XLS:
+            document = read_xls(file, name=name, on_progress=on_progress)
+        case Kind.ODS:
+            document = read_ods(file, name=name, on_progress=on_progress)
+        case Kind.CSV:
+            document = read_delimited(file.read(), name=name)
+        case Kind.PPTX | Kind.JSON | Kind.JSONL:
             raise ReadingFailed("DocumentRefused", f"cannot read {name}: no reader")
         case Kind.EPUB:
             document = read_epub(file, name=name, on_progress=on_progress)

@@ -99,6 +99,28 @@ class Archive:
         with self._reading(part), self._archive.open(self._member(part)) as file:
             return file.read(size)
 
+    def pieces(self, part: str) -> Iterator[bytes]:
+        """Yield a part of XML in pieces, for a library that reads it once it is known to be bounded and whole.
+
+        Its beginning declares no entities. Raises :class:`ReadingFailed`.
+        """
+        parser = expat.ParserCreate()
+        parser.SetParamEntityParsing(expat.XML_PARAM_ENTITY_PARSING_NEVER)
+        parser.StartDoctypeDeclHandler = self._refuse_entities
+        begun = False
+
+        def start_element(name: str, attributes: dict[str, str]) -> None:
+            nonlocal begun
+            begun = True
+
+        parser.StartElementHandler = start_element
+        member = self._inflatable(part)
+        with self._reading(part), self._archive.open(member) as file:
+            while piece := file.read(_PIECE):
+                if not begun:
+                    parser.Parse(piece, False)
+                yield piece
+
     def parse(self, part: str, *, start: OnStart, end: OnEnd = lambda name: None, text: OnText = lambda text: None) -> None:
         """Read the XML of a part as a stream of events.
 

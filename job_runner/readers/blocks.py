@@ -152,32 +152,74 @@ def _labels(header: Sequence[Sequence[Cell]]) -> dict[int, str]:
 
 def assemble(blocks: Iterable[Block], *, kind: Kind, title: str | None = None) -> ParsedDocument:
     """Join blocks to a document; ``title`` becomes a heading above all if there is none of the first level."""
-    parts: list[str] = []
-    pages = [Page(number=1, start=0)]
-    headings: list[Heading] = []
-    length = 0
-    group = 0
-    for block in blocks:
+    assembly = Assembly()
+    assembly.page(1)
+    assembly.extend(blocks)
+    return assembly.document(kind, title=title)
+
+
+class Assembly:
+    """A document that grows block by block."""
+
+    def __init__(self) -> None:
+        self._parts: list[str] = []
+        self._pages: list[Page] = []
+        self._headings: list[Heading] = []
+        self._length = 0
+        self._group = 0
+        self._waiting: list[tuple[int, str | None]] = []
+        """Numbers and headings of pages that begin with the next text."""
+
+    def page(self, number: int, *, heading: str | None = None) -> None:
+        """Begin a page; the first one before any block. ``heading`` is one of the first level that is not in the text."""
+        self._waiting.append((number, heading))
+        self._group = 0
+
+    def extend(self, blocks: Iterable[Block]) -> None:
+        """Add blocks."""
+        for block in blocks:
+            self.add(block)
+
+    def add(self, block: Block) -> None:
+        """Add a block."""
         if block.text:
-            if parts:
-                glue = "\n" if block.group and block.group == group else "\n\n"
-                parts.append(glue)
-                length += len(glue)
-            group = block.group
-        pages += [Page(number=len(pages) + 1 + index, start=length + offset) for index, offset in enumerate(block.breaks)]
+            if self._parts:
+                glue = "\n" if block.group and block.group == self._group else "\n\n"
+                self._parts.append(glue)
+                self._length += len(glue)
+            self._group = block.group
+        if block.text or block.breaks:
+            self._begin_pages()
+        for offset in block.breaks:
+            self._pages.append(Page(number=self._pages[-1].number + 1, start=self._length + offset))
         if not block.text:
-            continue
-        parts.append(block.text)
+            return
+        self._parts.append(block.text)
+        start, self._length = self._length, self._length + len(block.text)
         if block.level:
-            headings.append(
-                Heading(start=length, end=length + len(block.text), level=block.level, title=" ".join(block.text.split()))
-            )
-        length += len(block.text)
-    if title and headings and all(heading.level > 1 for heading in headings):
-        headings.insert(0, Heading(start=0, end=0, level=1, title=title))
-    elif title and not headings:
-        headings.append(Heading(start=0, end=0, level=1, title=title))
-    return ParsedDocument(kind=kind, text="".join(parts), pages=tuple(pages), headings=tuple(headings))
+            title = " ".join(block.text.split())
+            self._headings.append(Heading(start=start, end=self._length, level=block.level, title=title))
+
+    def document(self, kind: Kind, *, title: str | None = None, failed_pages: Iterable[int] = ()) -> ParsedDocument:
+        """Return the document; ``title`` becomes a heading above all if there is none of the first level."""
+        self._begin_pages()
+        headings = self._headings
+        if title and all(heading.level > 1 for heading in headings):
+            headings = [Heading(start=0, end=0, level=1, title=title), *headings]
+        return ParsedDocument(
+            kind=kind,
+            text="".join(self._parts),
+            pages=tuple(self._pages),
+            headings=tuple(headings),
+            failed_pages=tuple(failed_pages),
+        )
+
+    def _begin_pages(self) -> None:
+        for number, heading in self._waiting:
+            self._pages.append(Page(number=number, start=self._length))
+            if heading:
+                self._headings.append(Heading(start=self._length, end=self._length, level=1, title=heading))
+        self._waiting.clear()
 
 
 def clean(text: str, *, breaks: Sequence[int] = ()) -> Block:

@@ -8,13 +8,13 @@ headings), codes of fields, pictures. Footnotes, endnotes and text boxes follow 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import BinaryIO, Final
+from typing import BinaryIO, ClassVar, Final
 
 from job_runner.document import Kind, ParsedDocument
 from job_runner.readers.blocks import SHOWN, Block, Cell, Table, assemble, clean, prefixed
 from job_runner.readers.failure import ReadingFailed
 from job_runner.readers.numbering import Numbering, integer
-from job_runner.readers.package import Attributes, Package
+from job_runner.readers.package import COMMON_PREFIXES, Attributes, Package
 
 _HEADING_STYLE: Final = re.compile(
     r"(?:heading|标题|標題|見出し|제목|überschrift|titre|título|titolo|заголовок|kop|rubrik)\s*([1-9])", re.IGNORECASE
@@ -41,13 +41,26 @@ _SKIPPED: Final = frozenset({
 """Elements without text of today: what was deleted, moved away, or what properties used to be."""
 
 
+class _Docx(Package):
+    """A DOCX. Names of XML have no prefix in WordprocessingML's namespaces, transitional or strict."""
+
+    FORMAT: ClassVar = "DOCX"
+    MARKS: ClassVar = ("wordprocessingml", "ms-word")  # .docx and .dotx; .docm and .dotm, whose macros are not read
+    PREFIXES: ClassVar = COMMON_PREFIXES | {
+        "http://schemas.openxmlformats.org/wordprocessingml/2006/main": "",
+        "http://purl.oclc.org/ooxml/wordprocessingml/main": "",
+        "http://schemas.openxmlformats.org/officeDocument/2006/math": "m:",
+        "http://purl.oclc.org/ooxml/officeDocument/math": "m:",
+    }
+
+
 def read_docx(file: BinaryIO, *, name: str) -> ParsedDocument:
     """Read a DOCX.
 
     Raises :class:`ReadingFailed`: DocumentRefused for other archives and for bombs, DocumentUnreadable for a damaged file,
     DocumentEmpty for one without text.
     """
-    with Package.opened(file, name=name) as package:
+    with _Docx.opened(file, name=name) as package:
         styles = _Styles(package)
         numbering = Numbering(package)
         notes: dict[str, list[Block]] = {}

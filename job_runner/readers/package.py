@@ -1,4 +1,4 @@
-"""The container of a DOCX: an archive whose parts are related to each other (Open Packaging Conventions, ECMA-376 part 2).
+"""The container of DOCX, XLSX and PPTX: an archive whose parts are related to each other (ECMA-376 part 2).
 
 A relationship that leads out of the archive is not followed.
 """
@@ -8,72 +8,78 @@ import posixpath
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from job_runner.document import READABLE
 from job_runner.readers.archive import Archive, Attributes
 from job_runner.readers.failure import ReadingFailed
 
-__all__ = ["Attributes", "Package"]
+__all__ = ["COMMON_PREFIXES", "Attributes", "Package", "Relationship"]
 
-_SUPPORTED: Final = f"this version reads {READABLE}"
-_MAIN_PARTS: Final = (
-    ("wordprocessingml", ""),  # .docx, .dotx, and the same by the strict standard
-    ("ms-word", ""),  # .docm, .dotm: macros are one more part that is not read
-    ("spreadsheetml", "an Excel workbook (XLSX)"),
-    ("ms-excel", "an Excel workbook (XLSX)"),
-    ("presentationml", "a PowerPoint file (PPTX)"),
-    ("ms-powerpoint", "a PowerPoint file (PPTX)"),
-)
+COMMON_PREFIXES: Final[dict[str, str]] = {
+    "http://schemas.openxmlformats.org/markup-compatibility/2006": "mc:",
+    "http://schemas.openxmlformats.org/officeDocument/2006/relationships": "r:",
+    "http://purl.oclc.org/ooxml/officeDocument/relationships": "r:",
+    "http://schemas.openxmlformats.org/package/2006/content-types": "ct:",
+    "http://schemas.openxmlformats.org/package/2006/relationships": "rel:",
+    "http://www.w3.org/XML/1998/namespace": "xml:",
+}
+"""Prefixes of the namespaces that all these formats have."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Relationship:
+class Relationship:
+    """What one part has to do with another."""
+
     kind: str
     """The last part of its type: ``officeDocument``, ``styles``."""
     target: str
+    """The other part."""
 
 
 class Package(Archive):
-    """An open DOCX.
+    """An open archive of this kind; a subclass for each format."""
 
-    Names of XML have no prefix in WordprocessingML's namespaces, transitional or strict.
-    """
-
-    FORMAT: ClassVar = "DOCX"
-    PREFIXES: ClassVar = {
-        "http://schemas.openxmlformats.org/wordprocessingml/2006/main": "",
-        "http://purl.oclc.org/ooxml/wordprocessingml/main": "",
-        "http://schemas.openxmlformats.org/markup-compatibility/2006": "mc:",
-        "http://schemas.openxmlformats.org/officeDocument/2006/math": "m:",
-        "http://purl.oclc.org/ooxml/officeDocument/math": "m:",
-        "http://schemas.openxmlformats.org/package/2006/content-types": "ct:",
-        "http://schemas.openxmlformats.org/package/2006/relationships": "rel:",
-        "http://www.w3.org/XML/1998/namespace": "xml:",
-    }
+    MARKS: ClassVar[tuple[str, ...]] = ()
+    """What the content type of the main part has one of."""
+    PREFIXES: ClassVar = COMMON_PREFIXES
 
     def __init__(self, file: io.BufferedReader, *, name: str) -> None:
         super().__init__(file, name=name)
-        if "[content_types].xml" not in self:
-            raise ReadingFailed("DocumentRefused", f"cannot read {name}: it is a ZIP archive; {_SUPPORTED}")
         self.main = self._main_part()
-        self._related = {related.kind: related.target for related in self._relationships(self.main)}
+        self._related = {related.kind: related.target for related in self.relationships(self.main).values()}
 
     def related(self, kind: str) -> str | None:
         """Return the part that the main part has as its ``styles``, ``numbering`` and so on; ``None``: it has none."""
         part = self._related.get(kind)
         return part if part is not None and part in self else None
 
+    def relationships(self, part: str) -> dict[str, Relationship]:
+        """Return the relationships of a part, or with ``""`` of the package, that stay within the archive, by their ids."""
+        folder, base = posixpath.split(part)
+        found: dict[str, Relationship] = {}
+
+        def start(name: str, attributes: Attributes) -> None:
+            if name == "rel:Relationship" and attributes.get("TargetMode") != "External":
+                target = posixpath.normpath(posixpath.join("/", folder, attributes.get("Target", ""))).lstrip("/")
+                kind = posixpath.basename(attributes.get("Type", ""))
+                found[attributes.get("Id", "")] = Relationship(kind=kind, target=target.lower())
+
+        relationships = posixpath.join(folder, "_rels", f"{base}.rels")
+        if relationships in self:
+            self.parse(relationships, start=start)
+        return found
+
     def _main_part(self) -> str:
-        target = next((related.target for related in self._relationships("") if related.kind == "officeDocument"), None)
+        found = self.relationships("").values()
+        target = next((related.target for related in found if related.kind == "officeDocument"), None)
         if target is None or target not in self:
             raise self.damaged(target or "the main part")
         content_type = self._content_types().get(f"/{target}") or ""
-        for mark, other in _MAIN_PARTS:
-            if mark in content_type:
-                if other:
-                    raise ReadingFailed("DocumentRefused", f"cannot read {self.name}: it is {other}; {_SUPPORTED}")
-                return target
-        message = f"cannot read {self.name}: it is an archive of the type {content_type[:100]!r}; {_SUPPORTED}"
-        raise ReadingFailed("DocumentRefused", message)
+        if not any(mark in content_type for mark in self.MARKS):
+            message = (
+                f"cannot read {self.name}: its main part is of the type {content_type[:100]!r}, which is that of no "
+                f"{self.FORMAT}; save it again with the program that made it"
+            )
+            raise ReadingFailed("DocumentRefused", message)
+        return target
 
     def _content_types(self) -> dict[str, str]:
         """Return the content type of each part that the archive tells it of, by its name in lower case with a slash."""
@@ -90,18 +96,3 @@ class Package(Archive):
         self.parse("[content_types].xml", start=start)
         defaults = {f"/{part}": by_extension.get(part.rpartition(".")[2], "") for part in self}
         return defaults | by_name
-
-    def _relationships(self, part: str) -> list[_Relationship]:
-        """Return the relationships of a part, or with ``""`` of the package, that stay within the archive."""
-        folder, base = posixpath.split(part)
-        found: list[_Relationship] = []
-
-        def start(name: str, attributes: Attributes) -> None:
-            if name == "rel:Relationship" and attributes.get("TargetMode") != "External":
-                target = posixpath.normpath(posixpath.join("/", folder, attributes.get("Target", ""))).lstrip("/")
-                found.append(_Relationship(kind=posixpath.basename(attributes.get("Type", "")), target=target.lower()))
-
-        relationships = posixpath.join(folder, "_rels", f"{base}.rels")
-        if relationships in self:
-            self.parse(relationships, start=start)
-        return found
