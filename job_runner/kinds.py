@@ -28,7 +28,7 @@ _MEMBER_LIMIT: Final = 2**20
 _MARKDOWN_SUFFIXES: Final = frozenset({".md", ".markdown", ".mdown", ".mkd", ".mdx"})
 _HTML_SUFFIXES: Final = frozenset({".html", ".htm", ".xhtml"})
 _TABLE_SUFFIXES: Final = frozenset({".csv", ".tsv", ".tab"})
-_JSON_SUFFIXES: Final = frozenset({".json", ".geojson", ".webmanifest", ".ipynb"})
+_JSON_SUFFIXES: Final = frozenset({".json", ".geojson"})
 _LINES_SUFFIXES: Final = frozenset({".jsonl", ".ndjson", ".jsonlines", ".ldjson"})
 _MAIL_SUFFIXES: Final = frozenset({".eml", ".mht", ".mhtml"})
 _HTML_START: Final = re.compile(
@@ -99,8 +99,6 @@ _DIRECTORY_SECTORS: Final = 64
 """Sectors of the directory of a compound file that are looked at: 256 streams and more."""
 _UNREAD: Final = {
     Kind.PPTX: "a PowerPoint file (PPTX)",
-    Kind.JSON: "JSON",
-    Kind.JSONL: "JSON Lines",
 }
 """Kinds that are known and that no reader reads yet."""
 

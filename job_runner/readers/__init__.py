@@ -14,6 +14,7 @@ from job_runner.readers.docx import read_docx
 from job_runner.readers.epub import read_epub
 from job_runner.readers.failure import OnProgress, ReadingFailed
 from job_runner.readers.html import read_html
+from job_runner.readers.json_data import read_json, read_json_lines
 from job_runner.readers.mail import Allowance, read_mail
 from job_runner.readers.pdf import read_pdf
 from job_runner.readers.text import read_markdown, read_plain
@@ -58,7 +59,11 @@ def read(
             document = read_ods(file, name=name, on_progress=on_progress)
         case Kind.CSV:
             document = read_delimited(file.read(), name=name)
-        case Kind.PPTX | Kind.JSON | Kind.JSONL:
+        case Kind.JSON:
+            document = read_json(file.read(), name=name)
+        case Kind.JSONL:
+            document = read_json_lines(file.read(), name=name)
+        case Kind.PPTX:
             raise ReadingFailed("DocumentRefused", f"cannot read {name}: no reader")
         case Kind.EPUB:
             document = read_epub(file, name=name, on_progress=on_progress)

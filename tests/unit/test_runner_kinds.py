@@ -149,7 +149,6 @@ def test_the_kind_is_told_by_content(name: str, data: bytes, kind: Kind) -> None
         (b"{\\rtf1\\ansi", "an RTF document"),
         (b"\0\0\0\x20ftypisom", "audio or video"),
         (b"\x00\x01\x02\x03", "binary data"),
-        (b"\x89PNG\r\n\x1a\n\0", "a picture"),
     ],
 )
 def test_other_kinds_are_refused_by_their_name(data: bytes, what: str) -> None:
@@ -195,7 +194,7 @@ def test_damaged_and_encrypted_files_say_so(name: str, data: bytes, message: str
 
 
 def test_little_of_a_bomb_is_inflated_and_the_file_stays_open() -> None:
-    file = io.BytesIO(zipped({"mimetype": b" " * (64 << 20)}))
+    file = io.BytesIO(zipped({"mimetype": b" " * (8 << 20)}))
     with pytest.raises(ReadingFailed, match="a ZIP archive"):
         kind_of(file, name="a")
     assert file.seek(0) == 0
