@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
             _tell_the_kubelet(error)
         return _failed(error)
     logs.configure(loaded.log_level)
-    commands = {"run": _run, "migrate": _migrate, "search": _search, "health": _health}
+    commands = {"run": _run, "migrate": _migrate, "search": _search, "health": _health, "sweep": _sweep}
     try:
         return asyncio.run(commands[options.command](options, loaded))
     except TaskError as error:
@@ -73,6 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--query", required=True, help="a question, in any language of the model")
     search.add_argument("--top-k", type=_positive, default=3, help="chunks from each store [3]")
     search.add_argument("--json", action="store_true", help="one JSON object a line, with whole chunks")
+    sweep = commands.add_parser(
+        "sweep",
+        help="remove from both stores what nobody will publish",
+        description="Removes rows of canceled, failed and replaced versions, and what is left of deleted knowledge bases. "
+        "The published version of a document and those that tasks work on stay. May be repeated at any time; the operator "
+        "does so every hour and after tasks that ended badly.",
+    )
+    sweep.add_argument("--namespace", default="default", help="namespace of the tasks [default]")
+    sweep.add_argument("--all", action="store_true", help="look at every document, also at those of more than 8 days ago")
+    sweep.add_argument("--dry-run", action="store_true", help="only count what would be removed")
     commands.add_parser(
         "health", help="ask all configured components", description="Prints how each configured component answers."
     )
@@ -158,6 +168,26 @@ async def _search(options: argparse.Namespace, loaded: "Settings") -> int:
         await ledger.aclose()
     if output := as_json(answers) if options.json else as_table(answers):
         print(output)  # noqa: T201 - the command's output
+    return 0
+
+
+async def _sweep(options: argparse.Namespace, loaded: "Settings") -> int:
+    from job_runner.ledger import Ledger
+    from job_runner.stores import opener
+    from job_runner.sweep import sweep
+
+    ledger = Ledger(loaded.postgres_url.get_secret_value())
+    try:
+        summary = await sweep(
+            options.namespace,
+            ledger=ledger,
+            open_stores=opener(loaded, dimension=0),  # nothing is created
+            dry_run=options.dry_run,
+            everything=options.all,
+        )
+    finally:
+        await ledger.aclose()
+    print(summary.as_text(options.namespace))  # noqa: T201 - the command's output
     return 0
 
 

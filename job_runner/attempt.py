@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 import structlog
 
 from job_runner import health
+from job_runner.deletion import Deletion
 from job_runner.embed import Embedder, make_embedder
 from job_runner.ledger import Ledger
 from job_runner.pipeline import DocumentPipeline, Done
@@ -23,7 +24,7 @@ from job_runner.stores import opener
 from task_contract.errors import AttemptTimeout, HandedBack, InvalidTask, TaskError
 from task_contract.lifecycle import ExitCode, exit_code
 from task_contract.messages import AttemptOutcome, Outcome
-from task_contract.models import ProcessingTask, Stage, TaskType, format_duration, parse_manifest
+from task_contract.models import Action, ProcessingTask, Stage, TaskType, format_duration, parse_manifest
 
 _RECORD_SECONDS: Final = 5.0
 """How long the result row may take: the termination message says the same."""
@@ -88,6 +89,7 @@ async def run_attempt(
     structlog.contextvars.bind_contextvars(
         task=f"{task.metadata.namespace}/{task.metadata.name}", uid=str(uid), attempt=settings.attempt
     )
+    deletes = task.spec.type is TaskType.DOCUMENT_PROCESSING and task.spec.payload.effective_action is not Action.UPSERT
     ledger = Ledger(settings.postgres_url.get_secret_value())
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(ledger.aclose)
@@ -98,6 +100,17 @@ async def run_attempt(
             )
 
         async def work() -> AttemptOutcome:
+            if deletes:
+                deletion = Deletion(
+                    task,
+                    uid=uid,
+                    created_at=created_at,
+                    settings=settings,
+                    ledger=ledger,
+                    open_stores=opener(settings, dimension=0),  # nothing is created
+                    progress=progress,
+                )
+                return succeeded(await deletion.run())
             embedder = await asyncio.to_thread(make, settings.embedding_model)
             if task.spec.type is TaskType.HEALTH_CHECK:
                 return await _health_check(task, settings=settings, ledger=ledger, embedder=embedder, progress=progress)
@@ -115,7 +128,9 @@ async def run_attempt(
                 open_stores=opener(settings, dimension=embedder.dimension),
                 progress=progress,
             )
-            done: Done = await pipeline.run()
+            return succeeded(await pipeline.run())
+
+        def succeeded(done: Done) -> AttemptOutcome:
             progress.report(Stage.PUBLISH, 100)
             return AttemptOutcome(
                 outcome=Outcome.SUCCEEDED, attempt=settings.attempt, reason=done.reason, result=done.result

@@ -13,13 +13,22 @@ Nothing is lost whatever dies when:
 - If the connection breaks during a commit, its outcome is unknown here and known to the next attempt: it finds the version
   published by its own task, and only clears up.
 
-Order of locks, everywhere: advisory lock of the task, row of the document, row of the version.
+- A *deletion* of a document is a version like any other, of no chunks: what is older is superseded by it, what is newer
+  replaces it, and the rows of all lower versions go as they do after each publication.
+- The deletion of a knowledge base takes its rows out of these tables and leaves one in ``knowledge_base_deletions``, by
+  which older tasks are superseded. The next document begins another generation, whose collection and index no late writer
+  knows.
+- A version that is canceled, superseded or lower than the published one stays so: :meth:`Ledger.begin` hands out new numbers
+  only. So what a sweep has found to be stale may be removed at any later time.
+
+Order of locks, everywhere: advisory lock of the task, that of the knowledge base (shared but for its deletion), row of the
+document, row of the version.
 """
 
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -28,10 +37,13 @@ from uuid import UUID
 
 import asyncpg
 
+from job_runner.index import Stale
 from task_contract.errors import Fenced, ModelMismatch, StoreUnavailable
 from task_contract.messages import AttemptOutcome
 from task_contract.migrations import migrate as apply_migrations
 
+DELETED: Final = "deleted"
+"""The content hash of a document that is not there: no SHA-256 in hex digits."""
 TIMEOUT: Final = 15.0
 """Seconds for one statement, waiting for locks included."""
 _CLOSE_SECONDS: Final = 2.0
@@ -51,6 +63,18 @@ class Claim:
     content_hash: str
     model_fingerprint: str
     dimension: int
+
+    @classmethod
+    def to_delete(
+        cls, *, namespace: str, kb_id: str, document_id: str, task_uid: UUID, task_created_at: datetime, holder: str
+    ) -> "Claim":
+        """Return the claim that a document is not there. It needs no model."""
+        return cls(namespace, kb_id, document_id, task_uid, task_created_at, holder, DELETED, "", 0)
+
+    @property
+    def deletes(self) -> bool:
+        """Whether it is one that the document is not there."""
+        return self.content_hash == DELETED
 
 
 class Standing(StrEnum):
@@ -87,6 +111,27 @@ class Intent:
     published: Published | None
     resumed: bool
     """Whether an earlier holder may have written rows of this version."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnowledgeBaseDeletion:
+    """What the deletion of a knowledge base has taken out of the ledger."""
+
+    generation: int | None
+    """Whose collection and index are to go; None where there was none, or where newer documents stay."""
+    documents: int
+    """That readers saw before."""
+
+
+@dataclass(frozen=True, slots=True)
+class StaleDocument:
+    """What a sweep is to remove of a document."""
+
+    kb_id: str
+    generation: int
+    stale: Stale
+    dead: tuple[int, ...]
+    """Versions known by the ledger among the stale ones that never were published."""
 
 
 class Commit(StrEnum):
@@ -154,6 +199,9 @@ class Ledger:
         """
         async with self._connection("enter the intent") as connection, connection.transaction():
             await _check_fence(connection, claim)
+            await _share_knowledge_base(connection, claim)
+            if await _deleted_since(connection, claim):
+                return _intent(claim, Standing.SUPERSEDED, 0, 0, 0, None, resumed=False)
             generation = await _knowledge_base(connection, claim)
             document = await _document(connection, claim, insert=True)
             published = _published(document)
@@ -170,11 +218,16 @@ class Ledger:
                 return _intent(claim, Standing.PUBLISHED, row["version"], 0, generation, published, resumed=True)
             # Every version that is newer than the published one in time has, or is given, the higher number: removing
             # the versions with lower numbers after a commit then removes what is older, and nothing else.
-            outnumbered = row is None or (published is not None and row["version"] < published.version)
+            # An unchanged one may count as stale already.
+            outnumbered = (
+                row is None or state == "unchanged" or (published is not None and row["version"] < published.version)
+            )
             version = document["last_version"] + 1 if outnumbered else row["version"]
             if state == "superseded" or _is_newer(document, claim, row["version"] if row else version):
                 await _enter(connection, claim, row=row, version=row["version"] if row else version, state="superseded")
-                return _intent(claim, Standing.SUPERSEDED, version, 0, generation, published, resumed=False)
+                resumed = row is not None
+                number = row["version"] if resumed else version
+                return _intent(claim, Standing.SUPERSEDED, number, 0, generation, published, resumed=resumed)
             changed = row is not None and row["content_hash"] != claim.content_hash
             if changed:
                 version = document["last_version"] + 1
@@ -205,7 +258,13 @@ class Ledger:
             await connection.execute(
                 "SELECT pg_advisory_xact_lock_shared(hashtextextended($1::uuid::text, 0))", claim.task_uid
             )
+            await _share_knowledge_base(connection, claim)
             await _check_fence(connection, claim)
+            if await _deleted_since(connection, claim):
+                await _set_state(connection, intent, "superseded")
+                return Commit.SUPERSEDED
+            if await _generation(connection, claim) != intent.generation:
+                return Commit.AGAIN
             document = await _document(connection, claim, insert=False)
             row = await connection.fetchrow(
                 "SELECT epoch, holder, state FROM document_versions "
@@ -264,8 +323,7 @@ class Ledger:
         """Return whether readers see no document at all; its collection and its index may not exist yet."""
         async with self._connection("read the published versions") as connection:
             return not await connection.fetchval(
-                "SELECT EXISTS (SELECT FROM documents"
-                " WHERE namespace = $1 AND kb_id = $2 AND published_version IS NOT NULL)",
+                "SELECT EXISTS (SELECT FROM documents WHERE namespace = $1 AND kb_id = $2 AND chunk_count > 0)",
                 namespace,
                 kb_id,
             )
@@ -279,6 +337,187 @@ class Ledger:
                 kb_id,
             )
             return None if row is None else (row["generation"], row["model_fingerprint"], row["dimension"])
+
+    # ------------------------------------------------------------------------------------------------------- deletion
+
+    async def replaced_any(self, claim: Claim, version: int) -> bool:
+        """Tell whether readers saw chunks of a document before a version of it was published."""
+        async with self._connection("read the versions") as connection:
+            return bool(
+                await connection.fetchval(
+                    "SELECT chunk_count FROM document_versions WHERE namespace = $1 AND kb_id = $2 AND document_id = $3 "
+                    "AND state = 'published' AND version < $4 ORDER BY version DESC LIMIT 1",
+                    *_key(claim),
+                    version,
+                )
+            )
+
+    async def delete_knowledge_base(
+        self, *, namespace: str, kb_id: str, task_uid: UUID, task_created_at: datetime
+    ) -> KnowledgeBaseDeletion:
+        """Take a knowledge base out of the ledger, or return what an earlier attempt of this task has taken out.
+
+        What older tasks publish afterwards is superseded. Where a newer task has published, everything stays: the documents
+        are then to be deleted one by one, see :meth:`older_documents`. Raises Fenced when the task was canceled.
+        """
+        async with self._connection("delete the knowledge base") as connection, connection.transaction():
+            await connection.execute("SELECT pg_advisory_xact_lock_shared(hashtextextended($1::uuid::text, 0))", task_uid)
+            if await connection.fetchval("SELECT 1 FROM task_fences WHERE task_uid = $1", task_uid):
+                raise Fenced(f"cannot delete knowledge base {kb_id}: the task was canceled; this one stops")
+            key = namespace, kb_id
+            await connection.execute(f"SELECT pg_advisory_xact_lock({_KNOWLEDGE_BASE_LOCK})", *key)
+            row = await connection.fetchrow(
+                "SELECT generation, documents FROM knowledge_base_deletions "
+                "WHERE namespace = $1 AND kb_id = $2 AND task_uid = $3",
+                *key,
+                task_uid,
+            )
+            if row is not None:
+                return KnowledgeBaseDeletion(row["generation"], row["documents"])
+            counts = await connection.fetchrow(
+                "SELECT count(*) FILTER (WHERE published_task_at > $3) AS newer, "
+                "count(*) FILTER (WHERE published_task_at <= $3 AND chunk_count > 0) AS older "
+                "FROM documents WHERE namespace = $1 AND kb_id = $2",
+                *key,
+                task_created_at,
+            )
+            generation = None
+            if not counts["newer"]:
+                await connection.execute("DELETE FROM documents WHERE namespace = $1 AND kb_id = $2", *key)
+                generation = await connection.fetchval(
+                    "DELETE FROM knowledge_bases WHERE namespace = $1 AND kb_id = $2 RETURNING generation", *key
+                )
+            await connection.execute(
+                "INSERT INTO knowledge_base_deletions (namespace, kb_id, task_uid, task_created_at, generation, documents) "
+                "VALUES ($1, $2, $3, $4, $5, $6)",
+                *key,
+                task_uid,
+                task_created_at,
+                generation,
+                counts["older"],
+            )
+            return KnowledgeBaseDeletion(generation, counts["older"])
+
+    async def older_documents(self, *, namespace: str, kb_id: str, task_uid: UUID, task_created_at: datetime) -> list[str]:
+        """Return the documents that a deletion of the whole knowledge base takes away one by one, also those it began."""
+        async with self._connection("read the documents") as connection:
+            rows = await connection.fetch(
+                "SELECT document_id FROM documents WHERE namespace = $1 AND kb_id = $2 "
+                "AND (published_task_at <= $4 AND chunk_count > 0 OR published_task_uid = $3) ORDER BY document_id",
+                namespace,
+                kb_id,
+                task_uid,
+                task_created_at,
+            )
+            return [row["document_id"] for row in rows]
+
+    async def dropped(self, *, namespace: str, kb_id: str, generation: int) -> None:
+        """Note that both stores were found without a generation of a deleted knowledge base."""
+        async with self._connection("record the deletion") as connection:
+            await connection.execute(
+                "UPDATE knowledge_base_deletions SET dropped_at = now() "
+                "WHERE namespace = $1 AND kb_id = $2 AND generation = $3",
+                namespace,
+                kb_id,
+                generation,
+            )
+
+    # ---------------------------------------------------------------------------------------------------------- sweep
+
+    async def dead_tasks(self, *, namespace: str) -> list[UUID]:
+        """Return the tasks that are known to have ended, or to be gone, and still have intents."""
+        async with self._connection("look for dead intents") as connection:
+            return [row["task_uid"] for row in await connection.fetch(_DEAD_TASKS, namespace)]
+
+    async def bury(self, tasks: Sequence[UUID]) -> int:
+        """Cancel the intents of tasks, so that nobody commits them; return how many. What was committed before stays."""
+        buried = 0
+        async with self._connection("cancel dead intents") as connection:
+            for task in tasks:
+                async with connection.transaction():
+                    await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended($1::uuid::text, 0))", task)
+                    rows = await connection.fetch(
+                        "UPDATE document_versions SET state = 'canceled', epoch = epoch + 1, updated_at = now() "
+                        "WHERE task_uid = $1 AND state = 'intent' RETURNING 1",
+                        task,
+                    )
+                    buried += len(rows)
+        return buried
+
+    async def stale(self, *, namespace: str, since: datetime | None, dead: Sequence[UUID] = ()) -> list[StaleDocument]:
+        """Return what is stale of each document that was written to since a moment, or has dead versions not yet swept.
+
+        Intents of the tasks in ``dead`` count as canceled, which :meth:`bury` makes them.
+
+        It stays stale, whatever is begun or committed later: see the module's docstring.
+        """
+        async with self._connection("look for stale versions") as connection:
+            rows = await connection.fetch(
+                "SELECT d.kb_id, k.generation, d.document_id, d.last_version, d.published_version, "
+                "array_agg(v.version) FILTER (WHERE v.state = 'intent' AND v.task_uid <> ALL($3::uuid[])) AS live, "
+                "array_agg(v.version) FILTER (WHERE v.state IN ('canceled', 'superseded', 'unchanged')) AS dead "
+                "FROM documents d JOIN knowledge_bases k USING (namespace, kb_id) "
+                "LEFT JOIN document_versions v USING (namespace, kb_id, document_id) WHERE d.namespace = $1 "
+                "GROUP BY d.kb_id, k.generation, d.document_id, d.last_version, d.published_version, d.updated_at "
+                "HAVING $2::timestamptz IS NULL OR d.updated_at > $2 OR max(v.updated_at) > $2 "
+                "OR bool_or(v.state = 'canceled' AND v.swept_at IS NULL OR v.task_uid = ANY($3::uuid[])) "
+                "ORDER BY d.kb_id, d.document_id",
+                namespace,
+                since,
+                list(dead),
+            )
+        return [
+            StaleDocument(
+                kb_id=row["kb_id"],
+                generation=row["generation"],
+                stale=Stale(
+                    row["document_id"],
+                    up_to=row["last_version"],
+                    keep=tuple(sorted({row["published_version"] or 0, *(row["live"] or ())})),
+                ),
+                dead=tuple(row["dead"] or ()),
+            )
+            for row in rows
+        ]
+
+    async def swept(self, *, namespace: str, kb_id: str, documents: Sequence[StaleDocument]) -> None:
+        """Note that both stores were found without the stale versions of these documents."""
+        dead = [(one.stale.document_id, version) for one in documents for version in one.dead]
+        async with self._connection("record the sweep") as connection:
+            await connection.execute(
+                "UPDATE document_versions SET swept_at = now() "
+                "FROM unnest($3::text[], $4::bigint[]) AS swept (document, number) "
+                "WHERE namespace = $1 AND kb_id = $2 AND document_id = swept.document AND version = swept.number",
+                namespace,
+                kb_id,
+                [document for document, _ in dead],
+                [version for _, version in dead],
+            )
+
+    async def deleted_generations(self, *, namespace: str, since: datetime | None) -> list[tuple[str, int]]:
+        """Return (kbId, generation) of knowledge bases deleted since a moment, or that have not been dropped yet."""
+        async with self._connection("look for deleted knowledge bases") as connection:
+            rows = await connection.fetch(
+                "SELECT DISTINCT kb_id, generation FROM knowledge_base_deletions AS gone WHERE namespace = $1 "
+                "AND generation IS NOT NULL AND ($2::timestamptz IS NULL OR deleted_at > $2 OR dropped_at IS NULL) "
+                "AND NOT EXISTS (SELECT FROM knowledge_bases AS there WHERE there.namespace = gone.namespace "
+                "AND there.kb_id = gone.kb_id AND there.generation = gone.generation) ORDER BY kb_id, generation",
+                namespace,
+                since,
+            )
+            return [(row["kb_id"], row["generation"]) for row in rows]
+
+    async def record_sweep(self, *, namespace: str, summary: str) -> None:
+        """Note that a namespace has been swept; ``summary`` is JSON."""
+        async with self._connection("record the sweep") as connection:
+            await connection.execute(
+                "INSERT INTO sweeps (namespace, finished_at, summary) VALUES ($1, now(), $2::jsonb) "
+                "ON CONFLICT (namespace) DO UPDATE SET finished_at = excluded.finished_at, summary = excluded.summary",
+                namespace,
+                summary,
+            )
+
+    # -------------------------------------------------------------------------------------------------------- results
 
     async def record(self, outcome: AttemptOutcome, *, task_uid: UUID, holder: str) -> None:
         """Keep how an attempt ended; a success is never replaced, and a fenced process says nothing over another one."""
@@ -298,6 +537,15 @@ class Ledger:
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
+_KNOWLEDGE_BASE_LOCK: Final = "hashtextextended($1 || '/' || $2, 1)"
+"""Key of the advisory lock of (namespace, kbId); the seed keeps it apart from the locks of tasks."""
+_DEAD_TASKS: Final = (
+    "SELECT DISTINCT v.task_uid FROM document_versions v LEFT JOIN tasks t ON t.uid = v.task_uid "
+    "WHERE v.namespace = $1 AND v.state = 'intent' AND (t.finished_at IS NOT NULL OR t.deleted_at IS NOT NULL "
+    "OR EXISTS (SELECT FROM task_fences f WHERE f.task_uid = v.task_uid))"
+)
+
+
 def _key(claim: Claim) -> tuple[str, str, str]:
     return claim.namespace, claim.kb_id, claim.document_id
 
@@ -313,22 +561,57 @@ async def _check_fence(connection: Any, claim: Claim) -> None:
         raise _fenced(claim)
 
 
+async def _share_knowledge_base(connection: Any, claim: Claim) -> None:
+    """Wait for a deletion of the knowledge base that is under way, and keep the next one waiting."""
+    await connection.execute(f"SELECT pg_advisory_xact_lock_shared({_KNOWLEDGE_BASE_LOCK})", claim.namespace, claim.kb_id)
+
+
+async def _deleted_since(connection: Any, claim: Claim) -> bool:
+    """Tell whether a newer task has deleted the knowledge base."""
+    return bool(
+        await connection.fetchval(
+            "SELECT EXISTS (SELECT FROM knowledge_base_deletions "
+            "WHERE namespace = $1 AND kb_id = $2 AND task_created_at > $3)",
+            claim.namespace,
+            claim.kb_id,
+            claim.task_created_at,
+        )
+    )
+
+
+async def _generation(connection: Any, claim: Claim) -> int | None:
+    found: int | None = await connection.fetchval(
+        "SELECT generation FROM knowledge_bases WHERE namespace = $1 AND kb_id = $2", claim.namespace, claim.kb_id
+    )
+    return found
+
+
 async def _knowledge_base(connection: Any, claim: Claim) -> int:
-    """Return the generation; the first document decides the model of a knowledge base."""
+    """Return the generation; the first document decides the model of a knowledge base. Its deletion decides nothing."""
     await connection.execute(
-        "INSERT INTO knowledge_bases (namespace, kb_id, model_fingerprint, dimension) VALUES ($1, $2, $3, $4) "
-        "ON CONFLICT DO NOTHING",
+        "INSERT INTO knowledge_bases (namespace, kb_id, model_fingerprint, dimension, generation) "
+        "SELECT $1, $2, $3, $4, coalesce(max(generation), 0) + 1 FROM knowledge_base_deletions "
+        "WHERE namespace = $1 AND kb_id = $2 ON CONFLICT DO NOTHING",
         claim.namespace,
         claim.kb_id,
         claim.model_fingerprint,
         claim.dimension,
     )
+    if not claim.deletes:
+        await connection.execute(
+            "UPDATE knowledge_bases SET model_fingerprint = $3, dimension = $4 "
+            "WHERE namespace = $1 AND kb_id = $2 AND model_fingerprint = ''",
+            claim.namespace,
+            claim.kb_id,
+            claim.model_fingerprint,
+            claim.dimension,
+        )
     row = await connection.fetchrow(
         "SELECT generation, model_fingerprint, dimension FROM knowledge_bases WHERE namespace = $1 AND kb_id = $2",
         claim.namespace,
         claim.kb_id,
     )
-    if (row["model_fingerprint"], row["dimension"]) != (claim.model_fingerprint, claim.dimension):
+    if not claim.deletes and (row["model_fingerprint"], row["dimension"]) != (claim.model_fingerprint, claim.dimension):
         raise ModelMismatch(
             f"cannot add to knowledge base {claim.kb_id}: it was filled with model {row['model_fingerprint']} "
             f"({row['dimension']} dimensions), the runner has {claim.model_fingerprint} ({claim.dimension}); "

@@ -15,7 +15,7 @@ readers of the ledger skip; the next attempt finds its own version published and
 About 5: "lower" is lower than what was committed, whoever wrote it. Rows of an intent that lives and has a lower number may
 be among them. Such an intent belongs to an older task, which will end as Superseded, or to a newer task that was overtaken,
 whose commit the ledger refuses with AGAIN: it then takes a higher number and writes its rows anew. Rows with higher numbers
-than the published one belong to intents that live, or to dead ones, which a later publication removes.
+than the published one belong to intents that live, or to dead ones, which a sweep removes (:mod:`job_runner.sweep`).
 """
 
 import asyncio
@@ -55,7 +55,7 @@ R = TypeVar("R")
 
 _GROUP: Final = 256
 """Chunks whose vectors are looked up together."""
-_ROUNDS: Final = 5
+ROUNDS: Final = 5
 """How often the work is begun anew because other tasks publish the same document meanwhile."""
 
 # Percent of an attempt that are done when a stage starts.
@@ -74,7 +74,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """How a document ended well. ``reason`` is Completed, Unchanged or Superseded."""
+    """How a document ended well. ``reason`` is Completed, Unchanged, Superseded or Deleted."""
 
     reason: str
     result: Result
@@ -196,20 +196,23 @@ class DocumentPipeline:
                     dimension=self._embedder.dimension,
                 )
                 intent = await self._ledger.begin(claim)
-            stores = self._open_stores(Generation(self._namespace, self._kb_id, intent.generation))
-            stack.push_async_callback(stores.aclose)
-            # A new collection takes Milvus seconds: meanwhile the document is parsed and its first batches are embedded.
-            self._ready = asyncio.create_task(_ensure(stores))
-            stack.push_async_callback(_end, self._ready)
             read: _Read | None = None
-            for _ in range(_ROUNDS):
+            stores: Stores | None = None
+            generation = 0
+            for _ in range(ROUNDS):
                 log.info("intent", standing=str(intent.standing), version=intent.version, epoch=intent.epoch)
+                if intent.standing is Standing.SUPERSEDED and not intent.resumed:
+                    return self._superseded(intent.published)
+                if stores is None or generation != intent.generation:  # begun anew after the knowledge base was deleted
+                    generation = intent.generation
+                    stores = await self._opened(stack, generation)
                 if intent.standing is Standing.SUPERSEDED:
+                    await self._withdraw(intent.version, stores)
                     return self._superseded(intent.published)
                 if intent.standing is Standing.PUBLISHED:
-                    return await self._to_the_end(self._clear_up(intent, stores))
+                    return await to_the_end(self._clear_up(intent, stores))
                 if intent.standing is Standing.UNCHANGED and await self._holds_published(intent, stores):
-                    done = await self._to_the_end(self._confirm(intent, stores))
+                    done = await to_the_end(self._confirm(intent, stores))
                 else:
                     read = read or await self._read(source)
                     done = await self._write_and_publish(intent, read, source, stores)
@@ -218,8 +221,19 @@ class DocumentPipeline:
                 with self._stages.enter(Stage.FETCH):
                     intent = await self._ledger.begin(claim)
         raise StoresDisagree(
-            f"cannot publish {self._document_id}: other tasks published it {_ROUNDS} times meanwhile; try again later"
+            f"cannot publish {self._document_id}: other tasks published it {ROUNDS} times meanwhile; try again later"
         )
+
+    async def _opened(self, stack: contextlib.AsyncExitStack, generation: int) -> Stores:
+        """Open a generation; what it lacks is created while something else is done, see :meth:`_stores_ready`.
+
+        A new collection takes Milvus seconds: meanwhile the document is parsed and its first batches are embedded.
+        """
+        stores = self._open_stores(Generation(self._namespace, self._kb_id, generation))
+        stack.push_async_callback(stores.aclose)
+        self._ready = asyncio.create_task(_ensure(stores))
+        stack.push_async_callback(_end, self._ready)
+        return stores
 
     def _content_hash(self, source: Source) -> str:
         """Return the identity of what will be written: equal hashes give equal rows, but for the version."""
@@ -281,7 +295,7 @@ class DocumentPipeline:
             counts = await self._verified(intent, rows, stores)
         if counts is None:
             return None
-        return await self._to_the_end(self._publish(intent, read, counts, embedded=embedded, stores=stores))
+        return await to_the_end(self._publish(intent, read, counts, embedded=embedded, stores=stores))
 
     def _row(self, chunk: Chunk, intent: Intent, document: ParsedDocument, source: Source) -> Row:
         return Row(
@@ -421,19 +435,6 @@ class DocumentPipeline:
 
     # ---------------------------------------------------------------------------------------------------- publishing
 
-    async def _to_the_end(self, publishing: Coroutine[Any, Any, R]) -> R:
-        """Await something that is not to be interrupted: between commit and clearing up there is nothing to hand back.
-
-        A stop or a timeout that comes meanwhile is late: the task succeeds. Every call in it has a timeout of its own.
-        """
-        task = asyncio.create_task(publishing)
-        while True:
-            try:
-                return await asyncio.shield(task)
-            except asyncio.CancelledError:
-                if task.cancelled():
-                    raise
-
     async def _publish(
         self, intent: Intent, read: _Read, counts: tuple[int, int], *, embedded: int, stores: Stores
     ) -> Done | None:
@@ -442,6 +443,7 @@ class DocumentPipeline:
                 case Commit.AGAIN:
                     return None
                 case Commit.SUPERSEDED:
+                    await self._withdraw(intent.version, stores)
                     return self._superseded(None)
                 case Commit.DONE:
                     await self._remove_lower(intent.version, stores)
@@ -487,6 +489,7 @@ class DocumentPipeline:
                 case Commit.AGAIN:
                     return None
                 case Commit.SUPERSEDED:
+                    await self._withdraw(intent.version, stores)
                     return self._superseded(None)
                 case Commit.DONE:
                     assert intent.published is not None  # noqa: S101 - for the type checker: that is what was confirmed
@@ -507,10 +510,13 @@ class DocumentPipeline:
         return self._done("Completed", published, counts=(len(found[0]), len(found[1])))
 
     async def _remove_lower(self, version: int, stores: Stores) -> None:
-        await asyncio.gather(
-            stores.vectors.remove([Stale(self._document_id, up_to=version - 1)]),
-            stores.texts.remove([Stale(self._document_id, up_to=version - 1)]),
-        )
+        await stores.remove([Stale(self._document_id, up_to=version - 1)])
+
+    async def _withdraw(self, version: int, stores: Stores) -> None:
+        """Remove what this task has written of a version that nobody will publish: a sweep would find it an hour later."""
+        await self._stores_ready()
+        for store in (stores.vectors, stores.texts):
+            await store.delete(await store.stored(self._document_id, version))
 
     def _done(self, reason: str, published: Published, *, counts: tuple[int, int]) -> Done:
         return Done(
@@ -530,6 +536,20 @@ class DocumentPipeline:
     def _superseded(self, published: Published | None) -> Done:
         version = None if published is None else published.version
         return Done("Superseded", Result(documents=0, version=version, seconds=self._stages.seconds))
+
+
+async def to_the_end(publishing: Coroutine[Any, Any, R]) -> R:
+    """Await something that is not to be interrupted: between commit and clearing up there is nothing to hand back.
+
+    A stop or a timeout that comes meanwhile is late: the task succeeds. Every call in it has a timeout of its own.
+    """
+    task = asyncio.create_task(publishing)
+    while True:
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise
 
 
 async def _open(stack: contextlib.AsyncExitStack, file_path: str, settings: Settings) -> Source:

@@ -1,11 +1,15 @@
 """The two stores of a knowledge base, opened together."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from job_runner.index import Generation, TextIndex, VectorIndex
+from job_runner.index import Generation, Stale, TextIndex, VectorIndex
 from job_runner.settings import Settings, revealed
 from task_contract.errors import StoreUnavailable
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +19,24 @@ class Stores:
     vectors: VectorIndex
     texts: TextIndex
 
+    async def open_existing(self) -> None:
+        """Make what is there ready for reading and removing; nothing is created where the generation is not there."""
+        for store in (self.vectors, self.texts):
+            if await store.exists():
+                await store.ensure()
+
+    async def count(self, stale: Sequence[Stale]) -> tuple[int, int]:
+        """Return how many rows each store has of stale versions."""
+        return await _both(self.vectors.count(stale), self.texts.count(stale))
+
+    async def remove(self, stale: Sequence[Stale]) -> tuple[int, int]:
+        """Remove stale versions from both; return how many rows each had. Then no reader sees any."""
+        return await _both(self.vectors.remove(stale), self.texts.remove(stale))
+
+    async def drop(self) -> tuple[bool, bool]:
+        """Remove the generation from both; return which had it."""
+        return await _both(self.vectors.drop(), self.texts.drop())
+
     async def aclose(self) -> None:
         """Close both."""
         await self.vectors.aclose()
@@ -22,6 +44,16 @@ class Stores:
 
 
 OpenStores = Callable[[Generation], Stores]
+
+
+async def _both(in_vectors: Awaitable[R], in_texts: Awaitable[R]) -> tuple[R, R]:
+    """Wait for both, also when one fails: the stores are closed only when nothing uses them any more."""
+    first, second = await asyncio.gather(in_vectors, in_texts, return_exceptions=True)
+    if isinstance(first, BaseException):
+        raise first
+    if isinstance(second, BaseException):
+        raise second
+    return first, second
 
 
 def opener(settings: Settings, *, dimension: int) -> OpenStores:

@@ -15,6 +15,8 @@ _AVAILABLE: Final = ", ".join(AVAILABLE_TYPES)
 
 _PAYLOAD_FIELDS: Final[dict[TaskType, tuple[str, ...]]] = {
     TaskType.DOCUMENT_PROCESSING: (
+        "action",
+        "confirm",
         "filePath",
         "documentId",
         "chunkSize",
@@ -51,10 +53,17 @@ def _type_rules() -> list[Rule]:
             reason="FieldValueRequired",
         ),
         _rule(
-            "self.type != 'document_processing' || (has(self.payload) && has(self.payload.filePath))",
+            "self.type != 'document_processing' || (has(self.payload) && (has(self.payload.filePath)"
+            " || has(self.payload.action) && self.payload.action != 'upsert'))",
             "spec.payload.filePath: required for document_processing: give a path below the document volume or a URL",
             field=".payload",
             reason="FieldValueRequired",
+        ),
+        _rule(
+            "!has(self.payload) || !has(self.payload.action) || self.payload.action != 'delete_knowledge_base'"
+            " || has(self.kbId) && has(self.payload.confirm) && self.payload.confirm == self.kbId",
+            "spec.payload.confirm: delete_knowledge_base removes every document: give the kbId once more to confirm it",
+            field=".payload",
         ),
         _rule(
             "self.executor != 'pool'",
@@ -123,7 +132,32 @@ def _immutable_rules(spec: Schema) -> list[Rule]:
     return rules
 
 
+_UPSERT_ONLY: Final = ("chunkSize", "chunkOverlap", "processingMode", "embeddingModel", "metadata")
+
 _PAYLOAD_RULES: Final = [
+    _rule(
+        "!has(self.action) || self.action != 'delete' || has(self.filePath) || has(self.documentId)",
+        "spec.payload.documentId: delete needs it, or the filePath under which the document was processed",
+        field=".action",
+        reason="FieldValueRequired",
+    ),
+    _rule(
+        "!has(self.action) || self.action != 'delete_knowledge_base' || !(has(self.filePath) || has(self.documentId))",
+        "spec.payload.action: delete_knowledge_base removes all documents; delete is for the one that a field names",
+        field=".action",
+    ),
+    _rule(
+        f"!has(self.action) || self.action == 'upsert' || !({' || '.join(f'has(self.{name})' for name in _UPSERT_ONLY)})",
+        f"spec.payload.action: only upsert takes {', '.join(_UPSERT_ONLY)}; leave them out",
+        field=".action",
+        reason="FieldValueForbidden",
+    ),
+    _rule(
+        "!has(self.confirm) || has(self.action) && self.action == 'delete_knowledge_base'",
+        "spec.payload.confirm: only for action delete_knowledge_base; leave it out",
+        field=".confirm",
+        reason="FieldValueForbidden",
+    ),
     _rule(
         "!has(self.filePath) || !self.filePath.contains('://') || self.filePath.matches('^(s3|https?)://')",
         f"spec.payload.filePath: {SCHEME_MESSAGE}",

@@ -29,7 +29,7 @@ class AttemptOutcome(Model):
     outcome: Outcome
     attempt: Annotated[int, Field(ge=1)]
     reason: Annotated[str, Field(min_length=1, max_length=64)] = "Completed"
-    """Completed, Superseded or Unchanged for a success; else the reason of the error."""
+    """Completed, Deleted, Superseded or Unchanged for a success; else the reason of the error."""
     result: Result | None = None
     error: Failure | None = None
 

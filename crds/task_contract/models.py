@@ -149,6 +149,14 @@ class ProcessingMode(StrEnum):
     FIXED = "fixed"
 
 
+class Action(StrEnum):
+    """What becomes of a document, or of a whole knowledge base."""
+
+    UPSERT = "upsert"
+    DELETE = "delete"
+    DELETE_KNOWLEDGE_BASE = "delete_knowledge_base"
+
+
 class Component(StrEnum):
     """What a health check looks at."""
 
@@ -167,6 +175,11 @@ class Payload(Model):
     ``effective_*`` give the defaults.
     """
 
+    action: Action | None = None
+    """upsert (default) publishes the document; delete removes every version of it from both stores, and needs no file;
+    delete_knowledge_base removes all documents, and needs confirm."""
+    confirm: Annotated[str, Field(min_length=1, max_length=63)] | None = None
+    """The kbId once more: what delete_knowledge_base removes cannot be brought back."""
     file_path: (
         Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$"), AfterValidator(check_file_path)]
         | None
@@ -195,10 +208,15 @@ class Payload(Model):
     """What a health_check looks at. Default: everything that is configured."""
 
     @property
+    def effective_action(self) -> Action:
+        """``action``, or upsert."""
+        return self.action or Action.UPSERT
+
+    @property
     def effective_document_id(self) -> str:
         """``documentId``, or ``filePath``. Raises :class:`~task_contract.errors.InvalidTask` if there is neither."""
         if (identity := self.document_id or self.file_path) is None:
-            raise InvalidTask("cannot identify the document: set payload.filePath")
+            raise InvalidTask("cannot identify the document: set payload.filePath or payload.documentId")
         return identity
 
     @property

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from job_runner.attempt import identity, run_attempt
+from job_runner.deletion import Deletion
 from job_runner.embed import normalized
 from job_runner.index import Generation
 from job_runner.ledger import Ledger
@@ -28,7 +29,7 @@ from job_runner.settings import Settings
 from job_runner.stores import Stores, opener
 from task_contract.lifecycle import ExitCode
 from task_contract.messages import AttemptOutcome
-from task_contract.models import ProcessingTask
+from task_contract.models import Action, ProcessingTask
 
 NAMESPACE = "test"
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -135,17 +136,18 @@ async def run_watched(task: ProcessingTask, settings: Settings, embedder: Any, r
             texts=Watched(stores.texts, "texts", reached),
         )
 
+    watched: Any = {
+        "uid": uid,
+        "created_at": created_at,
+        "settings": settings,
+        "ledger": Watched(ledger, "ledger", reached),
+        "open_stores": watched_stores,
+        "progress": SilentProgress(),
+    }
     try:
-        return await DocumentPipeline(
-            task,
-            uid=uid,
-            created_at=created_at,
-            settings=settings,
-            ledger=Watched(ledger, "ledger", reached),  # type: ignore[arg-type]  # passes every method on
-            embedder=embedder,
-            open_stores=watched_stores,
-            progress=SilentProgress(),
-        ).run()
+        if task.spec.payload.effective_action is not Action.UPSERT:
+            return await Deletion(task, **watched).run()
+        return await DocumentPipeline(task, embedder=embedder, **watched).run()
     finally:
         await ledger.aclose()
 
@@ -197,6 +199,21 @@ class Lab:
         }
         if timeout is not None:
             spec["timeout"] = timeout
+        return self._of(spec, uid=uid, at=at)
+
+    def deletion(self, document: str = "a.txt", *, uid: UUID | None = None, at: int = 0) -> ProcessingTask:
+        """Return a task that deletes a document."""
+        return self._of(self._deleting(action="delete", documentId=self.document_id(document)), uid=uid, at=at)
+
+    def knowledge_base_deletion(self, *, uid: UUID | None = None, at: int = 0) -> ProcessingTask:
+        """Return a task that deletes the whole knowledge base."""
+        return self._of(self._deleting(action="delete_knowledge_base", confirm=self.kb_id), uid=uid, at=at)
+
+    def _deleting(self, **payload: object) -> dict[str, object]:
+        return {"type": "document_processing", "kbId": self.kb_id, "payload": payload}
+
+    @staticmethod
+    def _of(spec: dict[str, object], *, uid: UUID | None, at: int) -> ProcessingTask:
         created = (NOON + timedelta(seconds=at)).isoformat()
         metadata = {"name": "a", "namespace": NAMESPACE, "uid": str(uid or uuid.uuid4()), "creationTimestamp": created}
         return ProcessingTask.model_validate({"metadata": metadata, "spec": spec})

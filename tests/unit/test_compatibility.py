@@ -15,11 +15,29 @@ from tests.support.releases import RELEASES, Release, present_migrations
 
 _FILE_PATH = ".spec.payload: a new rule: !has(self.filePath) || !self.filePath."
 _NO_URLS = "the release before refused every URL"
+_ACTION = ".spec.payload: a new rule: !has(self.action) || self.action"
+_NEW_FIELD = "no task of the release before has the field that the rule is about"
 REVIEWED: dict[str, str] = {
     f"{_FILE_PATH}contains('://') || self.filePath.matches('^(s3|https?)://')": _NO_URLS,
     f"{_FILE_PATH}matches('^https?://') || self.filePath.matches(r'{HTTP_PATTERN}')": _NO_URLS,
     f"{_FILE_PATH}startsWith('s3://') || self.filePath.matches(r'{S3_PATTERN}')": _NO_URLS,
     f"{_FILE_PATH}startsWith('/') || self.filePath.startsWith('/data/')": "such a task could only end as DocumentRefused",
+    ".spec: a new rule: self.type != 'document_processing' || (has(self.payload) && (has(self.payload.filePath)"
+    " || has(self.payload.action) && self.payload.action != 'upsert'))": "allows more than the rule before it",
+    ".spec: a new rule: !has(self.payload) || !has(self.payload.action) || self.payload.action != 'delete_knowledge_base'"
+    " || has(self.kbId) && has(self.payload.confirm) && self.payload.confirm == self.kbId": _NEW_FIELD,
+    **{
+        f".spec: a new rule: !has(self.payload) || !has(self.payload.{field}) || self.type in ['document_processing']": (
+            _NEW_FIELD
+        )
+        for field in ("action", "confirm")
+    },
+    f"{_ACTION} != 'delete' || has(self.filePath) || has(self.documentId)": _NEW_FIELD,
+    f"{_ACTION} != 'delete_knowledge_base' || !(has(self.filePath) || has(self.documentId))": _NEW_FIELD,
+    f"{_ACTION} == 'upsert' || !(has(self.chunkSize) || has(self.chunkOverlap) || has(self.processingMode)"
+    " || has(self.embeddingModel) || has(self.metadata))": _NEW_FIELD,
+    ".spec.payload: a new rule: !has(self.confirm)"
+    " || has(self.action) && self.action == 'delete_knowledge_base'": _NEW_FIELD,
 }
 """Sentence of the checker → why nobody loses anything by that change. Empty it after a release is frozen."""
 CONTRACT_STEPS: dict[int, str] = {}
