@@ -35,7 +35,7 @@ class Kind(StrEnum):
     IMAGE = "image"
 
 
-READABLE: Final = "PDF, DOCX, XLSX, XLS, ODS, CSV, JSON, EPUB, HTML, Markdown, text and e-mails (EML)"
+READABLE: Final = "PDF, DOCX, PPTX, XLSX, XLS, ODS, CSV, JSON, EPUB, HTML, Markdown, text and e-mails (EML)"
 """What messages say that this version reads."""
 
 

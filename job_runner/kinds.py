@@ -97,10 +97,6 @@ _STREAMS: Final = (
 )
 _DIRECTORY_SECTORS: Final = 64
 """Sectors of the directory of a compound file that are looked at: 256 streams and more."""
-_UNREAD: Final = {
-    Kind.PPTX: "a PowerPoint file (PPTX)",
-}
-"""Kinds that are known and that no reader reads yet."""
 
 
 def kind_of(file: BinaryIO, *, name: str) -> Kind:
@@ -109,14 +105,6 @@ def kind_of(file: BinaryIO, *, name: str) -> Kind:
     Raises :class:`ReadingFailed`: DocumentRefused, naming what it is instead, DocumentUnreadable for an archive that is cut
     short, a PDF that has lost its start and an Office file with a password.
     """
-    kind = known_kind(file, name=name)
-    if described := _UNREAD.get(kind):
-        raise _refused(name, described)
-    return kind
-
-
-def known_kind(file: BinaryIO, *, name: str) -> Kind:
-    """Tell the kind of an open file, whether or not there is a reader for it; see :func:`kind_of`."""
     suffix = PurePosixPath(name).suffix.lower()
     file.seek(0)
     head = file.read(_HEAD)

@@ -17,6 +17,7 @@ from job_runner.readers.html import read_html
 from job_runner.readers.json_data import read_json, read_json_lines
 from job_runner.readers.mail import Allowance, read_mail
 from job_runner.readers.pdf import read_pdf
+from job_runner.readers.pptx import read_pptx
 from job_runner.readers.text import read_markdown, read_plain
 from job_runner.readers.workbook import read_ods, read_xls, read_xlsx
 
@@ -64,7 +65,7 @@ def read(
         case Kind.JSONL:
             document = read_json_lines(file.read(), name=name)
         case Kind.PPTX:
-            raise ReadingFailed("DocumentRefused", f"cannot read {name}: no reader")
+            document = read_pptx(file, name=name, on_progress=on_progress)
         case Kind.EPUB:
             document = read_epub(file, name=name, on_progress=on_progress)
         case Kind.EML:

@@ -167,13 +167,17 @@ class Assembly:
         self._headings: list[Heading] = []
         self._length = 0
         self._group = 0
-        self._waiting: list[tuple[int, str | None]] = []
-        """Numbers and headings of pages that begin with the next text."""
+        self._waiting: list[int | tuple[str, int]] = []
+        """Numbers of pages, and titles of headings with their levels, that begin with the next text."""
 
-    def page(self, number: int, *, heading: str | None = None) -> None:
-        """Begin a page; the first one before any block. ``heading`` is one of the first level that is not in the text."""
-        self._waiting.append((number, heading))
+    def page(self, number: int) -> None:
+        """Begin a page; the first one before any block."""
+        self._waiting.append(number)
         self._group = 0
+
+    def heading(self, title: str, *, level: int) -> None:
+        """Put what comes below a heading that is not in the text."""
+        self._waiting.append((title, level))
 
     def extend(self, blocks: Iterable[Block]) -> None:
         """Add blocks."""
@@ -189,7 +193,7 @@ class Assembly:
                 self._length += len(glue)
             self._group = block.group
         if block.text or block.breaks:
-            self._begin_pages()
+            self._begin()
         for offset in block.breaks:
             self._pages.append(Page(number=self._pages[-1].number + 1, start=self._length + offset))
         if not block.text:
@@ -202,7 +206,7 @@ class Assembly:
 
     def document(self, kind: Kind, *, title: str | None = None, failed_pages: Iterable[int] = ()) -> ParsedDocument:
         """Return the document; ``title`` becomes a heading above all if there is none of the first level."""
-        self._begin_pages()
+        self._begin()
         headings = self._headings
         if title and all(heading.level > 1 for heading in headings):
             headings = [Heading(start=0, end=0, level=1, title=title), *headings]
@@ -214,11 +218,13 @@ class Assembly:
             failed_pages=tuple(failed_pages),
         )
 
-    def _begin_pages(self) -> None:
-        for number, heading in self._waiting:
-            self._pages.append(Page(number=number, start=self._length))
-            if heading:
-                self._headings.append(Heading(start=self._length, end=self._length, level=1, title=heading))
+    def _begin(self) -> None:
+        for begun in self._waiting:
+            if isinstance(begun, int):
+                self._pages.append(Page(number=begun, start=self._length))
+            else:
+                title, level = begun
+                self._headings.append(Heading(start=self._length, end=self._length, level=level, title=title))
         self._waiting.clear()
 
 

@@ -6,7 +6,7 @@ import zipfile
 import pytest
 
 from job_runner.document import READABLE, Kind
-from job_runner.kinds import kind_of, known_kind
+from job_runner.kinds import kind_of
 from job_runner.readers import ReadingFailed
 from tests.support.compound import make_compound
 from tests.support.docx import make_docx, zipped
@@ -125,7 +125,7 @@ def of_type(mimetype: str) -> bytes:
     ],
 )  # fmt: skip
 def test_the_kind_is_told_by_content(name: str, data: bytes, kind: Kind) -> None:
-    assert known_kind(io.BytesIO(data), name=name) is kind
+    assert kind_of(io.BytesIO(data), name=name) is kind
 
 
 @pytest.mark.parametrize(
