@@ -31,6 +31,8 @@ _FAILURES: Final[Mapping[str, type[TaskError]]] = {
 }
 _STDERR_LIMIT: Final = 4096
 _READ_BYTES: Final = 1 << 20
+_NO_MEMORY: Final = "memory allocation of "
+"""How a library in Rust begins its last words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +144,7 @@ def _crash(name: str, *, status: int, errors: str, limits: ParserLimits) -> Task
     """Return the error for a child that has ended without an answer."""
     memory = f"{limits.memory_bytes // 2**20} MiB"
     more_memory = "raise TASKS_PARSER_MEMORY_BYTES and the pod's memory, or split the document"
-    if "MemoryError" in errors:
+    if "MemoryError" in errors or _NO_MEMORY in errors:
         return DocumentRefused(f"cannot parse {name} within {memory} of memory; {more_memory}")
     if status == -signal.SIGXCPU:
         more_time = "raise TASKS_PARSER_SECONDS or split the document"

@@ -21,6 +21,7 @@ from task_contract.errors import DocumentEmpty, DocumentRefused, DocumentUnreada
 from tests.support.docx import DOCUMENT_TYPE, make_docx, paragraph, part, relationships, zipped
 from tests.support.pdf import PdfPage, make_pdf
 from tests.support.runner import until
+from tests.support.workbooks import Value, make_xls
 
 LIMITS = ParserLimits(memory_bytes=1 << 30, seconds=60, cpu_seconds=60, output_bytes=1 << 24)
 
@@ -280,6 +281,14 @@ async def test_memory_is_bounded(tmp_path: Path) -> None:
     path.write_text("字" * 50_000_000)
     with pytest.raises(DocumentRefused, match="within 200 MiB of memory; raise TASKS_PARSER_MEMORY_BYTES"):
         await parse_file(path, replace(LIMITS, memory_bytes=200 << 20))
+
+
+async def test_memory_that_a_library_asks_for_is_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "far.xls"
+    far: list[list[Value]] = [["a"], *([] for _ in range(65_534)), [*[None] * 255, "z"]]
+    path.write_bytes(make_xls({"S": far}))
+    with pytest.raises(DocumentRefused, match="within 300 MiB of memory; raise TASKS_PARSER_MEMORY_BYTES"):
+        await parse_file(path, replace(LIMITS, memory_bytes=300 << 20))
 
 
 async def test_cpu_time_is_bounded(tmp_path: Path) -> None:
