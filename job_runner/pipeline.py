@@ -453,7 +453,7 @@ class DocumentPipeline:
             Result(
                 documents=1,
                 pages=len(document.pages) if document.paged else None,
-                failed_pages=len(document.failed_pages) if document.paged else None,
+                failed_pages=len(document.failed_pages) if document.paged or document.failed_pages else None,
                 chunks=len(read.chunks),
                 embedded=embedded,
                 reused=len(read.chunks) - embedded,

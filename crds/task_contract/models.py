@@ -341,7 +341,7 @@ class Result(Model):
     documents: Annotated[int, Field(ge=0)] | None = None
     pages: Annotated[int, Field(ge=0)] | None = None
     failed_pages: Annotated[int, Field(ge=0)] | None = None
-    """Pages without readable text; the others were published."""
+    """Pages without readable text, and sheets, slides, attachments and lines that cannot be read; the rest was published."""
     chunks: Annotated[int, Field(ge=0)] | None = None
     embedded: Annotated[int, Field(ge=0)] | None = None
     """Vectors computed for this version."""
