@@ -8,8 +8,8 @@ from datetime import datetime, timedelta
 from enum import IntEnum
 from typing import Final, Literal
 
-from task_contract.errors import Fenced, HandedBack, StoreUnavailable, TaskError
-from task_contract.models import Condition, Phase, RetryPolicy
+from task_contract.errors import Fenced, HandedBack, StoresDisagree, StoreUnavailable, TaskError
+from task_contract.models import Condition, Failure, Phase, Result, RetryPolicy
 
 ARROWS: Final[dict[Phase, frozenset[Phase]]] = {
     # Queued → Completed, Failed: an attempt may end before anyone saw it run.
@@ -63,6 +63,9 @@ def retry_delay(policy: RetryPolicy, *, failures: int, random: float) -> timedel
     return timedelta(seconds=seconds)
 
 
+STORES_CONSISTENT: Final = "StoresConsistent"
+"""A condition beside those of the phase: it says nothing about whether the task goes on."""
+
 _ConditionType = Literal["Ready", "Succeeded", "Stalled", "Reconciling"]
 
 
@@ -103,4 +106,39 @@ def conditions(
             ),
         )
         for name, status in wanted.items()
+    )
+
+
+def stores_consistent(
+    result: Result | None,
+    error: Failure | None,
+    *,
+    generation: int,
+    now: datetime,
+    previous: Sequence[Condition] = (),
+) -> Condition | None:
+    """Return the condition StoresConsistent: do both stores hold exactly the chunks of the document?
+
+    True after a verification of all chunk ids, False with the numbers of missing and extra ones after a failed one; ``None``
+    when the task has verified nothing.
+    """
+    if error is not None and error.reason == StoresDisagree.reason:
+        status, reason, message = "False", error.reason, error.message
+    elif result is not None and result.chunks is not None:
+        counts = result.milvus_count, result.elasticsearch_count
+        if counts != (result.chunks, result.chunks):
+            return None  # not verified: an older runner, or a result that lacks counts
+        version = "" if result.version is None else f" of version {result.version}"
+        held = f"exactly the {result.chunks} chunks{version}" if result.chunks else "no chunk of the document"
+        status, reason, message = "True", "Verified", f"Milvus and Elasticsearch hold {held}: 0 missing, 0 extra"
+    else:
+        return None
+    before = next((condition for condition in previous if condition.type == STORES_CONSISTENT), None)
+    return Condition(
+        type=STORES_CONSISTENT,
+        status="True" if status == "True" else "False",
+        reason=reason,
+        message=message,
+        observed_generation=generation,
+        last_transition_time=before.last_transition_time if before is not None and before.status == status else now,
     )

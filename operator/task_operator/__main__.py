@@ -14,7 +14,6 @@ import kopf
 import structlog
 import uvloop
 
-from task_contract.migrations import migrate
 from task_operator.cluster import Access, Cluster, ClusterError, KubeconfigError, Watches
 from task_operator.controller import Controller, VersionsWentBack
 from task_operator.events import Events
@@ -24,6 +23,7 @@ from task_operator.jobs import common_labels
 from task_operator.metrics import Metrics
 from task_operator.progress import ProgressFeed
 from task_operator.projection import Database
+from task_operator.schema import migrate
 from task_operator.settings import Settings, SettingsError, load_settings
 
 _log = structlog.get_logger("task_operator")
@@ -181,14 +181,10 @@ async def run_migrations(settings: Settings) -> int:
         _log.error("cannot migrate: OPERATOR_POSTGRES_URL is not set")
         return 2
     try:
-        connection = await asyncpg.connect(settings.postgres_url, timeout=10)
+        applied = await migrate(settings.postgres_url)
     except (OSError, asyncpg.PostgresError, TimeoutError) as error:
         _log.error("cannot migrate: cannot connect to PostgreSQL", error=repr(error))
         return 1
-    try:
-        applied = await migrate(connection)
-    finally:
-        await connection.close()
     _log.info("the database is up to date", applied=applied)
     return 0
 

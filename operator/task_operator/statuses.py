@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from task_contract.lifecycle import conditions
+from task_contract.lifecycle import conditions, stores_consistent
 from task_contract.messages import AttemptOutcome
 from task_contract.models import Attempt, Executor, Failure, Phase, ProcessingTask, QueueStatus, Result, Status
 from task_operator.observation import Ending, View
@@ -16,20 +16,28 @@ _TEXT: Final = 1024  # the bound of texts in a status
 def status_in(task: ProcessingTask, phase: Phase, *, reason: str, message: str, now: datetime, **changes: Any) -> Status:
     """Return the task's status in another phase: conditions that fit, and the changes; what is not named stays."""
     status = task.status
+    consistent = stores_consistent(
+        changes.get("result", status.result),
+        changes.get("error", status.error),
+        generation=task.metadata.generation,
+        now=to_second(now),
+        previous=status.conditions,
+    )
     fixed = {
         "phase": phase,
         "observed_generation": task.metadata.generation,
         "queued_at": status.queued_at or task.metadata.creation_timestamp,
-        "conditions": list(
-            conditions(
+        "conditions": [
+            *conditions(
                 phase,
                 reason=_condition_reason(reason),
                 message=clip(message),
                 generation=task.metadata.generation,
                 now=to_second(now),
                 previous=status.conditions,
-            )
-        ),
+            ),
+            *([] if consistent is None else [consistent]),
+        ],
     }
     return status.model_copy(update=fixed | changes)
 

@@ -25,10 +25,10 @@ from devstack.stores import postgres
 from job_runner.index import Generation
 from job_runner.settings import Settings
 from job_runner.stores import Stores, opener
-from task_contract.migrations import migrate
 from task_contract.models import ProcessingTask
 from task_contract.names import CONTAINER, TASK_ANNOTATION, TASK_UID_LABEL
 from task_operator.cluster import Access
+from task_operator.schema import migrate
 from tests.crash.faults import PLAN, RECORD, Action, Record
 from tests.crash.process import COUNTER
 from tests.support.operator_lab import ROOT, Kube, OperatorProcess, Place, exited, running, until
@@ -146,9 +146,8 @@ class World:
         url = await asyncio.to_thread(postgres.create_database, name)
         kube = Kube(Access.from_kubeconfig(kubeconfig))
         try:
+            await migrate(url)
             async with asyncpg.create_pool(url, min_size=1, max_size=4) as sql:
-                async with sql.acquire() as connection:
-                    await migrate(connection)
                 yield cls(kube=kube, kubeconfig=kubeconfig, urls={**urls, "TASKS_POSTGRES_URL": url}, sql=sql, folder=folder)
         finally:
             await kube.aclose()

@@ -15,13 +15,13 @@ from redis.asyncio import Redis
 from devstack import Endpoints
 from devstack.stores import postgres
 from task_contract.messages import AttemptOutcome, Outcome, progress_event
-from task_contract.migrations import migrate
 from task_contract.models import Failure, Result, Stage
 from task_contract.names import PROGRESS_CHANNEL
 from task_operator.cluster import Access
 from task_operator.metrics import Metrics
 from task_operator.observation import FenceState
 from task_operator.projection import Database, DatabaseUnavailable, Held
+from task_operator.schema import migrate
 from tests.support.operator_lab import Kubelet, OperatorProcess, Place, Proxy, until
 from tests.support.operator_values import at, finished, manifest, processing
 from tests.support.servers import free_port
@@ -41,9 +41,7 @@ FAILURE = AttemptOutcome(
 async def url(stores: Endpoints) -> AsyncIterator[str]:
     name = f"operator_{uuid.uuid4().hex[:10]}"
     url = await asyncio.to_thread(postgres.create_database, name)
-    connection = await asyncpg.connect(url)
-    await migrate(connection)
-    await connection.close()
+    await migrate(url)
     yield url
     await asyncio.to_thread(postgres.drop_database, name)
 
@@ -264,9 +262,7 @@ def own_postgres(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 async def test_a_postgresql_that_stops_and_starts_loses_no_row(cluster: Endpoints, own_postgres: None) -> None:
     url = await asyncio.to_thread(postgres.create_database, "operator")
-    connection = await asyncpg.connect(url)
-    await migrate(connection)
-    await connection.close()
+    await migrate(url)
     metrics, incomplete = Metrics(), asyncio.Event()
     database = Database(url, metrics=metrics, limit=400_000)
     database.on_incomplete = incomplete.set

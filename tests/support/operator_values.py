@@ -169,7 +169,9 @@ def ended_pod(attempt: int = 1, **fields: Any) -> PodReport:
 
 
 def success(attempt: int = 1, reason: str = "Completed") -> AttemptOutcome:
-    return AttemptOutcome(outcome=Outcome.SUCCEEDED, attempt=attempt, reason=reason, result=Result(documents=1, chunks=87))
+    counted = {} if reason == "Superseded" else {"chunks": 87, "milvus_count": 87, "elasticsearch_count": 87, "version": 1}
+    result = Result.model_validate({"documents": len(counted) and 1} | counted)
+    return AttemptOutcome(outcome=Outcome.SUCCEEDED, attempt=attempt, reason=reason, result=result)
 
 
 def failure(reason: str = "StoresDisagree", *, retryable: bool = True, attempt: int = 1) -> AttemptOutcome:

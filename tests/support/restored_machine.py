@@ -17,8 +17,8 @@ from devstack import process
 from devstack.cache import state_dir
 from devstack.cluster import NAMES
 from devstack.stores import common, postgres
-from task_contract.migrations import migrate
 from task_operator.cluster import Access
+from task_operator.schema import migrate
 from tests.support.devstack import Kubectl
 from tests.support.operator_lab import ROOT, Kube, Kubelet, OperatorProcess, Place, until
 
@@ -93,8 +93,8 @@ async def main() -> None:
     common.make_bridge()
     postgres.up()
     url = postgres.create_database("operator")
+    await migrate(url)
     sql = await asyncpg.connect(url)
-    await migrate(sql)
     kubectl = Kubectl(endpoints)
     kubectl("apply", "--server-side", "-f", str(ROOT / "crds/processingtasks.yaml"))
     kubectl("wait", "--for=condition=Established", "--timeout=30s", "crd/processingtasks.tasks.zzdsj.io")

@@ -21,13 +21,14 @@ from task_contract.errors import (
     StoreUnavailable,
     TaskError,
 )
-from task_contract.lifecycle import ARROWS, ExitCode, conditions, exit_code, retry_delay
+from task_contract.lifecycle import ARROWS, ExitCode, conditions, exit_code, retry_delay, stores_consistent
 from task_contract.messages import TERMINATION_LIMIT, AttemptOutcome, Outcome
 from task_contract.migrations import migrations
 from task_contract.models import (
     Component,
     ComponentHealth,
     Condition,
+    Failure,
     Payload,
     Phase,
     ProcessingTask,
@@ -191,6 +192,43 @@ def test_the_transition_time_stays_while_the_status_of_a_condition_stays() -> No
     }
     assert found["Ready"].last_transition_time == earlier
     assert found["Succeeded"].last_transition_time == NOW
+
+
+VERIFIED = Result(documents=1, chunks=40, milvus_count=40, elasticsearch_count=40, version=3)
+DISAGREE = Failure(reason="StoresDisagree", message="of 40 chunks, Milvus misses 2 and has 1 others", retryable=True)
+STORE_DOWN = Failure(reason="StoreUnavailable", message="", retryable=True)
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "wanted"),
+    [
+        (None, None, None),
+        (
+            VERIFIED,
+            None,
+            ("True", "Verified", "Milvus and Elasticsearch hold exactly the 40 chunks of version 3: 0 missing, 0 extra"),
+        ),
+        (
+            Result(documents=0, chunks=0, milvus_count=0, elasticsearch_count=0),
+            None,
+            ("True", "Verified", "Milvus and Elasticsearch hold no chunk of the document: 0 missing, 0 extra"),
+        ),
+        (None, DISAGREE, ("False", "StoresDisagree", DISAGREE.message)),
+        (VERIFIED, DISAGREE, ("False", "StoresDisagree", DISAGREE.message)),
+        (None, STORE_DOWN, None),
+        (Result(documents=0, version=3), None, None),  # superseded: it has verified nothing
+        (Result(chunks=40), None, None),
+    ],
+)
+def test_a_task_says_whether_the_stores_are_consistent(
+    result: Result | None, error: Failure | None, wanted: tuple[str, str, str] | None
+) -> None:
+    found = stores_consistent(result, error, generation=4, now=NOW)
+    assert (None if found is None else (found.status, found.reason, found.message)) == wanted
+    if found is not None:
+        assert (found.type, found.observed_generation, found.last_transition_time) == ("StoresConsistent", 4, NOW)
+        later = stores_consistent(result, error, generation=4, now=NOW + timedelta(hours=1), previous=[found])
+        assert later == found
 
 
 # ------------------------------------------------------------------------------------------------------------- messages

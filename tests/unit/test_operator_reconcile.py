@@ -425,6 +425,7 @@ ROWS = [
             "finishedAt": stamp(NOW),
             "conditions.Ready": "True/Completed",
             "conditions.Succeeded": "True/Completed",
+            "conditions.StoresConsistent": "True/Verified",
             "attempts": [ended_attempt(1, "Succeeded") | {"finishedAt": stamp(NOW)}],
         },
     ),
@@ -481,6 +482,7 @@ ROWS = [
             "error.stage": "verify",
             "retryAt": stamp(NOW + 10),
             "conditions.Reconciling": "True/StoresDisagree",
+            "conditions.StoresConsistent": "False/StoresDisagree",
             "attempts": [ended_attempt(1) | {"finishedAt": stamp(NOW)}],
         },
         after=10,
@@ -499,6 +501,7 @@ ROWS = [
             "attempt": 4,
             "error.reason": "StoresDisagree",
             "conditions.Stalled": "True/StoresDisagree",
+            "conditions.StoresConsistent": "False/StoresDisagree",
         },
     ),
     Row(

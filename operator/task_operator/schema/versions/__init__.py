@@ -1,0 +1,1 @@
+"""One revision for each SQL file of the contract."""
