@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -15,8 +16,8 @@ for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
 from job_runner import logs, settings  # noqa: E402 - after the variables above
-from task_contract.errors import TaskError  # noqa: E402 - after the variables above
-from task_contract.lifecycle import exit_code  # noqa: E402 - after the variables above
+from task_contract.errors import DocumentNotFound, InvalidTask, TaskError  # noqa: E402 - after the variables above
+from task_contract.lifecycle import ExitCode, exit_code  # noqa: E402 - after the variables above
 from task_contract.messages import AttemptOutcome  # noqa: E402 - after the variables above
 from task_contract.names import TERMINATION_LOG  # noqa: E402 - after the variables above
 
@@ -39,7 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
             _tell_the_kubelet(error)
         return _failed(error)
     logs.configure(loaded.log_level)
-    commands = {"run": _run, "migrate": _migrate, "search": _search, "health": _health, "sweep": _sweep}
+    commands = {
+        "run": _run,
+        "search": _search,
+        "health": _health,
+        "sweep": _sweep,
+        "verify": _verify,
+        "rebuild-ledger": _rebuild_ledger,
+    }
     try:
         return asyncio.run(commands[options.command](options, loaded))
     except TaskError as error:
@@ -58,11 +66,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="carry out one task", description="Carries out one attempt at one task.")
     run.add_argument("task", type=Path, metavar="TASK_FILE", help="ProcessingTask manifest, JSON or YAML")
-    commands.add_parser(
-        "migrate",
-        help="bring the tables in PostgreSQL up to date",
-        description="Applies the migrations that the database lacks; may be repeated.",
-    )
     search = commands.add_parser(
         "search",
         help="ask a knowledge base",
@@ -86,6 +89,24 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "health", help="ask all configured components", description="Prints how each configured component answers."
     )
+    verify = commands.add_parser(
+        "verify",
+        help="compare both stores with the ledger",
+        description="Reads all rows of a knowledge base in both stores, prints which documents lack chunks or have rows too "
+        "many, and enters that in the ledger. Exit code 75 when there are any.",
+    )
+    verify.add_argument("--namespace", default="default", help="namespace of the tasks [default]")
+    verify.add_argument("--kb-id", required=True, help="spec.kbId of the tasks")
+    rebuild = commands.add_parser(
+        "rebuild-ledger",
+        help="restore the ledger from both stores",
+        description="For when PostgreSQL and its backups are lost: enters knowledge bases and documents as both stores hold "
+        "them. What the ledger says already stays. Knowledge bases of release 0.1.0 do not say their names: give "
+        "--namespace and --kb-id, and the model of the settings is taken.",
+    )
+    rebuild.add_argument("--namespace", help="only knowledge bases of this namespace")
+    rebuild.add_argument("--kb-id", help="only this one; needs --namespace")
+    rebuild.add_argument("--dry-run", action="store_true", help="only print what would be entered")
     return parser
 
 
@@ -132,18 +153,6 @@ def _import_clients() -> None:
     """Import what takes longest, in a thread, while the document is opened and parsed."""
     import elasticsearch  # noqa: F401 - for later
     import pymilvus  # noqa: F401 - for later
-
-
-async def _migrate(options: argparse.Namespace, loaded: "Settings") -> int:
-    from job_runner.ledger import Ledger
-
-    ledger = Ledger(loaded.postgres_url.get_secret_value())
-    try:
-        applied = await ledger.migrate()
-    finally:
-        await ledger.aclose()
-    print(f"{applied} migrations applied" if applied else "the tables are up to date")  # noqa: T201 - the command's output
-    return 0
 
 
 async def _search(options: argparse.Namespace, loaded: "Settings") -> int:
@@ -209,6 +218,66 @@ async def _health(options: argparse.Namespace, loaded: "Settings") -> int:
         print(f"{component.name:<14} {state:<10} {component.milliseconds:>6} ms  {component.message}")  # noqa: T201 - output
     error = health.unhealthy(result)
     return 0 if error is None else exit_code(error)
+
+
+async def _verify(options: argparse.Namespace, loaded: "Settings") -> int:
+    from job_runner.consistency import verify
+    from job_runner.index import Generation
+    from job_runner.ledger import Ledger
+    from job_runner.stores import opener
+
+    async with contextlib.AsyncExitStack() as stack:
+        ledger = Ledger(loaded.postgres_url.get_secret_value())
+        stack.push_async_callback(ledger.aclose)
+        found = await ledger.knowledge_base(namespace=options.namespace, kb_id=options.kb_id)
+        if found is None:
+            raise DocumentNotFound(
+                f"cannot verify {options.kb_id}: namespace {options.namespace} has no such knowledge base; check both names"
+            )
+        generation, fingerprint, dimension = found
+        open_stores = opener(loaded, dimension=dimension, model_fingerprint=fingerprint)
+        checked = Generation(options.namespace, options.kb_id, generation)
+        stores = open_stores(checked)
+        stack.push_async_callback(stores.aclose)
+        report = await verify(checked, ledger=ledger, stores=stores)
+    print(report.as_text())  # noqa: T201 - the command's output
+    return ExitCode.SUCCEEDED if report.consistent else ExitCode.RETRYABLE
+
+
+async def _rebuild_ledger(options: argparse.Namespace, loaded: "Settings") -> int:
+    from job_runner.embed import make_embedder
+    from job_runner.index import Label
+    from job_runner.ledger import Ledger
+    from job_runner.rebuild import rebuild
+    from job_runner.stores import labels, opener
+
+    if options.kb_id and not options.namespace:
+        raise InvalidTask("cannot tell which knowledge base is meant: give --namespace with --kb-id")
+    wanted = [
+        label
+        for label in await labels(loaded)
+        if options.namespace in {None, label.namespace} and options.kb_id in {None, label.kb_id}
+    ]
+    if not wanted and options.kb_id:
+        embedder = await asyncio.to_thread(make_embedder, loaded.embedding_model)
+        wanted = [Label(options.namespace, options.kb_id, 1, embedder.fingerprint, embedder.dimension)]
+    code = ExitCode.SUCCEEDED
+    async with contextlib.AsyncExitStack() as stack:
+        ledger = Ledger(loaded.postgres_url.get_secret_value())
+        stack.push_async_callback(ledger.aclose)
+        for label in wanted:
+            open_stores = opener(loaded, dimension=label.dimension, model_fingerprint=label.model_fingerprint)
+            stores = open_stores(label.names)
+            stack.push_async_callback(stores.aclose)
+            try:
+                rebuilt = await rebuild(label, ledger=ledger, stores=stores, dry_run=options.dry_run)
+            except TaskError as error:  # the others are not to wait for this one
+                code = ExitCode(_failed(error))
+            else:
+                print(rebuilt.as_text(label))  # noqa: T201 - the command's output
+    if not wanted:
+        print("neither store has a knowledge base of ours that says its name; give --namespace and --kb-id")  # noqa: T201
+    return code
 
 
 def as_json(answers: "Answers") -> str:

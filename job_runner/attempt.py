@@ -125,7 +125,7 @@ async def run_attempt(
                 settings=settings,
                 ledger=ledger,
                 embedder=embedder,
-                open_stores=opener(settings, dimension=embedder.dimension),
+                open_stores=opener(settings, dimension=embedder.dimension, model_fingerprint=embedder.fingerprint),
                 progress=progress,
             )
             return succeeded(await pipeline.run())

@@ -99,6 +99,8 @@ class Chunk:
     heading_path: tuple[str, ...]
     language: str
     """``zh``, ``en`` or ``other``, by script."""
+    tokens: int
+    """Tokens of the text as the embedding model counts them; 0 where nobody asked for them."""
 
 
 def heading_paths(headings: Sequence[Heading]) -> list[tuple[str, ...]]:

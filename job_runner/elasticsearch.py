@@ -6,6 +6,7 @@ Deletion is search and bulk, since ``_delete_by_query`` comes with a module that
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import asdict
@@ -13,13 +14,16 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
 from job_runner.backoff import Busy, patiently
-from job_runner.index import HIT_FIELDS, STORED_FIELDS, Generation, Hit, Row, Stale, Stored
+from job_runner.index import ADDED, HIT_FIELDS, STORED_FIELDS, Generation, Hit, Label, Row, Stale, Stored
 from task_contract.errors import RetryableError, StoreCapacity, StoreRefused, StoresDisagree, StoreUnavailable, TaskError
+from task_contract.names import KNOWLEDGE_BASE_PREFIX
 
 TIMEOUT: Final = 15.0
 _PAGE: Final = 5_000
-_BULK_BYTES: Final = 512 * 2**10
+_BULK_BYTES: Final = 1_000_000
 """The HTTP library wants bodies below 1 MiB, so as not to hold up the event loop; a row may have 150 KiB."""
+_BULKS: Final = 2
+"""Requests under way at once: 2 MB in the server, and no more of its threads than a small one has."""
 _BUSY: Final = frozenset({429, 502, 503, 504})
 # Of the errors with status 400 those that say something of the rows; others are about the index or a request of ours.
 _BAD_ROWS: Final = frozenset(
@@ -31,6 +35,8 @@ _BAD_ROWS: Final = frozenset(
     }
 )
 _GONE_SECONDS: Final = 15.0
+_LABEL: Final = "processing-tasks"
+"""Key of the label in the mapping's ``_meta``."""
 _ANALYZERS: Final = ("smartcn", "cjk", "standard")
 """In the order in which Chinese is found best: words, pairs of characters, single characters. All know English."""
 
@@ -39,7 +45,14 @@ class ElasticsearchIndex:
     """One index. Construct it cheaply; the first call connects."""
 
     def __init__(
-        self, generation: Generation, *, url: str, api_key: str | None, analyzer: str | None = None, replicas: int = 0
+        self,
+        generation: Generation,
+        *,
+        url: str,
+        api_key: str | None,
+        analyzer: str | None = None,
+        replicas: int = 0,
+        label: str = "",
     ) -> None:
         self._generation = generation
         self._name = generation.name
@@ -47,6 +60,7 @@ class ElasticsearchIndex:
         self._api_key = api_key
         self._analyzer = analyzer
         self._replicas = replicas
+        self._label = label
         self._opened: Any = None
 
     @property
@@ -62,7 +76,7 @@ class ElasticsearchIndex:
             self._opened = None
 
     async def ensure(self) -> None:
-        """Create the index with its alias, in one step, where it is missing."""
+        """Create the index with its alias, in one step, where it is missing; add columns that an earlier release's lacks."""
         async with _guarded(f"create the index {self._name}"):
             alias = self._generation.alias
             # An alias that serves another generation stays: switching generations is a step of its own.
@@ -70,6 +84,7 @@ class ElasticsearchIndex:
             if await self._client.indices.exists(index=self._name):
                 if aliases:  # it served a generation that has been dropped
                     await self._client.indices.put_alias(index=self._name, name=alias)
+                await self._add_columns()
                 return
             from elasticsearch import BadRequestError
 
@@ -77,13 +92,22 @@ class ElasticsearchIndex:
                 await self._client.indices.create(
                     index=self._name,
                     settings={"number_of_shards": 1, "number_of_replicas": self._replicas},
-                    mappings=_mappings(self._analyzer or await self._detect_analyzer()),
+                    mappings=_mappings(self._analyzer or await self._detect_analyzer()) | {"_meta": {_LABEL: self._label}},
                     aliases=aliases,
                     wait_for_active_shards="1",
                 )
             except BadRequestError as error:
-                if error.error != "resource_already_exists_exception":  # another pod was first
+                if error.error != "resource_already_exists_exception":
                     raise
+                await self._add_columns()  # another pod was first, perhaps one of an earlier release
+
+    async def _add_columns(self) -> None:
+        """Add those of ADDED that the index has not."""
+        answer = await self._client.indices.get_mapping(index=self._name)
+        there = next(iter(answer.values()))["mappings"]["properties"]
+        if missing := ADDED.keys() - there.keys():
+            columns = _mappings(_ANALYZERS[-1])["properties"]
+            await self._client.indices.put_mapping(index=self._name, properties={name: columns[name] for name in missing})
 
     async def _detect_analyzer(self) -> str:
         from elasticsearch import ApiError
@@ -142,28 +166,34 @@ class ElasticsearchIndex:
             hits = _complete(answer)
             if not hits:
                 return
-            yield [Stored(id=hit["_id"], **{name: hit["fields"][name][0] for name in STORED_FIELDS}) for hit in hits]
+            yield [_stored(hit) for hit in hits]
             after = hits[-1]["sort"]
 
     async def write(self, rows: Sequence[Row]) -> None:
-        """Index rows under their ids, in requests of bounded size; only what failed is sent again."""
-        part: list[tuple[Mapping[str, Any], Mapping[str, Any] | None]] = []
+        """Index rows under their ids, in requests of bounded size, two at a time; only what failed is sent again."""
+        parts: list[list[bytes]] = [[]]
         size = 0
         for row in rows:
             source = asdict(row)
             source["metadata_pairs"] = [f"{key}={value}" for key, value in row.metadata.items()]
-            part.append(({"index": {"_id": source.pop("id")}}, source))
-            size += 1000 + 3 * len(row.text) + 6 * sum(len(key) + len(value) for key, value in row.metadata.items())
-            if size > _BULK_BYTES:
-                await self._bulk("write", part)
-                part, size = [], 0
-        await self._bulk("write", part)
+            operation = _operation({"index": {"_id": source.pop("id")}}, source)
+            if parts[-1] and size + len(operation) > _BULK_BYTES:
+                parts.append([])
+                size = 0
+            parts[-1].append(operation)
+            size += len(operation)
+        # The server flushes its log once a request: while it does so for one it takes in the other.
+        for start in range(0, len(parts), _BULKS):
+            writing = (self._bulk("write", part) for part in parts[start : start + _BULKS])
+            for ended in await asyncio.gather(*writing, return_exceptions=True):
+                if isinstance(ended, BaseException):
+                    raise ended
 
     async def delete(self, ids: Collection[str]) -> None:
         """Remove rows by id."""
         listed = list(ids)
         for start in range(0, len(listed), _PAGE):
-            await self._bulk("delete", [({"delete": {"_id": key}}, None) for key in listed[start : start + _PAGE]])
+            await self._bulk("delete", [_operation({"delete": {"_id": key}}) for key in listed[start : start + _PAGE]])
 
     async def exists(self) -> bool:
         """Tell whether the index is there."""
@@ -221,7 +251,7 @@ class ElasticsearchIndex:
             )
         return [Hit.of(hit["_source"], id=hit["_id"], score=float(hit["_score"])) for hit in _complete(answer)]
 
-    async def _bulk(self, action: str, operations: Sequence[tuple[Mapping[str, Any], Mapping[str, Any] | None]]) -> None:
+    async def _bulk(self, action: str, operations: Sequence[bytes]) -> None:
         """Send operations; look at every item of the answer, since a bulk request succeeds even where its items fail."""
         rest = list(operations)
         # What a busy server refuses is asked for again below, after pauses, which the client does not make.
@@ -229,9 +259,8 @@ class ElasticsearchIndex:
 
         async def send() -> None:
             nonlocal rest
-            body = [line for operation in rest for line in operation if line is not None]
             async with _guarded(f"{action} in {self._name}"):
-                answer = await client.bulk(index=self._name, operations=body)
+                answer = await client.bulk(index=self._name, operations=rest)
             busy, last = [], None
             for operation, item in zip(rest, answer["items"], strict=True):
                 result = next(iter(item.values()))
@@ -267,6 +296,18 @@ def make_client(url: str, api_key: str | None) -> Any:
     return AsyncElasticsearch(
         url, api_key=api_key, request_timeout=TIMEOUT, max_retries=3, retry_on_timeout=True, retry_on_status=tuple(_BUSY)
     )
+
+
+async def labels(url: str, api_key: str | None) -> list[Label]:
+    """Return the labels of all indices of ours that have one. Raises StoreUnavailable."""
+    client = make_client(url, api_key)
+    try:
+        async with _guarded("list the indices"):
+            answer = await client.indices.get_mapping(index=f"{KNOWLEDGE_BASE_PREFIX}*")
+    finally:
+        await client.close()
+    written = ((name, found["mappings"].get("_meta", {}).get(_LABEL, "")) for name, found in answer.items())
+    return [label for name, text in written if (label := Label.read(text, name=name)) is not None]
 
 
 async def check(url: str, api_key: str | None) -> str:
@@ -305,8 +346,22 @@ def _mappings(analyzer: str) -> dict[str, Any]:
             "source_sha256": keyword,
             "content_hash": keyword,
             "task_uid": keyword,
+            "chunk_count": integer,
+            "tokens": integer,
+            "pipeline": keyword,
         },
     }
+
+
+def _stored(hit: Mapping[str, Any]) -> Stored:
+    columns = {name: hit["fields"].get(name, [ADDED.get(name)])[0] for name in STORED_FIELDS}
+    return Stored(id=hit["_id"], **columns)
+
+
+def _operation(action: Mapping[str, Any], source: Mapping[str, Any] | None = None) -> bytes:
+    """Return the lines of one operation of a bulk request."""
+    lines = (action,) if source is None else (action, source)
+    return b"".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n" for line in lines)
 
 
 def _version(document_id: str, version: int) -> dict[str, Any]:

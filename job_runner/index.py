@@ -7,7 +7,7 @@ new ids.
 
 import json
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from task_contract.errors import InvalidTask
@@ -41,6 +41,35 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
+class Label:
+    """What a collection and an index say of themselves, so that the ledger can be rebuilt from them."""
+
+    namespace: str
+    kb_id: str
+    generation: int
+    model_fingerprint: str
+    dimension: int
+
+    @property
+    def names(self) -> Generation:
+        """The generation that is labelled."""
+        return Generation(self.namespace, self.kb_id, self.generation)
+
+    def written(self) -> str:
+        """Return the label as JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls, text: str, *, name: str) -> "Label | None":
+        """Read what stands at a collection or index; ``None`` for nothing, as of release 0.1.0, and for another's label."""
+        try:
+            label = cls(**json.loads(text))
+            return label if label.names.name == name else None
+        except (ValueError, TypeError, AttributeError):
+            return None
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One chunk of one version of a document, with where it comes from."""
 
@@ -62,6 +91,12 @@ class Row:
     content_hash: str
     """Of source and pipeline: all rows of a version have the same, and equal ones have equal rows."""
     task_uid: str
+    chunk_count: int
+    """Rows of this version in all."""
+    tokens: int
+    """Tokens of the text as the embedding model counts them."""
+    pipeline: str
+    """Versions and settings of what made the row, for people and filters: parser, splitter, model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +109,8 @@ class Stored:
     ordinal: int
     content_hash: str
     task_uid: str
+    chunk_count: int
+    """Rows of its version in all; 0 for a row of release 0.1.0, which did not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +129,12 @@ STORED_FIELDS: Final = tuple(field for field in Stored.__dataclass_fields__ if f
 
 FIELDS: Final = tuple(field for field in Row.__dataclass_fields__ if field != "id")
 """Names of the columns beside the id, the same in both stores."""
+
+ADDED: Final[Mapping[str, int | str]] = {"chunk_count": 0, "tokens": 0, "pipeline": ""}
+"""Columns that collections and indices of release 0.1.0 lack, and what a row has that was written without them.
+
+Its pods go on writing for a while after an upgrade, also into what this release has created.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,16 +37,40 @@ from uuid import UUID
 
 import asyncpg
 
-from job_runner.index import Stale
-from task_contract.errors import Fenced, ModelMismatch, StoreUnavailable
+from job_runner.index import Generation, Label, Stale
+from task_contract.errors import Fenced, InvalidTask, ModelMismatch, StoreUnavailable
 from task_contract.messages import AttemptOutcome
-from task_contract.migrations import migrate as apply_migrations
 
 DELETED: Final = "deleted"
 """The content hash of a document that is not there: no SHA-256 in hex digits."""
 TIMEOUT: Final = 15.0
 """Seconds for one statement, waiting for locks included."""
 _CLOSE_SECONDS: Final = 2.0
+_REBUILT: Final = (
+    "unnest($3::text[], $4::bigint[], $5::bigint[], $6::text[], $7::integer[], $8::uuid[]) "
+    "AS new (document_id, last_version, version, content_hash, chunk_count, task_uid) "
+    "LEFT JOIN tasks ON tasks.uid = new.task_uid"
+)
+_RESTORE: Final = tuple(
+    statement.replace("REBUILT", _REBUILT)
+    for statement in (
+        "INSERT INTO documents AS old (namespace, kb_id, document_id, last_version) "
+        "SELECT $1, $2, new.document_id, new.last_version FROM REBUILT ON CONFLICT (namespace, kb_id, document_id) "
+        "DO UPDATE SET last_version = greatest(old.last_version, excluded.last_version)",
+        # So that another attempt of the task finds its work done.
+        "INSERT INTO document_versions (namespace, kb_id, document_id, version, task_uid, task_created_at, state, "
+        "holder, content_hash, chunk_count) SELECT $1, $2, new.document_id, new.version, new.task_uid, "
+        "coalesce(tasks.created_at, now()), 'published', 'rebuild', new.content_hash, new.chunk_count FROM REBUILT "
+        "JOIN documents AS old ON (old.namespace, old.kb_id, old.document_id) = ($1, $2, new.document_id) "
+        "WHERE old.published_version IS NULL AND new.version IS NOT NULL ON CONFLICT DO NOTHING",
+        # With the task's time, if the projection has it: older tasks go on being superseded.
+        "UPDATE documents AS old SET published_version = new.version, content_hash = new.content_hash, "
+        "chunk_count = new.chunk_count, published_task_uid = new.task_uid, published_task_at = tasks.created_at, "
+        "updated_at = now(), checked_at = now() FROM REBUILT WHERE old.namespace = $1 AND old.kb_id = $2 "
+        "AND old.document_id = new.document_id AND old.published_version IS NULL AND new.version IS NOT NULL",
+    )
+)
+"""What to do with the documents of a knowledge base that was read from the stores; the last one publishes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +158,29 @@ class StaleDocument:
     """Versions known by the ledger among the stale ones that never were published."""
 
 
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What both stores should hold of a knowledge base, or of one document of it."""
+
+    published: Mapping[str, Published]
+    """By document id."""
+    intents: frozenset[tuple[str, int]]
+    """(document id, version) that a task may be writing."""
+
+
+@dataclass(frozen=True, slots=True)
+class RebuiltDocument:
+    """A document as the ledger is to know it."""
+
+    document_id: str
+    last_version: int
+    """Highest number of which there is any row: it must not be allotted again."""
+    published: Published | None
+    """``None`` when no version is whole in both stores."""
+    task_uid: str | None
+    """The task that wrote the published version."""
+
+
 class Commit(StrEnum):
     """How a commit ended."""
 
@@ -179,11 +226,6 @@ class Ledger:
         with _guarded(action):
             async with self._pool.acquire(timeout=TIMEOUT) as connection:
                 yield connection
-
-    async def migrate(self) -> int:
-        """Bring the tables up to date; return how many migrations were applied."""
-        async with self._connection("migrate the tables") as connection:
-            return await apply_migrations(connection)
 
     async def check(self) -> str:
         """Return what a health check says of the server."""
@@ -284,7 +326,8 @@ class Ledger:
                 if published != (intent.published and intent.published.version):
                     return Commit.AGAIN
                 await connection.execute(
-                    "UPDATE documents SET published_task_uid = $4, published_task_at = $5, updated_at = now() "
+                    "UPDATE documents SET published_task_uid = $4, published_task_at = $5, updated_at = now(), "
+                    "checked_at = now(), missing = 0, extra = 0 "
                     "WHERE namespace = $1 AND kb_id = $2 AND document_id = $3",
                     *_key(claim),
                     claim.task_uid,
@@ -295,7 +338,7 @@ class Ledger:
                     return Commit.AGAIN
                 await connection.execute(
                     "UPDATE documents SET published_task_uid = $4, published_task_at = $5, published_version = $6, "
-                    "content_hash = $7, chunk_count = $8, updated_at = now() "
+                    "content_hash = $7, chunk_count = $8, updated_at = now(), checked_at = now(), missing = 0, extra = 0 "
                     "WHERE namespace = $1 AND kb_id = $2 AND document_id = $3",
                     *_key(claim),
                     claim.task_uid,
@@ -337,6 +380,94 @@ class Ledger:
                 kb_id,
             )
             return None if row is None else (row["generation"], row["model_fingerprint"], row["dimension"])
+
+    async def contents(self, generation: Generation, *, document_id: str | None = None) -> Contents:
+        """Return what is published and what is being written, as of one moment."""
+        key = generation.namespace, generation.kb_id, document_id
+        async with (
+            self._connection("read the documents") as connection,
+            connection.transaction(isolation="repeatable_read", readonly=True),
+        ):
+            documents = await connection.fetch(
+                "SELECT document_id, published_version, content_hash, chunk_count FROM documents "
+                "WHERE namespace = $1 AND kb_id = $2 AND published_version IS NOT NULL "
+                "AND document_id = coalesce($3, document_id)",
+                *key,
+            )
+            intents = await connection.fetch(
+                "SELECT document_id, version FROM document_versions "
+                "WHERE namespace = $1 AND kb_id = $2 AND state = 'intent' AND document_id = coalesce($3, document_id)",
+                *key,
+            )
+        return Contents(
+            published={
+                row["document_id"]: Published(row["published_version"], row["content_hash"], row["chunk_count"])
+                for row in documents
+            },
+            intents=frozenset((row["document_id"], row["version"]) for row in intents),
+        )
+
+    async def record_check(
+        self, generation: Generation, checked: Contents, deviations: Mapping[str, tuple[int, int]]
+    ) -> None:
+        """Enter what a check found: document id → (chunks missing, rows too many); the others are in order.
+
+        A document that was published since was read back by its task, and keeps what that found.
+        """
+        names = list(checked.published)
+        found = [deviations.get(name, (0, 0)) for name in names]
+        async with self._connection("record the check") as connection:
+            await connection.execute(
+                "UPDATE documents SET checked_at = now(), missing = checked.missing, extra = checked.extra "
+                "FROM unnest($3::text[], $4::bigint[], $5::integer[], $6::integer[]) "
+                "AS checked (document_id, version, missing, extra) WHERE namespace = $1 AND kb_id = $2 "
+                "AND documents.document_id = checked.document_id AND published_version = checked.version",
+                generation.namespace,
+                generation.kb_id,
+                names,
+                [published.version for published in checked.published.values()],
+                [missing for missing, _ in found],
+                [extra for _, extra in found],
+            )
+
+    async def restore(self, label: Label, documents: Sequence[RebuiltDocument]) -> int:
+        """Enter a knowledge base as the stores hold it; return how many documents are published by that.
+
+        What the ledger says already stays. When the task of a version is known, its time is entered too, so that older tasks
+        go on being superseded. Raises ModelMismatch, and InvalidTask when readers of the ledger see another generation.
+        """
+        key = label.namespace, label.kb_id
+        published = [document.published for document in documents]
+        found = (
+            [document.document_id for document in documents],
+            [document.last_version for document in documents],
+            [None if one is None else one.version for one in published],
+            [None if one is None else one.content_hash for one in published],
+            [None if one is None else one.chunk_count for one in published],
+            [document.task_uid for document in documents],
+        )
+        async with self._connection("restore the knowledge base") as connection, connection.transaction():
+            await connection.execute(
+                "INSERT INTO knowledge_bases (namespace, kb_id, generation, model_fingerprint, dimension) "
+                "VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING",
+                *key,
+                label.generation,
+                label.model_fingerprint,
+                label.dimension,
+            )
+            known = await connection.fetchrow(
+                "SELECT generation, model_fingerprint, dimension FROM knowledge_bases WHERE namespace = $1 AND kb_id = $2",
+                *key,
+            )
+            _check_model(label.kb_id, known, model_fingerprint=label.model_fingerprint, dimension=label.dimension)
+            if known["generation"] != label.generation:
+                raise InvalidTask(
+                    f"cannot restore generation {label.generation} of {label.kb_id}: the ledger publishes generation "
+                    f"{known['generation']}; rebuild that one"
+                )
+            for statement in _RESTORE:
+                status = await connection.execute(statement, *key, *found)
+            return int(status.rpartition(" ")[2])
 
     # ------------------------------------------------------------------------------------------------------- deletion
 
@@ -611,14 +742,19 @@ async def _knowledge_base(connection: Any, claim: Claim) -> int:
         claim.namespace,
         claim.kb_id,
     )
-    if not claim.deletes and (row["model_fingerprint"], row["dimension"]) != (claim.model_fingerprint, claim.dimension):
-        raise ModelMismatch(
-            f"cannot add to knowledge base {claim.kb_id}: it was filled with model {row['model_fingerprint']} "
-            f"({row['dimension']} dimensions), the runner has {claim.model_fingerprint} ({claim.dimension}); "
-            "use the first model, or another knowledge base"
-        )
+    if not claim.deletes:
+        _check_model(claim.kb_id, row, model_fingerprint=claim.model_fingerprint, dimension=claim.dimension)
     generation: int = row["generation"]
     return generation
+
+
+def _check_model(kb_id: str, known: Mapping[str, Any], *, model_fingerprint: str, dimension: int) -> None:
+    if (known["model_fingerprint"], known["dimension"]) != (model_fingerprint, dimension):
+        raise ModelMismatch(
+            f"cannot add to knowledge base {kb_id}: it was filled with model {known['model_fingerprint']} "
+            f"({known['dimension']} dimensions), the runner has {model_fingerprint} ({dimension}); "
+            "use the first model, or another knowledge base"
+        )
 
 
 async def _document(connection: Any, claim: Claim, *, insert: bool) -> Mapping[str, Any]:
@@ -733,7 +869,7 @@ def _guarded(action: str) -> Iterator[None]:
     try:
         yield
     except asyncpg.UndefinedTableError as error:
-        message = f"cannot {action} in PostgreSQL: its tables are missing; run `python -m job_runner migrate`"
+        message = f"cannot {action} in PostgreSQL: its tables are missing; run `python -m task_operator migrate`"
         raise StoreUnavailable(message) from error
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, ssl.SSLError, TimeoutError) as error:
         detail = str(error) or type(error).__name__

@@ -14,8 +14,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 from job_runner.backoff import Busy, patiently
-from job_runner.index import FIELDS, HIT_FIELDS, STORED_FIELDS, Generation, Hit, Row, Stale, Stored
+from job_runner.index import ADDED, FIELDS, HIT_FIELDS, STORED_FIELDS, Generation, Hit, Label, Row, Stale, Stored
 from task_contract.errors import RetryableError, StoreCapacity, StoreRefused, StoresDisagree, StoreUnavailable, TaskError
+from task_contract.names import KNOWLEDGE_BASE_PREFIX
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,13 +50,15 @@ _BAD_ROWS: Final = re.compile("exceeds? max|divide the dim|expected dim|not a nu
 class MilvusIndex:
     """One collection. Construct it cheaply; the first call connects."""
 
-    def __init__(self, generation: Generation, *, url: str, token: str | None, dimension: int) -> None:
+    def __init__(self, generation: Generation, *, url: str, token: str | None, dimension: int, label: str = "") -> None:
         self._generation = generation
         self._name = generation.name
         self._url = url
         self._token = token
         self._dimension = dimension
+        self._label = label
         self._client: Any = None
+        self._columns: frozenset[str] = frozenset()
         self._connecting = asyncio.Lock()
 
     async def aclose(self) -> None:
@@ -81,7 +84,7 @@ class MilvusIndex:
             _unless(
                 lambda: client.has_collection(name, timeout=TIMEOUT),
                 lambda: client.create_collection(
-                    name, schema=_schema(self._dimension), consistency_level="Strong", timeout=_CREATE_TIMEOUT
+                    name, schema=_schema(self._dimension, self._label), consistency_level="Strong", timeout=_CREATE_TIMEOUT
                 ),
             )
         if not client.list_indexes(name):
@@ -137,7 +140,9 @@ class MilvusIndex:
         pages = await self._run("read", self._pages)
         try:
             while rows := await self._run("read", pages.next):
-                yield [Stored(id=row["id"], **{name: row[name] for name in STORED_FIELDS}) for row in rows]
+                yield [
+                    Stored(id=row["id"], **{name: row.get(name, ADDED.get(name)) for name in STORED_FIELDS}) for row in rows
+                ]
         finally:
             pages.close()
 
@@ -145,9 +150,17 @@ class MilvusIndex:
         return bool(self._client.has_collection(self._name, timeout=TIMEOUT))
 
     def _pages(self) -> Any:
+        fields = [name for name in ("id", *STORED_FIELDS) if name in self._known_columns()]
         return self._client.query_iterator(
-            self._name, batch_size=_WINDOW, output_fields=["id", *STORED_FIELDS], consistency_level="Strong", timeout=TIMEOUT
+            self._name, batch_size=_WINDOW, output_fields=fields, consistency_level="Strong", timeout=TIMEOUT
         )
+
+    def _known_columns(self) -> frozenset[str]:
+        """Return the columns that the collection has, asked once: a column cannot be added to it in Milvus 2.3."""
+        if not self._columns:
+            described = self._client.describe_collection(self._name, timeout=TIMEOUT)
+            self._columns = frozenset(field["name"] for field in described["fields"])
+        return self._columns
 
     async def write(self, rows: Sequence[Row], vectors: "npt.NDArray[np.float32]") -> None:
         """Upsert: insert alone would leave two rows of one id after a retry (milvus-io/milvus#37389)."""
@@ -160,6 +173,8 @@ class MilvusIndex:
             await patiently(partial(self._run, "write", self._upsert, data))
 
     def _upsert(self, data: list[dict[str, Any]]) -> None:
+        if missing := ADDED.keys() - self._known_columns():
+            data = [{name: value for name, value in row.items() if name not in missing} for row in data]
         self._client.upsert(self._name, data, timeout=TIMEOUT)
 
     async def delete(self, ids: Collection[str]) -> None:
@@ -200,6 +215,7 @@ class MilvusIndex:
 
     def _drop(self) -> bool:
         client, name, alias = self._client, self._name, self._generation.alias
+        self._columns = frozenset()
         if not client.has_collection(name, timeout=TIMEOUT):
             return False
         if self._has_alias() and client.describe_collection(alias, timeout=TIMEOUT)["collection_name"] == name:
@@ -275,6 +291,22 @@ def connect(url: str, token: str | None) -> Any:
     return _guarded("connect", partial(MilvusClient, url, token=token or "", timeout=TIMEOUT))
 
 
+def labels(url: str, token: str | None) -> list[Label]:
+    """Return the labels of all collections of ours that have one; blocking. Raises StoreUnavailable."""
+    client = connect(url, token)
+
+    def read() -> list[Label]:
+        names = [name for name in client.list_collections(timeout=TIMEOUT) if name.startswith(KNOWLEDGE_BASE_PREFIX)]
+        described = ((name, client.describe_collection(name, timeout=TIMEOUT)) for name in names)
+        found = (Label.read(collection.get("description", ""), name=name) for name, collection in described)
+        return [label for label in found if label is not None]
+
+    try:
+        return _guarded("list the collections", read)
+    finally:
+        client.close()
+
+
 def check(url: str, token: str | None) -> str:
     """Return what a health check says of the server; blocking. Raises StoreUnavailable."""
     client = connect(url, token)
@@ -319,22 +351,23 @@ def _unless(done: Callable[[], bool], act: Callable[[], object]) -> None:
             raise
 
 
-def _schema(dimension: int) -> Any:
+def _schema(dimension: int, label: str = "") -> Any:
     from pymilvus import CollectionSchema, DataType, FieldSchema
 
-    integers = {"version", "ordinal", "page_start", "page_end", "char_start", "char_end"}
+    integers = {"version", "ordinal", "page_start", "page_end", "char_start", "char_end", "chunk_count", "tokens"}
     # Milvus counts bytes: four a character at most. Bounds are those of the contract and of the splitter.
     lengths = {"document_id": 4_096, "text": 65_535, "heading_path": 4_096}
     fields = [FieldSchema("id", DataType.VARCHAR, max_length=64, is_primary=True)]
     for name in FIELDS:
+        default = {"default_value": ADDED[name]} if name in ADDED else {}
         if name in integers:
-            fields.append(FieldSchema(name, DataType.INT64))
+            fields.append(FieldSchema(name, DataType.INT64, **default))
         elif name == "metadata":
             fields.append(FieldSchema(name, DataType.JSON))
         else:
-            fields.append(FieldSchema(name, DataType.VARCHAR, max_length=lengths.get(name, 128)))
+            fields.append(FieldSchema(name, DataType.VARCHAR, max_length=lengths.get(name, 128), **default))
     fields.append(FieldSchema("embedding", DataType.FLOAT_VECTOR, dim=dimension))
-    return CollectionSchema(fields, enable_dynamic_field=False)
+    return CollectionSchema(fields, description=label, enable_dynamic_field=False)
 
 
 def _stale(stale: Sequence[Stale]) -> str:

@@ -32,13 +32,13 @@ from uuid import UUID
 import structlog
 
 from job_runner.document import Chunk, ParsedDocument
-from job_runner.embed import Embedder, batches, check_model
+from job_runner.embed import Embedder, batches, check_model, embedded
 from job_runner.fetch import Source, inspected, opened
 from job_runner.index import Generation, Row, Stale, check_metadata
 from job_runner.ledger import Claim, Commit, Intent, Ledger, Published, Standing
-from job_runner.parse import ParserLimits, parse
+from job_runner.parse import parse, parser_limits
 from job_runner.progress import Progress
-from job_runner.readers import PARSER_VERSION
+from job_runner.readers import parser_version
 from job_runner.settings import Settings
 from job_runner.split import SPLITTER_VERSION, SplitSettings, split
 from job_runner.stores import OpenStores, Stores
@@ -164,14 +164,13 @@ class DocumentPipeline:
         self._ready: asyncio.Task[None] | None = None
 
     def _split_settings(self) -> SplitSettings:
-        limited = self._embedder.max_tokens is not None
         try:
             return SplitSettings(
                 chunk_size=self._payload.effective_chunk_size,
                 chunk_overlap=self._payload.effective_chunk_overlap,
                 mode=self._mode,
                 max_tokens=self._embedder.max_tokens,
-                count_tokens=self._embedder.count_tokens if limited else None,
+                count_tokens=self._embedder.count_tokens,
             )
         except ValueError as error:  # a rule over two fields, which the API server holds and a file may break
             raise InvalidTask(f"{error}; correct payload.chunkSize and payload.chunkOverlap") from error
@@ -238,7 +237,7 @@ class DocumentPipeline:
     def _content_hash(self, source: Source) -> str:
         """Return the identity of what will be written: equal hashes give equal rows, but for the version."""
         pipeline = (
-            PARSER_VERSION,
+            parser_version(source.kind),
             SPLITTER_VERSION,
             source.kind,
             self._mode,
@@ -249,17 +248,17 @@ class DocumentPipeline:
         metadata = [part for pair in sorted((self._payload.metadata or {}).items()) for part in pair]
         return digest(source.sha256, *pipeline, *metadata, length=64)
 
+    def _fingerprint(self, source: Source) -> str:
+        """Return the same for people and for filters over rows; without source and metadata, which have columns."""
+        cut = self._splitting
+        splitter = f"splitter {SPLITTER_VERSION} {self._mode} {cut.chunk_size}/{cut.chunk_overlap}"
+        return f"parser {parser_version(source.kind)}, {splitter}, model {self._embedder.fingerprint}"
+
     # ------------------------------------------------------------------------------------------------------- reading
 
     async def _read(self, source: Source) -> _Read:
         """Parse and split, while the model is loaded."""
-        settings = self._settings
-        limits = ParserLimits(
-            memory_bytes=settings.parser_memory_bytes,
-            seconds=settings.parser_seconds,
-            cpu_seconds=max(1, settings.parser_seconds // 2),
-            output_bytes=settings.parser_output_bytes,
-        )
+        limits = parser_limits(self._settings, source.kind)
         warming = asyncio.create_task(asyncio.to_thread(self._embedder.warm_up))
         try:
             with self._stages.enter(Stage.PARSE):
@@ -277,7 +276,8 @@ class DocumentPipeline:
 
     def _split(self, document: ParsedDocument) -> tuple[Chunk, ...]:
         limit = self._settings.max_chunks
-        chunks = tuple(islice(split(document, self._splitting), limit + 1))
+        embed = partial(embedded, embedder=self._embedder)
+        chunks = tuple(islice(split(document, self._splitting, embed=embed), limit + 1))
         if len(chunks) > limit:
             raise DocumentRefused(
                 f"cannot index {self._file_path}: it has more than {limit} chunks; "
@@ -289,7 +289,7 @@ class DocumentPipeline:
 
     async def _write_and_publish(self, intent: Intent, read: _Read, source: Source, stores: Stores) -> Done | None:
         """Return ``None`` when another task was in between and the work must be begun anew."""
-        rows = [self._row(chunk, intent, read.document, source) for chunk in read.chunks]
+        rows = [self._row(chunk, intent, read, source) for chunk in read.chunks]
         embedded = await self._write(intent, rows, stores)
         with self._stages.enter(Stage.VERIFY):
             counts = await self._verified(intent, rows, stores)
@@ -297,7 +297,8 @@ class DocumentPipeline:
             return None
         return await to_the_end(self._publish(intent, read, counts, embedded=embedded, stores=stores))
 
-    def _row(self, chunk: Chunk, intent: Intent, document: ParsedDocument, source: Source) -> Row:
+    def _row(self, chunk: Chunk, intent: Intent, read: _Read, source: Source) -> Row:
+        document = read.document
         return Row(
             id=self._chunk_id(intent.version, chunk.ordinal),
             document_id=self._document_id,
@@ -315,6 +316,9 @@ class DocumentPipeline:
             source_sha256=source.sha256,
             content_hash=intent.claim.content_hash,
             task_uid=str(self._uid),
+            chunk_count=len(read.chunks),
+            tokens=chunk.tokens,
+            pipeline=self._fingerprint(source),
         )
 
     def _chunk_id(self, version: int, ordinal: int) -> str:
@@ -344,12 +348,12 @@ class DocumentPipeline:
                     todo = [row for row in group if row.id not in there]
                     known = await self._published_vectors(intent, todo, stores)
                     await self._store(writer, stores, [row for row in todo if row.text_hash in known], known)
-                    new = {row.text_hash: row.text for row in todo if row.text_hash not in known}
+                    new = list({row.text_hash: row for row in todo if row.text_hash not in known}.values())
                     done += len(group) - len(new)
-                    hashes, texts = list(new), list(new.values())
-                    for batch in batches(texts):
-                        vectors = await asyncio.to_thread(self._embedder.embed, texts[batch])
-                        computed = dict(zip(hashes[batch], vectors, strict=True))
+                    for batch in batches([row.tokens for row in new], budget=self._embedder.batch_tokens):
+                        part = [new[index] for index in batch]
+                        vectors = await asyncio.to_thread(self._embedder.embed, [row.text for row in part])
+                        computed = dict(zip((row.text_hash for row in part), vectors, strict=True))
                         embedded += len(computed)
                         await self._store(writer, stores, [row for row in todo if row.text_hash in computed], computed)
                         done += len(computed)

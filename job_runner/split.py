@@ -4,17 +4,27 @@ How ``intelligent_split`` works: the text is tiled by *borders* (ends of sentenc
 headings); a stretch between two borders that is longer than a chunk gets weaker borders (line ends, commas, spaces; at last
 any character). Chunks are then runs of stretches, found by bisection in the list of borders, so the cost hardly depends on
 the length of sentences.
+
+``semantic`` does the same, and ends chunks where the topic changes: at borders with meanings on both sides that are far
+apart, which it asks the embedding model for.
 """
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from job_runner.document import Chunk, ParsedDocument, heading_paths
 from task_contract.models import ProcessingMode
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+Embed = Callable[[Sequence[str]], "npt.NDArray[np.float32]"]
+"""Turns texts into vectors of length 1, one a text, in order."""
 
 SPLITTER_VERSION: Final = "1"
 """Part of the pipeline fingerprint: raise it whenever the same text would be cut differently."""
@@ -46,8 +56,20 @@ _COMBINING: Final = re.compile(r"[\u0300-\u036f\u200d\ufe00-\ufe0f\U0001f3fb-\U0
 _HAN: Final = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
 _KANA_HANGUL: Final = re.compile(r"[\u3040-\u30ff\uac00-\ud7af]+")
 _LATIN: Final = re.compile(r"[A-Za-z\u00c0-\u024f]+")
+_NO_SCRIPT: Final = tuple(
+    bytes(set(range(256)).difference(*blocks))
+    for blocks in ((range(0x34, 0xA0), (0xF9, 0xFA)), ((0x30,), range(0xAC, 0xD8)), (range(3),))
+)
+"""High bytes that no character of a script has: Han but for rare ones; kana and Hangul; Latin."""
 _LANGUAGE_SAMPLE: Final = 600
 """Characters that decide the language of a chunk."""
+
+_WINDOW: Final = 3
+"""Sentences on either side of a border whose meanings are compared, weighted by length: one alone says too little."""
+_TOPIC_SHARE: Final = 0.1
+"""Share of the borders of a document that are candidates for a change of topic: those with the largest distances."""
+_EMBEDDED_AT_ONCE: Final = 1024
+"""Sentences whose vectors are held at a time: 2 MB at 512 dimensions, however long the document is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +82,7 @@ class SplitSettings:
     max_tokens: int | None = None
     """Longest text that the embedding model reads whole; ``None``: it has no limit."""
     count_tokens: Callable[[str], int] | None = None
-    """Needed with ``max_tokens``; called once a stretch, never once a candidate."""
+    """The model's own. Called once a chunk, and with ``max_tokens`` once a stretch, never once a candidate."""
 
     def __post_init__(self) -> None:
         if self.chunk_size < 1:
@@ -74,14 +96,21 @@ class SplitSettings:
             raise ValueError("cannot limit tokens: max_tokens must be at least 1 and needs count_tokens")
 
 
-def split(document: ParsedDocument, settings: SplitSettings) -> Iterator[Chunk]:
+def split(document: ParsedDocument, settings: SplitSettings, *, embed: Embed | None = None) -> Iterator[Chunk]:
     """Cut a document into chunks, in order; a document of white space yields none.
 
     For every chunk ``chunk.text == document.text[chunk.start:chunk.end]``; starts never move back and ends always move on
     from one chunk to the next. With a token limit the same holds for the sum of the tokens of a chunk's stretches.
+
+    ``embed`` is for the semantic mode, which cannot do without, and is given every sentence once.
     """
+    if settings.mode is ProcessingMode.SEMANTIC and embed is None:
+        raise ValueError("cannot split by meaning without an embedding model")
     sections = _Sections(document)
-    spans = _fixed(document.text, settings) if settings.mode is ProcessingMode.FIXED else _packed(document, settings)
+    if settings.mode is ProcessingMode.FIXED:
+        spans = _fixed(document.text, settings)
+    else:
+        spans = _packed(document, settings, embed if settings.mode is ProcessingMode.SEMANTIC else None)
     for ordinal, (start, end) in enumerate(spans):
         text = document.text[start:end]
         yield Chunk(
@@ -93,6 +122,7 @@ def split(document: ParsedDocument, settings: SplitSettings) -> Iterator[Chunk]:
             page_end=document.page_at(end - 1),
             heading_path=sections.path(start, end),
             language=language_of(text),
+            tokens=0 if settings.count_tokens is None else settings.count_tokens(text),
         )
 
 
@@ -101,6 +131,11 @@ def language_of(text: str) -> str:
     if text.isascii():
         return "en" if _LATIN.search(text) else "other"
     sample = text[:_LANGUAGE_SAMPLE]
+    # The high bytes of UTF-16 tell most Chinese text at a tenth of the cost: at least so many Han, at most so many others.
+    high = sample.encode("utf-16-be", "surrogatepass")[::2]
+    least_han, most_kana_hangul, most_latin = (len(high.translate(None, others)) for others in _NO_SCRIPT)
+    if most_kana_hangul <= least_han // 10 and least_han * 4 > most_latin:
+        return "zh"
     han, kana_hangul, latin = (sum(map(len, script.findall(sample))) for script in (_HAN, _KANA_HANGUL, _LATIN))
     if kana_hangul > han // 10 and kana_hangul * 4 > latin:
         return "other"
@@ -156,15 +191,16 @@ def _fits(text: str, settings: SplitSettings) -> bool:
 # --------------------------------------------------------------------------------------------------------- intelligent
 
 
-def _packed(document: ParsedDocument, settings: SplitSettings) -> Iterator[tuple[int, int]]:
-    """Greedy runs of stretches, broken at headings, overlapping by whole stretches."""
+def _packed(document: ParsedDocument, settings: SplitSettings, embed: Embed | None) -> Iterator[tuple[int, int]]:
+    """Greedy runs of stretches, broken at headings and at changes of topic, overlapping by whole stretches."""
     text, size = document.text, settings.chunk_size
     borders = _borders(document, settings)
     tokens = _token_sums(text, borders, settings)
+    topics = None if embed is None else _Topics(text, borders, embed)
     heads = [heading.start for heading in document.headings]
     lines = {heading.start for heading in document.headings if heading.end > heading.start}
     last = len(borders) - 1
-    index = 0
+    index = reached = 0
     while found := _NON_SPACE.search(text, borders[index]):
         start = found.start()
         index = bisect_right(borders, start) - 1
@@ -175,16 +211,22 @@ def _packed(document: ParsedDocument, settings: SplitSettings) -> Iterator[tuple
         if tokens and settings.max_tokens is not None:
             stop = min(stop, max(index + 1, bisect_right(tokens, tokens[index] + settings.max_tokens) - 1))
         # A heading starts a new chunk, unless so little stands before it that it would make a chunk of a few words.
+        whole = stop == last
         for position in range(bisect_right(heads, start), bisect_left(heads, borders[stop])):
             if (heads[position] - start) * 4 >= size:
-                stop = bisect_left(borders, heads[position])
+                stop, whole = bisect_left(borders, heads[position]), True
                 break
+        changed = False
+        if topics is not None:
+            stop, changed = topics.stop(start=start, after=max(index, reached), stop=stop, whole=whole, size=size)
         while stop < last and stop > index + 1 and borders[stop - 1] in lines:
             stop -= 1  # no heading at the end of a chunk, away from its text
         yield start, _trim(text, start, borders[stop])[1]
         if stop == last:
             return
-        index = _overlapped(text, borders, heads, tokens, index=index, stop=stop, settings=settings)
+        reached = stop
+        # Two topics have nothing to say in common: no overlap there.
+        index = stop if changed else _overlapped(text, borders, heads, tokens, index=index, stop=stop, settings=settings)
 
 
 def _overlapped(
@@ -286,6 +328,76 @@ def _token_sums(text: str, borders: list[int], settings: SplitSettings) -> list[
         return []
     counts = (settings.count_tokens(text[start:end]) for start, end in pairwise(borders))
     return list(accumulate(counts, initial=0))
+
+
+# ------------------------------------------------------------------------------------------------------------ semantic
+
+
+class _Topics:
+    """Where the topic changes, by the meanings of the sentences."""
+
+    def __init__(self, text: str, borders: list[int], embed: Embed) -> None:
+        spans = [_trim(text, start, end) for start, end in pairwise(borders)]
+        filled = [index for index, (start, end) in enumerate(spans) if start < end]
+        distances = _distances([text[slice(*spans[index])] for index in filled], embed)
+        self._borders = borders
+        # A border is that behind a stretch with text in it; white space belongs to what follows.
+        self._distances = {index + 1: distance for index, distance in zip(filled[:-1], distances, strict=True)}
+        self._changes = [filled[position] + 1 for position in _peaks(distances)]
+
+    def stop(self, *, start: int, after: int, stop: int, whole: bool, size: int) -> tuple[int, bool]:
+        """Return the border where a chunk ends that starts at an offset and may go up to ``stop``, and if the topic changes.
+
+        It is the first change of topic that leaves neither less than a quarter of a chunk before it, nor behind it where
+        ``stop`` is the end of a section (``whole``). Without one a section that fits stays whole; another is cut in the
+        second half of the chunk, where neighbours have least in common.
+        """
+        least = size / 4
+        for border in self._changes[bisect_right(self._changes, after) : bisect_right(self._changes, stop)]:
+            before, behind = self._borders[border] - start, self._borders[stop] - self._borders[border]
+            if before >= least and not (whole and behind < least):
+                return border, True
+        if whole:
+            return stop, False
+        middle = bisect_left(self._borders, (start + self._borders[stop]) / 2)
+        second_half = range(max(after + 1, middle), stop + 1)
+        return max(second_half, key=lambda border: (self._distances.get(border, 0), border), default=stop), False
+
+
+def _distances(sentences: list[str], embed: Embed) -> list[float]:
+    """Return, for each border between two sentences, 1 - cosine of what stands around it; rounded, as models round too.
+
+    A border with less than a window on one side has 0: a single sentence is far from anything.
+    """
+    import numpy as np
+
+    if len(sentences) < 2 * _WINDOW:
+        return [0.0] * (len(sentences) - 1)
+    found = [0.0] * (_WINDOW - 1)
+    held = None  # weighted vectors, of those sentences that are within a window of borders to come
+    for begin in range(0, len(sentences), _EMBEDDED_AT_ONCE):
+        block = sentences[begin : begin + _EMBEDDED_AT_ONCE]
+        vectors = np.asarray(embed(block), dtype=np.float64) * np.array([[len(sentence)] for sentence in block])
+        held = vectors if held is None else np.concatenate([held, vectors])
+        sums = np.concatenate([np.zeros((1, held.shape[1])), held.cumsum(axis=0)])
+        left, right = sums[_WINDOW:-_WINDOW] - sums[: -2 * _WINDOW], sums[2 * _WINDOW :] - sums[_WINDOW:-_WINDOW]
+        lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+        found += np.round(1 - (left * right).sum(axis=1) / np.maximum(lengths, 1e-9), 4).tolist()
+        held = held[-(2 * _WINDOW - 1) :]
+    return found + [0.0] * (_WINDOW - 1)
+
+
+def _peaks(distances: list[float]) -> list[int]:
+    """Return the positions of the largest distances, as many as _TOPIC_SHARE says, that no neighbour exceeds."""
+    count = max(1, round(len(distances) * _TOPIC_SHARE))
+    largest = sorted(range(len(distances)), key=lambda position: (-distances[position], position))[:count]
+
+    def is_peak(position: int) -> bool:
+        start = max(0, position - _WINDOW)
+        around = range(start, min(len(distances), position + _WINDOW + 1))
+        return max(around, key=lambda other: (distances[other], -other)) == position
+
+    return sorted(filter(is_peak, largest))
 
 
 def _trim(text: str, start: int, end: int) -> tuple[int, int]:

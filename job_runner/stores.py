@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from job_runner.index import Generation, Stale, TextIndex, VectorIndex
+from job_runner.index import Generation, Label, Stale, TextIndex, VectorIndex
 from job_runner.settings import Settings, revealed
 from task_contract.errors import StoreUnavailable
 
@@ -56,19 +56,33 @@ async def _both(in_vectors: Awaitable[R], in_texts: Awaitable[R]) -> tuple[R, R]
     return first, second
 
 
-def opener(settings: Settings, *, dimension: int) -> OpenStores:
-    """Return what opens the configured stores. Raises StoreUnavailable, naming the variables that are not set."""
-    if missing := settings.document_stores_missing:
-        raise StoreUnavailable(
-            f"cannot reach the stores: {', '.join(missing)} not set; "
-            "set it in the environment (in a cluster, in the Secret of the stores)"
-        )
+async def labels(settings: Settings) -> list[Label]:
+    """Return the labels of what both stores have, each once. Raises StoreUnavailable."""
+    from job_runner import elasticsearch, milvus
+
+    _check_configured(settings)
+    assert settings.milvus_url is not None  # noqa: S101 - for the type checker: looked at above
+    assert settings.elasticsearch_url is not None  # noqa: S101 - for the type checker: looked at above
+    in_milvus, in_elasticsearch = await asyncio.gather(
+        asyncio.to_thread(milvus.labels, settings.milvus_url.get_secret_value(), revealed(settings.milvus_token)),
+        elasticsearch.labels(settings.elasticsearch_url.get_secret_value(), revealed(settings.elasticsearch_api_key)),
+    )
+    return sorted({*in_milvus, *in_elasticsearch}, key=lambda label: (label.namespace, label.kb_id, label.generation))
+
+
+def opener(settings: Settings, *, dimension: int, model_fingerprint: str = "") -> OpenStores:
+    """Return what opens the configured stores; what they create is labelled with the model.
+
+    Raises StoreUnavailable, naming the variables that are not set.
+    """
+    _check_configured(settings)
 
     def open_stores(generation: Generation) -> Stores:
         # Imported here: the clients of the stores are the most expensive imports of the runner.
         from job_runner.elasticsearch import ElasticsearchIndex
         from job_runner.milvus import MilvusIndex
 
+        label = Label(generation.namespace, generation.kb_id, generation.number, model_fingerprint, dimension).written()
         assert settings.milvus_url is not None  # noqa: S101 - for the type checker: looked at above
         assert settings.elasticsearch_url is not None  # noqa: S101 - for the type checker: looked at above
         return Stores(
@@ -77,6 +91,7 @@ def opener(settings: Settings, *, dimension: int) -> OpenStores:
                 url=settings.milvus_url.get_secret_value(),
                 token=revealed(settings.milvus_token),
                 dimension=dimension,
+                label=label,
             ),
             texts=ElasticsearchIndex(
                 generation,
@@ -84,7 +99,16 @@ def opener(settings: Settings, *, dimension: int) -> OpenStores:
                 api_key=revealed(settings.elasticsearch_api_key),
                 analyzer=settings.elasticsearch_analyzer,
                 replicas=settings.elasticsearch_replicas,
+                label=label,
             ),
         )
 
     return open_stores
+
+
+def _check_configured(settings: Settings) -> None:
+    if missing := settings.document_stores_missing:
+        raise StoreUnavailable(
+            f"cannot reach the stores: {', '.join(missing)} not set; "
+            "set it in the environment (in a cluster, in the Secret of the stores)"
+        )

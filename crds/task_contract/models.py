@@ -147,6 +147,7 @@ class ProcessingMode(StrEnum):
 
     INTELLIGENT_SPLIT = "intelligent_split"
     FIXED = "fixed"
+    SEMANTIC = "semantic"
 
 
 class Action(StrEnum):
@@ -193,7 +194,8 @@ class Payload(Model):
     chunk_overlap: Annotated[int, Field(ge=0, le=4000)] | None = None
     """Characters repeated from one chunk to the next. Default: 200, or a fifth of a chunkSize below 1000."""
     processing_mode: ProcessingMode | None = None
-    """intelligent_split (default) ends chunks at sentences and headings; fixed cuts at chunkSize."""
+    """intelligent_split (default) ends chunks at sentences and headings, semantic also where the topic changes, by the
+    meaning of the sentences; fixed cuts at chunkSize."""
     embedding_model: Annotated[str, Field(min_length=1, max_length=253)] | None = None
     """Name of the embedding model. Default: the model of the runner's settings."""
     metadata: (

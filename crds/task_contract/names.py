@@ -40,6 +40,9 @@ DOCUMENT_ROOT: Final = "/data"
 PROGRESS_CHANNEL: Final = f"{GROUP}:progress"
 """Redis pub/sub channel of :class:`task_contract.messages.ProgressEvent`; what it carries may be lost."""
 
+KNOWLEDGE_BASE_PREFIX: Final = "kb_"
+"""Names of collections, indices and aliases begin with it."""
+
 _NAME_LIMIT = 63  # a Job's name becomes a label value of its pods: 63 characters at most
 
 
@@ -67,7 +70,7 @@ def knowledge_base_name(*, namespace: str, kb_id: str) -> str:
     tenants apart that the readable part would mix up.
     """
     readable = re.sub(r"[^a-z0-9]+", "_", kb_id.lower())[:32].strip("_")
-    return f"kb_{readable}_{digest(namespace, kb_id, length=12)}"
+    return f"{KNOWLEDGE_BASE_PREFIX}{readable}_{digest(namespace, kb_id, length=12)}"
 
 
 def generation_name(*, namespace: str, kb_id: str, generation: int) -> str:

@@ -35,7 +35,7 @@ def _quick_model(counter: Path) -> None:
     """Have a model that takes no time, before anybody has looked up how models are made."""
     from job_runner import embed
 
-    def make(name: str) -> embed.Embedder:
+    def make(name: str, *, threads: int = 1) -> embed.Embedder:
         from tests.support.runner_lab import HashEmbedder
 
         return HashEmbedder(counter)

@@ -43,6 +43,7 @@ class HashEmbedder:
     fingerprint = "hash-1"
     dimension = 16
     max_tokens = None
+    batch_tokens = 16_000
 
     def __init__(self, counter: Path | None = None, *, seconds: float = 0) -> None:
         self._counter = counter
@@ -127,7 +128,7 @@ async def run_watched(task: ProcessingTask, settings: Settings, embedder: Any, r
     """Run the pipeline of a task with every call to ledger and stores watched."""
     uid, created_at = identity(task)
     ledger = Ledger(settings.postgres_url.get_secret_value())
-    open_stores = opener(settings, dimension=embedder.dimension)
+    open_stores = opener(settings, dimension=embedder.dimension, model_fingerprint=embedder.fingerprint)
 
     def watched_stores(generation: Generation) -> Stores:
         stores = open_stores(generation)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from job_runner.embed import make_embedder
-from job_runner.embed_torch import folder_of
+from job_runner.model_folder import folder_of
 from tests.support.runner_lab import NAMESPACE, ROOT, Lab
 
 NAME = "all-MiniLM-L6-v2"

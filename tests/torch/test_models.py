@@ -14,7 +14,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Pooling
 
 from job_runner.embed import Embedder, make_embedder
-from job_runner.embed_torch import SentenceTransformerEmbedder, described, folder_of
+from job_runner.embed_torch import SentenceTransformerEmbedder
+from job_runner.model_folder import described, folder_of
 from task_contract.errors import ModelUnavailable
 
 TEXTS = ["A failed task is tried three times.", "知识库", "The meeting is on Monday."]

@@ -2,10 +2,14 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic.config import Config
+from alembic.script import ScriptDirectory
 
+import task_operator.schema
 from task_contract.crd import custom_resource_definition
 from task_contract.location import HTTP_PATTERN, S3_PATTERN
 from task_contract.migrations import migrations
@@ -324,3 +328,13 @@ def test_migrations_since_the_last_release_only_add() -> None:
     released = len(RELEASES[-1].migrations)
     found = {number: contracting(sql) for number, sql in migrations()[released:]}
     assert {number: what for number, what in found.items() if what and number not in CONTRACT_STEPS} == {}
+
+
+def test_every_migration_has_its_revision() -> None:
+    configuration = Config()
+    configuration.set_main_option("script_location", str(Path(task_operator.schema.__file__).parent))
+    revisions = [*ScriptDirectory.from_config(configuration).walk_revisions()][::-1]
+    assert [revision.revision for revision in revisions] == [f"{number:04}" for number, _ in migrations()]
+    names = [Path(revision.path).name.removeprefix("r").removesuffix(".py") for revision in revisions]
+    for name, revision in zip(names, revisions, strict=True):
+        assert f'run("{name}.sql")' in Path(revision.path).read_text()

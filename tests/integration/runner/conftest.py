@@ -11,7 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 import pytest
 
-from job_runner.ledger import Ledger
+from task_operator.schema import migrate
 from tests.support.runner_lab import KnowledgeBases, Lab
 from tests.support.servers import free_port, serving
 
@@ -41,14 +41,9 @@ def database(store_urls: dict[str, str]) -> Iterator[str]:
         finally:
             await connection.close()
 
-    async def migrate() -> None:
-        ledger = Ledger(url)
-        assert await ledger.migrate() > 0
-        assert await ledger.migrate() == 0
-        await ledger.aclose()
-
     asyncio.run(execute(f"CREATE DATABASE {name}"))
-    asyncio.run(migrate())
+    assert asyncio.run(migrate(url)) > 0
+    assert asyncio.run(migrate(url)) == 0
     yield url
     asyncio.run(execute(f"DROP DATABASE {name} WITH (FORCE)"))
 

@@ -258,6 +258,6 @@ async def test_a_server_that_is_down_or_empty_is_unavailable(store_urls: dict[st
     with pytest.raises(StoreUnavailable, match=r"cannot connect in PostgreSQL.*check TASKS_POSTGRES_URL"):
         await Ledger("postgresql://nobody@127.0.0.1:9/none").check()
     empty = Ledger(store_urls["TASKS_POSTGRES_URL"].rsplit("/", 1)[0] + "/template1")
-    with pytest.raises(StoreUnavailable, match="job_runner migrate"):
+    with pytest.raises(StoreUnavailable, match="task_operator migrate"):
         await empty.check()
     await empty.aclose()

@@ -11,7 +11,9 @@ import pytest
 
 from job_runner.embed import PackagedEmbedder
 from job_runner.ledger import Ledger
+from job_runner.readers import PARSER_VERSION
 from job_runner.search import search
+from job_runner.split import SPLITTER_VERSION
 from job_runner.stores import opener
 from task_contract.errors import Fenced
 from task_contract.lifecycle import ExitCode
@@ -88,6 +90,10 @@ async def test_both_stores_hold_the_same_rows(lab: Lab) -> None:
     assert {row["language"] for row in in_vectors} == {"zh"}
     assert {row["metadata"]["k"] for row in in_vectors} == {"v"}
     assert {row["heading_path"] for row in in_vectors} <= {"一", "二"}
+    assert {row["chunk_count"] for row in in_vectors} == {len(in_vectors)}
+    assert all(row["tokens"] == lab.embedder.count_tokens(row["text"]) > 0 for row in in_vectors)
+    made_by = f"parser {PARSER_VERSION}, splitter {SPLITTER_VERSION} intelligent_split 100/0, model hash-1"
+    assert {row["pipeline"] for row in in_vectors} == {made_by}
 
 
 async def test_a_bad_page_is_recorded_and_the_rest_is_published(lab: Lab) -> None:
@@ -438,7 +444,6 @@ spec:
         output, errors = await asyncio.to_thread(process.communicate, timeout=60)
         return process.returncode, output, errors
 
-    assert await call("migrate") == (0, "the tables are up to date\n", "")
     code, output, errors = await call("run", str(manifest))
     assert code == 0, errors
     assert all(json.loads(line) for line in errors.splitlines()), "logs are JSON"

@@ -3,14 +3,15 @@
 import asyncio
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from pymilvus import CollectionSchema
 
 from job_runner import elasticsearch, milvus
 from job_runner.elasticsearch import ElasticsearchIndex
-from job_runner.index import Generation, Row, Stale, Stored, TextIndex, VectorIndex
+from job_runner.index import ADDED, Generation, Row, Stale, Stored, TextIndex, VectorIndex
 from job_runner.milvus import MilvusIndex
 from task_contract import names
 from task_contract.errors import StoreRefused, StoreUnavailable
@@ -45,6 +46,9 @@ def rows(count: int, *, document_id: str = ODD_ID, version: int = 1, texts: str 
             source_sha256="0" * 64,
             content_hash="c" * 32,
             task_uid=str(uuid.uuid4()),
+            chunk_count=count,
+            tokens=3,
+            pipeline="parser 1, splitter 1",
         )
         for ordinal in range(count)
     ]
@@ -122,7 +126,7 @@ async def check_chunk_store(store: VectorIndex | TextIndex) -> None:
     scanned = [row async for page in store.scan() for row in page]
     assert len(scanned) == 705
     assert {row.id: row for row in scanned} == {
-        row.id: Stored(row.id, row.document_id, row.version, row.ordinal, row.content_hash, row.task_uid)
+        row.id: Stored(row.id, row.document_id, row.version, row.ordinal, row.content_hash, row.task_uid, row.chunk_count)
         for row in (*first, replace(second[0], content_hash="d" * 32), *second[1:], *other)
     }
 
@@ -298,13 +302,75 @@ async def test_the_alias_goes_over_to_the_generation_that_is_left(store_urls: di
         await new.aclose()
 
 
+COLUMNS_0_1_0 = (
+    *("document_id", "version", "ordinal", "text", "text_hash", "page_start", "page_end", "heading_path", "char_start"),
+    *("char_end", "language", "metadata", "source_sha256", "content_hash", "task_uid"),
+)
+
+
+def as_written_by_0_1_0(row: Row) -> dict[str, object]:
+    return {name: value for name, value in asdict(row).items() if name in ("id", *COLUMNS_0_1_0)}
+
+
+@pytest.mark.parametrize("server", ["milvus", "milvus-lite"])
+async def test_this_release_and_the_one_before_write_into_a_collection_of_either(
+    request: pytest.FixtureRequest, server: str
+) -> None:
+    if server == "milvus":
+        urls = request.getfixturevalue("store_urls")
+        url, token = urls["TASKS_MILVUS_URL"], urls.get("TASKS_MILVUS_TOKEN")
+    else:
+        url, token = request.getfixturevalue("milvus_lite"), None
+    old_schema = milvus._schema(DIMENSION)
+    old_schema = CollectionSchema([field for field in old_schema.fields if field.name not in ADDED])
+    assert [field.name for field in old_schema.fields] == ["id", *COLUMNS_0_1_0, "embedding"]
+    for schema in (old_schema, None):
+        index = MilvusIndex(generation(), url=url, token=token, dimension=DIMENSION)
+        await index.warm_up()
+        if schema is not None:
+            await index._run("create", index._client.create_collection, index._name, schema=schema)
+        await index.ensure()
+        of_old, of_new = rows(4)[:2], rows(4)[2:]
+        data = [{**as_written_by_0_1_0(row), "embedding": vector} for row, vector in zip(of_old, vectors(2), strict=True)]
+        await index._run("write", index._client.upsert, index._name, data)
+        await index.write(of_new, vectors(2))
+        assert len(await index.stored(ODD_ID, 1)) == 4
+        counts = {row.ordinal: row.chunk_count async for page in index.scan() for row in page}
+        assert counts == {0: 0, 1: 0, 2: 0 if schema else 4, 3: 0 if schema else 4}
+        await index.drop()
+        await index.aclose()
+
+
+async def test_this_release_and_the_one_before_write_into_an_index_of_either(store_urls: dict[str, str]) -> None:
+    for old in (True, False):
+        index = ElasticsearchIndex(
+            generation(), url=store_urls["TASKS_ELASTICSEARCH_URL"], api_key=store_urls.get("TASKS_ELASTICSEARCH_API_KEY")
+        )
+        if old:
+            mappings = elasticsearch._mappings("standard")
+            mappings["properties"] = {name: type_ for name, type_ in mappings["properties"].items() if name not in ADDED}
+            assert mappings["properties"].keys() == {*COLUMNS_0_1_0, "heading_text", "metadata_pairs"}
+            await index._client.indices.create(index=index._name, mappings=mappings)
+        await index.ensure()
+        await index.ensure()  # and once more, with nothing to add
+        of_old, of_new = rows(4)[:2], rows(4)[2:]
+        data = [as_written_by_0_1_0(row) for row in of_old]
+        await index._bulk("write", [elasticsearch._operation({"index": {"_id": row.pop("id")}}, row) for row in data])
+        await index.write(of_new)
+        assert len(await index.stored(ODD_ID, 1)) == 4
+        counts = {row.ordinal: row.chunk_count async for page in index.scan() for row in page}
+        assert counts == {0: 0, 1: 0, 2: 4, 3: 4}
+        await index.drop()
+        await index.aclose()
+
+
 async def test_an_index_is_strict_about_its_fields(store_urls: dict[str, str]) -> None:
     index = ElasticsearchIndex(
         generation(), url=store_urls["TASKS_ELASTICSEARCH_URL"], api_key=store_urls.get("TASKS_ELASTICSEARCH_API_KEY")
     )
     await index.ensure()
     with pytest.raises(StoreRefused, match=r"cannot write x in kb_.*strict_dynamic_mapping_exception"):
-        await index._bulk("write", [({"index": {"_id": "x"}}, {"unknown": 1})])
+        await index._bulk("write", [elasticsearch._operation({"index": {"_id": "x"}}, {"unknown": 1})])
     await index.drop()
     await index.aclose()
 
