@@ -13,7 +13,7 @@ PACKAGES := crds operator job_runner client devstack tests
 given = $(if $(filter command,$(firstword $(origin $(1)))),$(2) $($(1)))
 CHOICE = $(call given,CLUSTER,--cluster) $(call given,NAMESPACE,--namespace) $(call given,VALUES,--values)
 
-.PHONY: help demo test test-unit test-integration test-e2e test-torch crash freeze-release bench lint format generate lock images sbom up down status logs clean
+.PHONY: help demo test test-unit test-integration test-e2e test-torch test-ocr crash freeze-release bench lint format generate lock images sbom up down status logs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[1m%-17s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,7 +24,7 @@ demo: $(READY) ## Real documents through a real cluster into real stores, and a 
 # A test by name needs only the files that have it, and brings up by itself what it needs of the devstack.
 test: $(READY) ## All tests; make test NAME=test_cancel for those whose name holds it
 ifeq ($(origin NAME),command line)
-	@$(BIN)/python -m pytest $$(grep -rl --include='test_*.py' --exclude-dir=torch -e '$(NAME)' tests || echo tests) -k '$(NAME)'
+	@$(BIN)/python -m pytest $$(grep -rl --include='test_*.py' --exclude-dir=torch --exclude-dir=ocr -e '$(NAME)' tests || echo tests) -k '$(NAME)'
 else
 	@$(BIN)/python -m devstack up
 	@$(BIN)/python -m pytest tests
@@ -52,6 +52,9 @@ test-torch: $(READY) ## Tests of sentence-transformers, in an environment of its
 	@$(BIN)/python -m devstack up --parts stores
 	@$(BIN)/python -m tests.torch
 
+test-ocr: $(READY) ## Tests of scanned pages and pictures, in an environment of its own (0.5 GB, kept in the cache)
+	@$(BIN)/python -m tests.ocr
+
 bench: $(READY) ## Measure; writes build/bench/NAME.json (make bench NAME=operator for one)
 	@$(BIN)/python -m tests.bench $(NAME)
 
@@ -75,6 +78,9 @@ lock: $(READY) ## Pin all dependencies anew within the bounds of pyproject.toml
 	  $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	    --no-header --extra $$extra pyproject.toml -o requirements/$$extra.txt; \
 	done
+	@echo "locking ocr"
+	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-header --constraint requirements/dev.txt --extra ocr pyproject.toml -o requirements/ocr.txt
 	@echo "locking torch"
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-header --constraint requirements/dev.txt --extra sentence-transformers pyproject.toml -o requirements/torch.txt

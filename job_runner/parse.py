@@ -16,8 +16,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from job_runner.cpus import available_cpus
 from job_runner.document import Heading, Kind, Page, ParsedDocument
 from job_runner.fetch import Source
+from job_runner.readers.ocr import PICTURED
+from job_runner.readers.ocr import version as ocr_version
+from job_runner.settings import Settings
 from task_contract.errors import (
     DocumentEmpty,
     DocumentRefused,
@@ -29,10 +33,15 @@ from task_contract.errors import (
 _FAILURES: Final[Mapping[str, type[TaskError]]] = {
     error.reason: error for error in (DocumentEmpty, DocumentRefused, DocumentUnreadable)
 }
+_OCR_THREADS: Final = 4
+"""Threads of OCR at most: each has buffers of its own in the memory that is bounded."""
 _STDERR_LIMIT: Final = 4096
 _READ_BYTES: Final = 1 << 20
-_NO_MEMORY: Final = "memory allocation of "
-"""How a library in Rust begins its last words."""
+_NO_MEMORY: Final = ("MemoryError", "memory allocation of", "bad_alloc", "Failed to allocate memory", "Insufficient memory")
+"""What Python, Rust's, C++'s and OCR's libraries write to standard error when they find no memory."""
+_BOUNDED: Final = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+"""Environment of the child: libraries that start a thread for each CPU, and 64 MiB of address space for each thread, would
+fit into its memory on one machine and not on another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,30 @@ class ParserLimits:
     """CPU time; at half of the wall time it is reached first, unless the child had to wait for a CPU."""
     output_bytes: int
     """Size of the answer: the text, pages and headings as JSON."""
+    threads: int = 1
+    """Threads of OCR, the only library that has any."""
+    variables: str = "TASKS_PARSER"
+    """What the names of the settings begin with that these bounds of memory and time come from."""
+
+
+def parser_limits(settings: Settings, kind: Kind) -> ParserLimits:
+    """Return the bounds for a kind of file: wider ones where pictures in it may have to be recognised."""
+    if kind in PICTURED and ocr_version() is not None:
+        threads = min(available_cpus(), _OCR_THREADS)
+        return ParserLimits(
+            memory_bytes=max(settings.ocr_memory_bytes, settings.parser_memory_bytes),
+            seconds=max(settings.ocr_seconds, settings.parser_seconds),
+            cpu_seconds=max(settings.ocr_seconds * threads, settings.parser_seconds // 2, 1),
+            output_bytes=settings.parser_output_bytes,
+            threads=threads,
+            variables="TASKS_OCR",
+        )
+    return ParserLimits(
+        memory_bytes=settings.parser_memory_bytes,
+        seconds=settings.parser_seconds,
+        cpu_seconds=max(1, settings.parser_seconds // 2),
+        output_bytes=settings.parser_output_bytes,
+    )
 
 
 async def parse(source: Source, *, limits: ParserLimits, on_progress: Callable[[int, int], None]) -> ParsedDocument:
@@ -65,12 +98,13 @@ async def parse(source: Source, *, limits: ParserLimits, on_progress: Callable[[
         source.name,
         str(limits.memory_bytes),
         str(limits.cpu_seconds),
+        str(limits.threads),
         stdin=source.descriptor,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         limit=_READ_BYTES,
         # A crafted file that takes over the child finds no passwords in its environment.
-        env={"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry), "LC_ALL": "C.UTF-8"},
+        env={"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry), "LC_ALL": "C.UTF-8"} | _BOUNDED,
         start_new_session=True,
     )
     errors = asyncio.create_task(_stderr(child))
@@ -80,7 +114,7 @@ async def parse(source: Source, *, limits: ParserLimits, on_progress: Callable[[
             status = await child.wait()
     except TimeoutError:
         raise ParserCrashed(
-            f"cannot parse {source.name} within {limits.seconds} s; raise TASKS_PARSER_SECONDS or split the document"
+            f"cannot parse {source.name} within {limits.seconds} s; raise {limits.variables}_SECONDS or split the document"
         ) from None
     finally:
         if child.returncode is None:  # it may be gone before the loop has heard of it
@@ -143,11 +177,11 @@ async def _stderr(child: asyncio.subprocess.Process) -> str:
 def _crash(name: str, *, status: int, errors: str, limits: ParserLimits) -> TaskError:
     """Return the error for a child that has ended without an answer."""
     memory = f"{limits.memory_bytes // 2**20} MiB"
-    more_memory = "raise TASKS_PARSER_MEMORY_BYTES and the pod's memory, or split the document"
-    if "MemoryError" in errors or _NO_MEMORY in errors:
+    more_memory = f"raise {limits.variables}_MEMORY_BYTES and the pod's memory, or split the document"
+    if any(mark in errors for mark in _NO_MEMORY):
         return DocumentRefused(f"cannot parse {name} within {memory} of memory; {more_memory}")
     if status == -signal.SIGXCPU:
-        more_time = "raise TASKS_PARSER_SECONDS or split the document"
+        more_time = f"raise {limits.variables}_SECONDS or split the document"
         return DocumentRefused(f"cannot parse {name} within {limits.cpu_seconds} CPU seconds; {more_time}")
     if status == -signal.SIGKILL:
         return ParserCrashed(f"cannot parse {name}: the parser was killed, most likely for want of memory; {more_memory}")

@@ -1,4 +1,4 @@
-"""The child process that reads a file: ``python -m job_runner.parse_child KIND NAME MEMORY_BYTES CPU_SECONDS``.
+"""The child process that reads a file: ``python -m job_runner.parse_child KIND NAME MEMORY CPU_SECONDS THREADS``.
 
 The file is standard input. Standard output carries JSON, one object a line: ``{"progress": [done, total]}`` while it
 reads, then the text in pieces, ``{"text": ...}``, and ``{"document": ...}`` with the rest, or at any time ``{"failure":
@@ -16,6 +16,7 @@ from typing import Any, Final, TextIO
 
 from job_runner.document import Kind, ParsedDocument
 from job_runner.readers import ReadingFailed, read
+from job_runner.readers.ocr import PICTURED, recognizer
 
 _PROGRESS_SECONDS: Final = 0.2
 _PIECE: Final = 64 * 1024
@@ -44,7 +45,7 @@ def encode(document: ParsedDocument) -> dict[str, Any]:
 
 def main(arguments: list[str], output: TextIO) -> None:
     """Read standard input and write the result."""
-    kind, name, memory_bytes, cpu_seconds = arguments
+    kind, name, memory_bytes, cpu_seconds, threads = arguments
     limit(memory_bytes=int(memory_bytes), cpu_seconds=int(cpu_seconds))
     last = 0.0
 
@@ -60,7 +61,8 @@ def main(arguments: list[str], output: TextIO) -> None:
 
     try:
         with open("/dev/stdin", "rb") as file:  # noqa: PTH123 - a path of its own, not the descriptor: its position is not shared
-            document = read(file, kind=Kind(kind), name=name, on_progress=progress)
+            recognize = recognizer(threads=int(threads)) if kind in PICTURED else None
+            document = read(file, kind=Kind(kind), name=name, on_progress=progress, recognize=recognize)
         for start in range(0, len(document.text), _PIECE):
             say(text=document.text[start : start + _PIECE])
         say(document=encode(document))

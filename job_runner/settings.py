@@ -107,6 +107,10 @@ class Settings(BaseSettings):
     """Longest time of parsing one document; at most half of it on a CPU."""
     parser_output_bytes: Annotated[int, Field(ge=1024)] = 256 * 2**20
     """Largest text of one document."""
+    ocr_memory_bytes: Annotated[int, Field(ge=2**30)] = 3 * 2**30
+    """Address space of the parsing process where OCR is installed, for PDF, pictures and e-mails; it uses a third of it."""
+    ocr_seconds: Annotated[int, Field(ge=1)] = 3600
+    """Longest time of parsing one of these there; a scanned page takes seconds."""
     verify_seconds: Annotated[float, Field(gt=0)] = 15
     """How long a store may take to show what was written."""
     attempt: Annotated[int, Field(ge=1, le=32767)] = 1

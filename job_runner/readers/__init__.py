@@ -5,26 +5,39 @@ any amount of memory. They import nothing of the contract, so that the child sta
 wrong is a :class:`ReadingFailed` whose ``reason`` names an error of :mod:`task_contract.errors`.
 """
 
+from functools import partial
 from typing import BinaryIO, Final
 
-from job_runner.document import READABLE, Kind, ParsedDocument
+from job_runner.document import Kind, ParsedDocument
 from job_runner.readers.charset import decode
 from job_runner.readers.delimited import read_delimited
 from job_runner.readers.docx import read_docx
 from job_runner.readers.epub import read_epub
 from job_runner.readers.failure import OnProgress, ReadingFailed
 from job_runner.readers.html import read_html
+from job_runner.readers.image import read_image
 from job_runner.readers.json_data import read_json, read_json_lines
 from job_runner.readers.mail import Allowance, read_mail
+from job_runner.readers.ocr import PICTURED, Recognize
+from job_runner.readers.ocr import version as ocr_version
 from job_runner.readers.pdf import read_pdf
 from job_runner.readers.pptx import read_pptx
 from job_runner.readers.text import read_markdown, read_plain
 from job_runner.readers.workbook import read_ods, read_xls, read_xlsx
 
-__all__ = ["PARSER_VERSION", "OnProgress", "ReadingFailed", "decode", "read"]
+__all__ = ["PARSER_VERSION", "OnProgress", "ReadingFailed", "decode", "parser_version", "read"]
 
 PARSER_VERSION: Final = "2"
-"""Part of the pipeline fingerprint: raise it whenever the same bytes would give another text, page or heading."""
+"""Raise it whenever the same bytes would give another text, page or heading."""
+
+
+def parser_version(kind: Kind) -> str:
+    """Return what stands for these readers in the fingerprint of a document: equal versions give equal texts.
+
+    Where OCR is installed, its version is part of it for the kinds that may hold pictures.
+    """
+    recognition = ocr_version() if kind in PICTURED else None
+    return f"{PARSER_VERSION} with {recognition}" if recognition else PARSER_VERSION
 
 
 def read(
@@ -34,16 +47,18 @@ def read(
     name: str,
     on_progress: OnProgress = lambda done, total: None,
     allowance: Allowance | None = None,
+    recognize: Recognize | None = None,
 ) -> ParsedDocument:
     """Read an open file of a known kind, from its beginning; ``name`` is what messages call it.
 
-    ``allowance`` is what attachments of mails may still be, for a file that is one itself.
+    ``allowance`` is what attachments of mails may still be, for a file that is one itself;
+    ``recognize`` reads pictures and scanned pages, which have no text without it.
 
     Raises :class:`ReadingFailed`.
     """
     match kind:
         case Kind.PDF:
-            document = read_pdf(file, name=name, on_progress=on_progress)
+            document = read_pdf(file, name=name, on_progress=on_progress, recognize=recognize)
         case Kind.MARKDOWN:
             document = read_markdown(decode(file.read(), name=name))
         case Kind.TEXT:
@@ -69,9 +84,11 @@ def read(
         case Kind.EPUB:
             document = read_epub(file, name=name, on_progress=on_progress)
         case Kind.EML:
-            document = read_mail(file, name=name, allowance=allowance or Allowance(), read=read)
-        case Kind.IMAGE:  # known to job_runner.kinds, which refuses them
-            raise ReadingFailed("DocumentRefused", f"cannot read {name}: this version reads {READABLE}")
+            document = read_mail(
+                file, name=name, allowance=allowance or Allowance(), read=partial(read, recognize=recognize)
+            )
+        case Kind.IMAGE:
+            document = read_image(file, name=name, on_progress=on_progress, recognize=recognize)
     if not document.text.strip():
         raise ReadingFailed("DocumentEmpty", f"cannot index {name}: there is no text in it")
     return document

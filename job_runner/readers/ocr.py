@@ -9,9 +9,13 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from job_runner.document import Kind
+
 Recognize = Callable[[Any], list[str]]
 """From a picture, an array (rows, columns, 3) of bytes in the order blue, green, red, to its lines from the top down."""
 
+PICTURED: Final = frozenset({Kind.PDF, Kind.IMAGE, Kind.EML})
+"""Kinds of files in which pictures are looked at."""
 NEEDS_OCR: Final = (
     "text in pictures needs OCR, which this runner lacks: use a runner's image with requirements/ocr.txt (docs/images.md)"
 )

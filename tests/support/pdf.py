@@ -1,6 +1,9 @@
 """Small PDF files for tests, written byte by byte, so that their damage is known exactly."""
 
+import zlib
 from dataclasses import dataclass, field
+
+import pypdfium2
 
 
 @dataclass
@@ -9,6 +12,8 @@ class PdfPage:
 
     lines: list[tuple[float, str]] = field(default_factory=list)
     image: bool = False
+    picture: tuple[int, int, bytes] | None = None
+    """Width, height and grey pixels of a picture that fills the page, below its lines."""
     damaged: bool = False
     """Point /Contents and /Type elsewhere, so that the page cannot be loaded."""
 
@@ -30,6 +35,16 @@ def make_pdf(pages: list[PdfPage], *, bookmarks: list[tuple[int, str]] | None = 
     for page in pages:
         content, number = number + 1, number + 2
         kids.append(content - 1)
+        pictures = b""
+        if page.picture is not None:
+            width, height, pixels = page.picture
+            packed = zlib.compress(pixels)
+            pictures = b"/P %d 0 R " % number
+            objects[number] = (
+                b"<< /Type /XObject /Subtype /Image /Width %d /Height %d /ColorSpace /DeviceGray /BitsPerComponent 8 "
+                b"/Filter /FlateDecode /Length %d >>\nstream\n%s\nendstream" % (width, height, len(packed), packed)
+            )
+            number += 1
         stream = _stream(page)
         objects[content] = b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream)
         objects[content - 1] = (
@@ -37,7 +52,7 @@ def make_pdf(pages: list[PdfPage], *, bookmarks: list[tuple[int, str]] | None = 
             if page.damaged
             else (
                 b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 595 842] /Contents %d 0 R /Resources "
-                b"<< /Font << /F1 3 0 R /F2 4 0 R >> /XObject << /I 7 0 R >> >> >>" % content
+                b"<< /Font << /F1 3 0 R /F2 4 0 R >> /XObject << %s/I 7 0 R >> >> >>" % (content, pictures)
             )
         )
     outline = b""
@@ -76,6 +91,8 @@ def make_pdf(pages: list[PdfPage], *, bookmarks: list[tuple[int, str]] | None = 
 
 def _stream(page: PdfPage) -> bytes:
     parts = [b"q 100 0 0 100 50 50 cm /I Do Q"] if page.image else []
+    if page.picture:
+        parts.append(b"q 595 0 0 842 0 0 cm /P Do Q")
     y = 800.0
     for size, text in page.lines:
         y -= size * 1.4
@@ -86,3 +103,12 @@ def _stream(page: PdfPage) -> bytes:
             shown, font = b"<" + text.encode("utf-16-be").hex().encode() + b">", b"/F2"
         parts.append(b"BT %s %g Tf 60 %g Td %s Tj ET" % (font, size, y, shown))
     return b"\n".join(parts)
+
+
+def scanned(page: PdfPage, *, stamp: str = "", dpi: int = 150) -> PdfPage:
+    """Return a page that is a picture of another one, with text of its own in small type above it."""
+    pdf = pypdfium2.PdfDocument(make_pdf([page]))
+    bitmap = pdf[0].render(scale=dpi / 72, grayscale=True)
+    picture = (bitmap.width, bitmap.height, bitmap.to_numpy().tobytes())
+    pdf.close()
+    return PdfPage([(9, stamp)] if stamp else [], picture=picture)

@@ -105,14 +105,14 @@ def test_a_bill_is_written_and_holds_to_the_schema(tmp_path: Path) -> None:
 
 
 def test_lock_files_agree_on_every_version() -> None:
-    """What is tested (dev) is what is shipped (operator, runner), and the variant with PyTorch differs by additions."""
+    """What is tested (dev) is what is shipped (operator, runner), and its variants differ by additions."""
     pins: dict[str, dict[str, set[str]]] = {}
-    for file in ("dev", "operator", "runner", "torch"):
+    for file in ("dev", "operator", "runner", "torch", "ocr"):
         for line in (ROOT / f"requirements/{file}.txt").read_text().splitlines():
             name, equals, version = line.partition("==")
             if equals and not line.startswith(" "):
                 pins.setdefault(name, {}).setdefault(file, set()).add(version.rstrip(" \\"))
-    whole = {"operator": {"dev"}, "runner": {"dev", "torch"}}
+    whole = {"operator": {"dev"}, "runner": {"dev", "torch", "ocr"}}
     lacking = {
         name
         for name, found in pins.items()

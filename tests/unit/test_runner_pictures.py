@@ -1,0 +1,115 @@
+"""Pictures and scanned pages where OCR is not installed, and the parts of reading them that need none."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from job_runner import readers
+from job_runner.cpus import available_cpus
+from job_runner.document import Kind
+from job_runner.parse import parser_limits
+from job_runner.readers import ReadingFailed, image, ocr
+from job_runner.settings import Settings
+from tests.support.pdf import PdfPage, make_pdf, scanned
+
+SETTINGS = Settings(postgres_url="postgresql://nowhere/none", parser_seconds=30)
+TEXT = PdfPage([(14, "The tide is high in the morning.")])
+
+
+def test_without_ocr_a_scanned_page_is_a_failed_one_and_the_rest_is_read() -> None:
+    data = make_pdf([TEXT, scanned(TEXT, dpi=20), scanned(TEXT, stamp="Archive No. 17", dpi=20)])
+    document = readers.read(io.BytesIO(data), kind=Kind.PDF, name="a.pdf")
+    assert document.failed_pages == (2,)
+    assert document.text == "The tide is high in the morning. Archive No. 17"
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [(Kind.PDF, make_pdf([scanned(TEXT, dpi=20)])), (Kind.IMAGE, b"\x89PNG\r\n\x1a\n")],
+    ids=["pdf", "image"],
+)
+def test_without_ocr_the_message_names_the_image_that_has_it(kind: Kind, data: bytes) -> None:
+    with pytest.raises(
+        ReadingFailed, match=r"cannot index a: .*OCR, which this runner lacks: use .*requirements/ocr\.txt"
+    ) as failed:
+        readers.read(io.BytesIO(data), kind=kind, name="a")
+    assert failed.value.reason == "DocumentEmpty"
+
+
+def test_scanned_pages_and_pages_with_a_stamp_are_recognised_and_no_others() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def recognize(picture: np.ndarray) -> list[str]:
+        seen.append(picture.shape)
+        return [f"recognised {len(seen)}"]
+
+    data = make_pdf([TEXT, scanned(TEXT, dpi=20), scanned(TEXT, stamp="Archive No. 17", dpi=20), PdfPage(), TEXT])
+    document = readers.read(io.BytesIO(data), kind=Kind.PDF, name="a.pdf", recognize=recognize)
+    assert document.failed_pages == ()
+    assert [document.page_at(document.text.index(f"recognised {number}")) for number in (1, 2)] == [2, 3]
+    assert "Archive" not in document.text  # it is in the picture as well, which is rendered with it
+    assert seen == [(2000, 1414, 3)] * 2
+
+
+def test_the_version_of_the_parser_names_ocr_for_kinds_with_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert readers.parser_version(Kind.PDF) == readers.PARSER_VERSION
+    monkeypatch.setattr(readers, "ocr_version", lambda: "rapidocr 3.10.0")
+    versions = {kind: readers.parser_version(kind) for kind in Kind}
+    assert {kind for kind, version in versions.items() if "rapidocr 3.10.0" in version} == {Kind.PDF, Kind.IMAGE, Kind.EML}
+
+
+def test_bounds_are_wider_where_pictures_may_have_to_be_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parser_limits(SETTINGS, Kind.PDF) == parser_limits(SETTINGS, Kind.DOCX)
+    monkeypatch.setattr("job_runner.parse.ocr_version", lambda: "rapidocr 3.10.0")
+    monkeypatch.setattr("job_runner.parse.available_cpus", lambda: 16)
+    wide = parser_limits(SETTINGS, Kind.PDF)
+    assert (wide.memory_bytes, wide.seconds, wide.cpu_seconds, wide.threads) == (3 << 30, 3600, 4 * 3600, 4)
+    assert parser_limits(SETTINGS, Kind.DOCX).seconds == 30
+
+
+@pytest.mark.parametrize(
+    ("boxes", "expected"),
+    [
+        pytest.param([(0, 0, 10, "a"), (0, 12, 22, "b")], ["a", "b"], id="from the top down"),
+        pytest.param([(90, 1, 11, "42"), (0, 0, 10, "Tank"), (0, 13, 23, "next")], ["Tank 42", "next"], id="a row of cells"),
+        pytest.param([(0, 0, 10, "a"), (50, 6, 16, "b")], ["a", "b"], id="half a line lower is another row"),
+        pytest.param([], [], id="nothing"),
+    ],
+)
+def test_pieces_of_text_are_put_into_rows(boxes: list[tuple[float, float, float, str]], expected: list[str]) -> None:
+    assert ocr.rows([box[:3] for box in boxes], [box[3] for box in boxes]) == expected
+
+
+def test_a_tall_picture_is_cut_between_lines() -> None:
+    pixels = np.full((5000, 40, 3), 255, dtype=np.uint8)
+    for top in range(0, 5000, 50):
+        pixels[top : top + 30, 5:35] = 0
+    pieces = list(image.cut(pixels))
+    assert sum(len(piece) for piece in pieces) == 5000
+    assert all(len(piece) <= ocr.SIDE for piece in pieces)
+    ends = np.cumsum([len(piece) for piece in pieces])[:-1]
+    assert all(end % 50 >= 30 for end in ends), ends
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        pytest.param({"cpu.max": "150000 100000"}, 2, id="one and a half CPUs"),
+        pytest.param({"cpu.max": "max 100000"}, 64, id="no limit"),
+        pytest.param({"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 1, id="version 1"),
+        pytest.param({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64, id="version 1 without limit"),
+        pytest.param({"cpu.max": "nonsense"}, 64, id="unreadable"),
+        pytest.param({"cpu.max": "99900000 100000"}, 64, id="more than there are"),
+        pytest.param({}, 64, id="no control group"),
+    ],
+)
+def test_cpus_are_those_of_the_container(
+    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
+    (tmp_path / "cpu").mkdir()
+    for name, content in files.items():
+        (tmp_path / name).write_text(content + "\n")
+    assert available_cpus(tmp_path) == expected
