@@ -61,11 +61,6 @@ _NO_SCRIPT: Final = tuple(
     for blocks in ((range(0x34, 0xA0), (0xF9, 0xFA)), ((0x30,), range(0xAC, 0xD8)), (range(3),))
 )
 """High bytes that no character of a script has: Han but for rare ones; kana and Hangul; Latin."""
-_NO_SCRIPT: Final = tuple(
-    bytes(set(range(256)).difference(*blocks))
-    for blocks in ((range(0x34, 0xA0), (0xF9, 0xFA)), ((0x30,), range(0xAC, 0xD8)), (range(3),))
-)
-"""High bytes that no character of a script has: Han but for rare ones; kana and Hangul; Latin."""
 _LANGUAGE_SAMPLE: Final = 600
 """Characters that decide the language of a chunk."""
 

@@ -269,20 +269,6 @@ def test_the_language_is_that_of_the_scripts_counted_one_by_one(pieces: list[str
     assert language_of(text) == ("other" if other else "zh" if han * 4 > latin else "en" if latin else "other")
 
 
-@given(
-    st.lists(
-        st.sampled_from(["知识", "㐀鿿", "𠀀", "、。", "，", "あカ", "한", "abc", "éŁ", "12 ", "😀", "\ud800"]), max_size=40
-    )
-)
-def test_the_language_is_that_of_the_scripts_counted_one_by_one(pieces: list[str]) -> None:
-    text = "".join(pieces)
-    han = sum(len(piece) for piece in pieces if piece in {"知识", "㐀鿿", "𠀀"})
-    kana_hangul = sum(len(piece) for piece in pieces if piece in {"あカ", "한"})
-    latin = sum(len(piece) for piece in pieces if piece in {"abc", "éŁ"})
-    other = kana_hangul > han // 10 and kana_hangul * 4 > latin
-    assert language_of(text) == ("other" if other else "zh" if han * 4 > latin else "en" if latin else "other")
-
-
 @pytest.mark.parametrize(
     "settings",
     [
