@@ -1,6 +1,7 @@
 """The runner as it is, with its model watched: ``python -m tests.bench.pipeline_process run TASK_FILE``.
 
-Each batch of texts that was computed is a line in the file that BENCH_EMBEDDED names: monotonic time and number of texts.
+Each batch of texts that was computed is a line in the file that BENCH_EMBEDDED names: monotonic time, number of texts, and
+CPU seconds of the process so far, its parsing child included.
 """
 
 import os
@@ -10,6 +11,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.bench.usage import cpu_so_far
 
 VARIABLE = "BENCH_EMBEDDED"
 
@@ -27,7 +30,7 @@ class Watched:
     def embed(self, texts: Sequence[str]) -> Any:
         vectors = self._inner.embed(texts)
         with self._counter.open("a") as file:  # one write, so that a kill leaves whole lines
-            file.write(f"{time.monotonic()} {len(texts)}\n")
+            file.write(f"{time.monotonic()} {len(texts)} {cpu_so_far()}\n")
         return vectors
 
 

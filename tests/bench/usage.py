@@ -93,13 +93,14 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.wall = self.cpu = 0.0
-        self._wall, self._cpu = time.monotonic(), _cpu_so_far()
+        self._wall, self._cpu = time.monotonic(), cpu_so_far()
 
     def stop(self) -> "Stopwatch":
-        self.wall, self.cpu = time.monotonic() - self._wall, _cpu_so_far() - self._cpu
+        self.wall, self.cpu = time.monotonic() - self._wall, cpu_so_far() - self._cpu
         return self
 
 
-def _cpu_so_far() -> float:
+def cpu_so_far() -> float:
+    """Return the CPU seconds of this process and of the children that it waited for."""
     parts = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(part.ru_utime + part.ru_stime for part in parts)
