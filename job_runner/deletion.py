@@ -178,22 +178,27 @@ async def drop_generation(generation: Generation, ledger: Ledger, open_stores: O
     that a pod of an earlier release has begun under the same number is in use, and stays.
     """
     namespace, kb_id = generation.namespace, generation.kb_id
-    current = await ledger.knowledge_base(namespace=namespace, kb_id=kb_id)
-    if current is not None and current[0] == generation.number:
-        return False, False
-    stores = open_stores(generation)
-    try:
-        dropped = await stores.drop()
-    finally:
-        await stores.aclose()
-    if (current := await ledger.knowledge_base(namespace=namespace, kb_id=kb_id)) is not None:
-        stores = open_stores(Generation(namespace, kb_id, current[0]))
+    dropped = (False, False)
+    if not await in_use(generation, ledger):
+        stores = open_stores(generation)
         try:
-            await stores.open_existing()
+            dropped = await stores.drop()
         finally:
             await stores.aclose()
+        if (current := await ledger.knowledge_base(namespace=namespace, kb_id=kb_id)) is not None:
+            stores = open_stores(Generation(namespace, kb_id, current[0]))
+            try:
+                await stores.open_existing()
+            finally:
+                await stores.aclose()
     await ledger.dropped(namespace=namespace, kb_id=kb_id, generation=generation.number)
     return dropped
+
+
+async def in_use(generation: Generation, ledger: Ledger) -> bool:
+    """Tell whether readers of the ledger see this generation."""
+    current = await ledger.knowledge_base(namespace=generation.namespace, kb_id=generation.kb_id)
+    return current is not None and current[0] == generation.number
 
 
 def _checked(payload: Payload, kb_id: str) -> str | None:

@@ -629,10 +629,9 @@ class Ledger:
         """Return (kbId, generation) of knowledge bases deleted since a moment, or that have not been dropped yet."""
         async with self._connection("look for deleted knowledge bases") as connection:
             rows = await connection.fetch(
-                "SELECT DISTINCT kb_id, generation FROM knowledge_base_deletions AS gone WHERE namespace = $1 "
+                "SELECT DISTINCT kb_id, generation FROM knowledge_base_deletions WHERE namespace = $1 "
                 "AND generation IS NOT NULL AND ($2::timestamptz IS NULL OR deleted_at > $2 OR dropped_at IS NULL) "
-                "AND NOT EXISTS (SELECT FROM knowledge_bases AS there WHERE there.namespace = gone.namespace "
-                "AND there.kb_id = gone.kb_id AND there.generation = gone.generation) ORDER BY kb_id, generation",
+                "ORDER BY kb_id, generation",
                 namespace,
                 since,
             )

@@ -18,7 +18,7 @@ from typing import Final
 
 import structlog
 
-from job_runner.deletion import drop_generation
+from job_runner.deletion import drop_generation, in_use
 from job_runner.index import STALE_AT_ONCE, Generation
 from job_runner.ledger import Ledger, StaleDocument
 from job_runner.stores import OpenStores
@@ -98,7 +98,9 @@ def _parts(documents: Iterable[StaleDocument]) -> Iterator[Sequence[StaleDocumen
 
 
 async def _there(generation: Generation, ledger: Ledger, open_stores: OpenStores) -> tuple[bool, bool]:
-    """Tell which store has a generation."""
+    """Tell which store has a generation that is to go."""
+    if await in_use(generation, ledger):
+        return False, False
     stores = open_stores(generation)
     try:
         return await stores.vectors.exists(), await stores.texts.exists()

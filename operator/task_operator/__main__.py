@@ -7,6 +7,7 @@ import logging
 import socket
 import sys
 from collections.abc import Coroutine, Sequence
+from datetime import timedelta
 from typing import Any, Final
 
 import asyncpg
@@ -25,6 +26,7 @@ from task_operator.progress import ProgressFeed
 from task_operator.projection import Database
 from task_operator.schema import migrate
 from task_operator.settings import Settings, SettingsError, load_settings
+from task_operator.sweeper import Sweeper
 
 _log = structlog.get_logger("task_operator")
 _STOP_TIMEOUT: Final = 3.0  # seconds for a look in progress to end
@@ -91,6 +93,17 @@ async def run(settings: Settings) -> int:
         policy=settings.policy(),
         resync_seconds=settings.resync_seconds,
     )
+    sweeper = None
+    if database is not None and settings.sweep_interval_seconds:
+        sweeper = Sweeper(
+            create_job=cluster.create_job,
+            database=database,
+            alive=controller.alive,
+            template=template,
+            metrics=metrics,
+            namespaces=settings.namespaces,
+            interval=timedelta(seconds=settings.sweep_interval_seconds),
+        )
     health = Health(
         listen=settings.listen,
         watches=watches,
@@ -114,6 +127,7 @@ async def run(settings: Settings) -> int:
         _start("events", events.run()),
         *([] if database is None else [_start("projection", database.run())]),
         *([] if feed is None else [_start("progress", feed.run())]),
+        *([] if sweeper is None else [_start("sweeper", sweeper.run())]),
     ]
 
     async def cleanup() -> None:

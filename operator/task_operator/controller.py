@@ -182,6 +182,10 @@ class Controller:
         """Whether everything has been listed once."""
         return self._synced
 
+    def alive(self) -> set[str] | None:
+        """Return the uids of all tasks that have not finished; None before everything has been listed once."""
+        return {task.uid for _, task in self._cache.tasks() if not task.finished} if self._synced else None
+
     async def run(self, watching: asyncio.Event) -> None:
         """Wait for the watches, list everything, then work until cancelled. Raises what listing is refused with.
 

@@ -4,7 +4,7 @@ Pure functions over dictionaries of the Kubernetes API; nothing here speaks to a
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -27,6 +27,7 @@ from task_contract.names import (
     TASK_NAME_ANNOTATION,
     TASK_UID_LABEL,
     TYPE_LABEL,
+    digest,
     job_name,
 )
 
@@ -39,6 +40,10 @@ DEADLINE_ALLOWANCE: Final = timedelta(minutes=10)
 for what comes before the container starts (scheduling, image pull)."""
 JOB_TTL: Final = timedelta(days=1)
 """Backstop only: the operator deletes Jobs itself, after what they said is stored."""
+SWEEP_DEADLINE: Final = timedelta(minutes=30)
+"""Backstop for a sweep; what it has not come to, the next one does."""
+SWEEP_TTL: Final = timedelta(minutes=1)
+"""So long the next sweep waits after one that failed; one that succeeded gives the next one another name."""
 GRACE: Final = timedelta(seconds=30)
 TMP_SIZE: Final = "1Gi"
 NONROOT: Final = 65532
@@ -186,16 +191,49 @@ def build_job(task: ProcessingTask, *, attempt: int, template: RunnerTemplate) -
                         TASK_ANNOTATION: task_document(task),
                     },
                 },
-                "spec": _pod_spec(task, attempt=attempt, template=template),
+                "spec": _task_pod(task, attempt=attempt, template=template),
             },
         },
     }
 
 
-def _pod_spec(task: ProcessingTask, *, attempt: int, template: RunnerTemplate) -> dict[str, Any]:
+def sweep_job_name(*, namespace: str, last: datetime | None) -> str:
+    """Return the name of the Job of the sweep that follows on one: every operator that wants it means the same Job."""
+    return f"processing-task-sweep-{digest(namespace, '' if last is None else last.astimezone(UTC).isoformat(), length=8)}"
+
+
+def build_sweep_job(namespace: str, *, last: datetime | None, template: RunnerTemplate) -> dict[str, Any]:
+    """Return the Job that sweeps the stores of a namespace, after the sweep that ended at ``last``.
+
+    A pod as those of tasks, but for the document volume. It belongs to no task, and goes a minute after its end: while it is
+    there, failed or not, its name keeps the next one waiting.
+    """
+    labels = common_labels(template, name="processing-task-sweep", component="sweep")
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": sweep_job_name(namespace=namespace, last=last), "namespace": namespace, "labels": labels},
+        "spec": {
+            "backoffLimit": 0,
+            "completions": 1,
+            "parallelism": 1,
+            "activeDeadlineSeconds": int(SWEEP_DEADLINE.total_seconds()),
+            "ttlSecondsAfterFinished": int(SWEEP_TTL.total_seconds()),
+            "template": {
+                "metadata": {"labels": labels},
+                "spec": _pod(
+                    ["python", "-m", "job_runner", "sweep", "--namespace", namespace],
+                    priority=Priority.LOW,
+                    template=template,
+                ),
+            },
+        },
+    }
+
+
+def _task_pod(task: ProcessingTask, *, attempt: int, template: RunnerTemplate) -> dict[str, Any]:
     folder, file = TASK_FILE.rsplit("/", 1)
     volumes: list[dict[str, Any]] = [
-        {"name": "tmp", "emptyDir": {"sizeLimit": TMP_SIZE}},
         {
             "name": _TASK_VOLUME,
             "downwardAPI": {
@@ -203,10 +241,7 @@ def _pod_spec(task: ProcessingTask, *, attempt: int, template: RunnerTemplate) -
             },
         },
     ]
-    mounts: list[dict[str, Any]] = [
-        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - the pod's own emptyDir
-        {"name": _TASK_VOLUME, "mountPath": folder, "readOnly": True},
-    ]
+    mounts: list[dict[str, Any]] = [{"name": _TASK_VOLUME, "mountPath": folder, "readOnly": True}]
     if template.documents_claim:
         volumes.append(
             {
@@ -215,6 +250,29 @@ def _pod_spec(task: ProcessingTask, *, attempt: int, template: RunnerTemplate) -
             }
         )
         mounts.append({"name": "documents", "mountPath": DOCUMENT_ROOT, "readOnly": True})
+    return _pod(
+        ["python", "-m", "job_runner", "run", TASK_FILE],
+        priority=task.spec.priority,
+        template=template,
+        env=[
+            {"name": "TASKS_ATTEMPT", "value": str(attempt)},
+            {"name": "TASKS_HOLDER", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}},
+        ],
+        volumes=volumes,
+        mounts=mounts,
+    )
+
+
+def _pod(
+    command: list[str],
+    *,
+    priority: Priority,
+    template: RunnerTemplate,
+    env: Sequence[Mapping[str, Any]] = (),
+    volumes: Sequence[Mapping[str, Any]] = (),
+    mounts: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Return what every pod of the runner has: its restrictions, the stores' Secret, and room for temporary files."""
     pod: dict[str, Any] = {
         "restartPolicy": "Never",
         "serviceAccountName": template.service_account,
@@ -234,11 +292,8 @@ def _pod_spec(task: ProcessingTask, *, attempt: int, template: RunnerTemplate) -
                 "name": CONTAINER,
                 "image": template.image,
                 "imagePullPolicy": template.image_pull_policy,
-                "command": ["python", "-m", "job_runner", "run", TASK_FILE],
-                "env": [
-                    {"name": "TASKS_ATTEMPT", "value": str(attempt)},
-                    {"name": "TASKS_HOLDER", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}},
-                ],
+                "command": command,
+                **({"env": list(env)} if env else {}),
                 "envFrom": [{"secretRef": {"name": template.stores_secret}}],
                 "resources": dict(template.resources),
                 "terminationMessagePolicy": "File",
@@ -247,12 +302,12 @@ def _pod_spec(task: ProcessingTask, *, attempt: int, template: RunnerTemplate) -
                     "readOnlyRootFilesystem": True,
                     "capabilities": {"drop": ["ALL"]},
                 },
-                "volumeMounts": mounts,
+                "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}, *mounts],  # noqa: S108 - the pod's own emptyDir
             }
         ],
-        "volumes": volumes,
+        "volumes": [{"name": "tmp", "emptyDir": {"sizeLimit": TMP_SIZE}}, *volumes],
     }
-    if priority_class := template.priority_classes.get(task.spec.priority):
+    if priority_class := template.priority_classes.get(priority):
         pod["priorityClassName"] = priority_class
     if template.node_selector:
         pod["nodeSelector"] = dict(template.node_selector)

@@ -49,6 +49,12 @@ class Metrics:
         self.queue_depth = Gauge("task_operator_queue_depth", "Tasks due for a look.", registry=self.registry)
         self.status_writes = Counter("task_operator_status_writes", "Status writes.", registry=self.registry)
         self.jobs_created = Counter("task_operator_jobs_created", "Jobs created.", registry=self.registry)
+        self.sweep_jobs = Counter("task_operator_sweep_jobs", "Jobs created that sweep the stores.", registry=self.registry)
+        self.dead_intents = Counter(
+            "task_operator_dead_intents",
+            "Tasks barred from publishing after their end.",
+            registry=self.registry,
+        )
         self.events = Counter("task_operator_events", "Kubernetes Events.", ["result"], registry=self.registry)
         self.resyncs = Counter("task_operator_resyncs", "Full resyncs.", ["result"], registry=self.registry)
         self.projection_pending = Gauge(

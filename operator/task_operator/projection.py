@@ -90,6 +90,42 @@ class Held:
     finished: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """A task that writes a version of a document, or has died over it."""
+
+    uid: str
+    known: bool
+    """Whether it is, or was, a task of this cluster: the projection has it."""
+    begun_at: datetime
+    """When an attempt last took it up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What is known of the sweeps of a namespace."""
+
+    namespace: str
+    last: datetime | None
+    """When one last ended; None before the first."""
+    since: datetime
+    """The same, or when the first knowledge base was made."""
+    dirty: bool
+    """Whether there are versions, or knowledge bases, of which the stores have not been freed yet."""
+
+
+_SWEPT: Final = (
+    "SELECT namespace, max(finished_at) AS last, coalesce(max(finished_at), min(since)) AS since, "
+    "EXISTS (SELECT FROM document_versions v "
+    "WHERE v.namespace = used.namespace AND state = 'canceled' AND swept_at IS NULL) "
+    "OR EXISTS (SELECT FROM knowledge_base_deletions d WHERE d.namespace = used.namespace AND generation IS NOT NULL "
+    "AND dropped_at IS NULL AND deleted_at < now() - interval '1 minute') AS dirty "
+    "FROM (SELECT namespace, created_at AS since FROM knowledge_bases "
+    "UNION ALL SELECT namespace, deleted_at FROM knowledge_base_deletions) AS used LEFT JOIN sweeps USING (namespace) "
+    "WHERE namespace = ANY($1::text[]) OR cardinality($1::text[]) = 0 GROUP BY namespace ORDER BY namespace"
+)
+
+
 class Database:
     """The operator's side of PostgreSQL."""
 
@@ -278,6 +314,25 @@ class Database:
         fence: Fence = await self._run(lambda connection: _raise_fence(connection, uid, reason))
         return fence
 
+    # ------------------------------------------------------------------------------------------------------- sweeping
+
+    async def intents(self, *, namespaces: Sequence[str]) -> list[Intent]:
+        """Return the tasks that have intents in the knowledge ledger. Raises :class:`DatabaseUnavailable`."""
+        rows = await self._run(
+            lambda connection: connection.fetch(
+                "SELECT v.task_uid::text AS uid, bool_or(t.uid IS NOT NULL) AS known, max(v.updated_at) AS begun_at "
+                "FROM document_versions v LEFT JOIN tasks t ON t.uid = v.task_uid WHERE v.state = 'intent' "
+                "AND (v.namespace = ANY($1::text[]) OR cardinality($1::text[]) = 0) GROUP BY v.task_uid",
+                list(namespaces),
+            )
+        )
+        return [Intent(uid=row["uid"], known=row["known"], begun_at=row["begun_at"]) for row in rows]
+
+    async def swept(self, *, namespaces: Sequence[str]) -> list[Swept]:
+        """Return what is known of sweeps, for each namespace with knowledge bases. Raises :class:`DatabaseUnavailable`."""
+        rows = await self._run(lambda connection: connection.fetch(_SWEPT, list(namespaces)))
+        return [Swept(**row) for row in rows]
+
     async def _run(self, work: Callable[[Any], Any]) -> Any:
         if self._pool is None:
             raise RuntimeError("Database is used before warm_up()")
@@ -316,7 +371,8 @@ async def _raise_fence(connection: "asyncpg.Connection[asyncpg.Record]", uid: st
         )
         committed = await connection.fetchval(
             "SELECT true FROM document_versions "
-            "WHERE task_uid = $1 AND state IN ('published', 'superseded', 'unchanged') LIMIT 1",
+            "WHERE task_uid = $1 AND state IN ('published', 'superseded', 'unchanged') "
+            "UNION ALL SELECT true FROM knowledge_base_deletions WHERE task_uid = $1 LIMIT 1",
             uid,
         )
         if row is not None or committed:

@@ -79,6 +79,8 @@ class Settings(BaseSettings):
     """Where /healthz, /readyz and /metrics are served."""
     resync_seconds: Annotated[float, Field(ge=1, le=3600)] = 300
     """How often everything is listed and looked at again, whatever the watch said."""
+    sweep_interval_seconds: Annotated[float, Field(ge=0, le=86_400)] = 3600
+    """How often the stores of a namespace are swept, besides after tasks that ended badly; 0: never, not even then."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     def runner_template(self) -> RunnerTemplate:

@@ -313,6 +313,7 @@ class Track:
                 OPERATOR_POSTGRES_URL=self.world.urls["TASKS_POSTGRES_URL"],
                 OPERATOR_REDIS_URL=self.world.urls.get("TASKS_REDIS_URL", ""),
                 OPERATOR_DOCUMENTS_CLAIM="",
+                OPERATOR_SWEEP_INTERVAL_SECONDS="0",  # the lives of a track share a namespace, a sweep would be of them all
                 PYTHONPATH=os.pathsep.join(str(ROOT / part) for part in (".", "crds", "operator")),
                 **life.environment("operator"),
             )

@@ -118,6 +118,7 @@ BAD_VALUES: list[tuple[list[str], list[str]]] = [
     (["runner.image.digest=sha256:12"], ["/runner/image/digest"]),
     (["operator.logLevel=debug"], ["/operator/logLevel"]),
     (["operator.resyncSeconds=0"], ["/operator/resyncSeconds"]),
+    (["operator.sweepIntervalSeconds=-1"], ["/operator/sweepIntervalSeconds"]),
     (["operator.pendingDeadlineSeconds=-1"], ["/operator/pendingDeadlineSeconds"]),
     (["operator.capacityDeadlineSeconds=1h"], ["/operator/capacityDeadlineSeconds"]),
     (["operator.clusterWide=maybe"], ["/operator/clusterWide"]),

@@ -305,16 +305,20 @@ async def test_a_postgresql_that_stops_and_starts_loses_no_row(cluster: Endpoint
 # ------------------------------------------------------------------------------------------------- results and fence
 
 
-async def _intent(sql: "asyncpg.Connection[Any]", state: str = "intent") -> None:
+async def _intent(
+    sql: "asyncpg.Connection[Any]", state: str = "intent", *, namespace: str = "knowledge", uid: str = UID
+) -> None:
     await sql.execute(
-        "INSERT INTO knowledge_bases (namespace, kb_id, model_fingerprint, dimension) VALUES ('knowledge', 'kb-42', 'm', 3)"
+        "INSERT INTO knowledge_bases (namespace, kb_id, model_fingerprint, dimension) VALUES ($1, 'kb-42', 'm', 3)",
+        namespace,
     )
-    await sql.execute("INSERT INTO documents (namespace, kb_id, document_id) VALUES ('knowledge', 'kb-42', 'd')")
+    await sql.execute("INSERT INTO documents (namespace, kb_id, document_id) VALUES ($1, 'kb-42', 'd')", namespace)
     await sql.execute(
         "INSERT INTO document_versions (namespace, kb_id, document_id, version, task_uid, task_created_at, state, holder) "
-        "VALUES ('knowledge', 'kb-42', 'd', 1, $1, now(), $2, 'pod-1')",
-        UID,
+        "VALUES ($3, 'kb-42', 'd', 1, $1, now(), $2, 'pod-1')",
+        uid,
         state,
+        namespace,
     )
 
 
@@ -375,6 +379,61 @@ async def test_a_commit_under_way_is_waited_for(database: Database, sql: "asyncp
     await sql.execute("UPDATE document_versions SET state = 'published'")
     await commit.commit()
     assert (await raising).state is FenceState.COMMITTED
+
+
+async def test_the_deletion_of_a_knowledge_base_that_came_first_wins(
+    database: Database, sql: "asyncpg.Connection[Any]"
+) -> None:
+    await sql.execute(
+        "INSERT INTO knowledge_base_deletions (namespace, kb_id, task_uid, task_created_at, generation) "
+        "VALUES ('knowledge', 'kb-42', $1, now(), 1)",
+        UID,
+    )
+    assert (await database.raise_fence(UID, reason="Canceled")).state is FenceState.COMMITTED
+
+
+# ------------------------------------------------------------------------------------------------------------- sweeping
+
+
+async def test_intents_are_told_with_whether_their_task_was_ever_one_of_the_cluster(
+    database: Database, sql: "asyncpg.Connection[Any]"
+) -> None:
+    stranger = str(uuid.uuid4())
+    await _intent(sql)
+    await _intent(sql, namespace="other", uid=stranger)
+    await _intent(sql, "published", namespace="third", uid=str(uuid.uuid4()))
+    database.submit(_task(9))
+    await _acknowledged(database, UID, 9)
+    found = {one.uid: one.known for one in await database.intents(namespaces=[])}
+    assert found == {UID: True, stranger: False}
+    assert [one.uid for one in await database.intents(namespaces=["other", "third"])] == [stranger]
+
+
+async def test_a_namespace_is_dirty_until_its_dead_versions_are_swept(
+    database: Database, sql: "asyncpg.Connection[Any]"
+) -> None:
+    async def look(*namespaces: str) -> list[tuple[str, bool, bool]]:
+        found = await database.swept(namespaces=namespaces)
+        return [(one.namespace, one.dirty, one.last is None) for one in found]
+
+    assert await look() == []
+    await _intent(sql)
+    await _intent(sql, namespace="other", uid=str(uuid.uuid4()))
+    assert await look() == [("knowledge", False, True), ("other", False, True)]
+    await database.raise_fence(UID, reason="Canceled")
+    assert await look() == [("knowledge", True, True), ("other", False, True)]
+    assert await look("other") == [("other", False, True)]
+    await sql.execute("UPDATE document_versions SET swept_at = now() WHERE state = 'canceled'")
+    await sql.execute("INSERT INTO sweeps (namespace, finished_at) VALUES ('knowledge', now())")
+    assert await look("knowledge") == [("knowledge", False, False)]
+    await sql.execute(
+        "INSERT INTO knowledge_base_deletions (namespace, kb_id, task_uid, task_created_at, generation, deleted_at) "
+        "VALUES ('third', 'kb', $1, now(), 1, now() - interval '2 minutes'), ('knowledge', 'kb', $1, now(), NULL, now())",
+        str(uuid.uuid4()),
+    )
+    assert await look() == [("knowledge", False, False), ("other", False, True), ("third", True, True)]
+    await sql.execute("UPDATE knowledge_base_deletions SET dropped_at = now()")
+    assert (await look("third")) == [("third", False, True)]
 
 
 # ------------------------------------------------------------------------------------------------- the whole operator
@@ -487,6 +546,32 @@ async def test_a_task_deleted_while_the_operator_is_away_is_fenced_when_it_is_ba
             return fence == "Deleted" and (await _row(sql, uid))["deleted_at"] is not None
 
         await until("row and fence say so", marked, seconds=20)
+
+
+async def test_what_a_task_has_begun_is_swept_when_the_operator_comes_back_after_it_was_deleted(
+    place: Place, process: Start, sql: "asyncpg.Connection[Any]"
+) -> None:
+    operator = process()
+    async with operator.at_work(), Kubelet(place, outcomes={1: None}).at_work():
+        uid = (await place.create())["metadata"]["uid"]
+        await place.wait_for("Processing")
+        await _intent(sql, namespace=place.namespace, uid=uid)
+
+        async def sweeps() -> list[str]:
+            names = [job["metadata"]["name"] for job in await place.objects("jobs")]
+            return [name for name in names if name.startswith("processing-task-sweep-")]
+
+        assert not await sweeps(), "the task is at work"
+        operator.kill()
+        await place.kube.do("DELETE", place.path("processingtasks", "handbook"))
+        operator.start()
+
+        async def swept() -> bool:
+            return bool(await sweeps())
+
+        await until("a Job sweeps", swept, seconds=60)
+        assert await sql.fetchval("SELECT state FROM document_versions WHERE task_uid = $1", uid) == "canceled"
+        assert (await operator.get("/metrics"))[1].count("task_operator_sweep_jobs_total 1.0") == 1
 
 
 async def test_a_ttl_waits_for_the_row(place: Place, process: Start, sql: "asyncpg.Connection[Any]") -> None:

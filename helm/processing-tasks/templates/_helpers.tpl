@@ -149,6 +149,8 @@ redis: TASKS_REDIS_URL
   value: {{ int $root.Values.operator.pendingDeadlineSeconds | quote }}
 - name: OPERATOR_CAPACITY_DEADLINE_SECONDS
   value: {{ int $root.Values.operator.capacityDeadlineSeconds | quote }}
+- name: OPERATOR_SWEEP_INTERVAL_SECONDS
+  value: {{ int $root.Values.operator.sweepIntervalSeconds | quote }}
 - name: OPERATOR_LOG_LEVEL
   value: {{ $root.Values.operator.logLevel | quote }}
 {{- with $root.Values.operator.extraEnv }}
