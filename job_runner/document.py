@@ -100,7 +100,10 @@ class Chunk:
     language: str
     """``zh``, ``en`` or ``other``, by script."""
     tokens: int
-    """Tokens of the text as the embedding model counts them; 0 where nobody asked for them."""
+    """Tokens of the text as the embedding model counts them; 0 where nobody asked for them.
+
+    For a model with a limit they are counted by sentence, as the limit is held: up to one a sentence more than of the whole.
+    """
 
 
 def heading_paths(headings: Sequence[Heading]) -> list[tuple[str, ...]]:

@@ -82,7 +82,7 @@ class SplitSettings:
     max_tokens: int | None = None
     """Longest text that the embedding model reads whole; ``None``: it has no limit."""
     count_tokens: Callable[[str], int] | None = None
-    """The model's own. Called once a chunk, and with ``max_tokens`` once a stretch, never once a candidate."""
+    """The model's own. Called once a chunk or, with ``max_tokens``, once a stretch, never once a candidate."""
 
     def __post_init__(self) -> None:
         if self.chunk_size < 1:
@@ -107,12 +107,15 @@ def split(document: ParsedDocument, settings: SplitSettings, *, embed: Embed | N
     if settings.mode is ProcessingMode.SEMANTIC and embed is None:
         raise ValueError("cannot split by meaning without an embedding model")
     sections = _Sections(document)
+    spans: Iterator[tuple[int, int, int | None]]
     if settings.mode is ProcessingMode.FIXED:
         spans = _fixed(document.text, settings)
     else:
         spans = _packed(document, settings, embed if settings.mode is ProcessingMode.SEMANTIC else None)
-    for ordinal, (start, end) in enumerate(spans):
+    for ordinal, (start, end, tokens) in enumerate(spans):
         text = document.text[start:end]
+        if tokens is None and settings.count_tokens is not None:
+            tokens = settings.count_tokens(text)
         yield Chunk(
             ordinal=ordinal,
             text=text,
@@ -122,7 +125,7 @@ def split(document: ParsedDocument, settings: SplitSettings, *, embed: Embed | N
             page_end=document.page_at(end - 1),
             heading_path=sections.path(start, end),
             language=language_of(text),
-            tokens=0 if settings.count_tokens is None else settings.count_tokens(text),
+            tokens=tokens or 0,
         )
 
 
@@ -168,7 +171,7 @@ class _Sections:
 # --------------------------------------------------------------------------------------------------------------- fixed
 
 
-def _fixed(text: str, settings: SplitSettings) -> Iterator[tuple[int, int]]:
+def _fixed(text: str, settings: SplitSettings) -> Iterator[tuple[int, int, int | None]]:
     """Windows of ``chunk_size`` characters; white space at the edges is left out, blank windows are skipped."""
     last_end = 0
     start = 0
@@ -178,7 +181,7 @@ def _fixed(text: str, settings: SplitSettings) -> Iterator[tuple[int, int]]:
             size //= 2
         first, last = _trim(text, start, min(start + size, len(text)))
         if last > max(first, last_end):
-            yield first, last
+            yield first, last, None
             last_end = last
         # An overlap that the halving above left no room for must not bring the windows to a stop.
         start += max(1, size - settings.chunk_overlap)
@@ -191,11 +194,13 @@ def _fits(text: str, settings: SplitSettings) -> bool:
 # --------------------------------------------------------------------------------------------------------- intelligent
 
 
-def _packed(document: ParsedDocument, settings: SplitSettings, embed: Embed | None) -> Iterator[tuple[int, int]]:
-    """Greedy runs of stretches, broken at headings and at changes of topic, overlapping by whole stretches."""
+def _packed(document: ParsedDocument, settings: SplitSettings, embed: Embed | None) -> Iterator[tuple[int, int, int | None]]:
+    """Greedy runs of stretches, broken at headings and at changes of topic, overlapping by whole stretches.
+
+    Yield start, end and tokens; these are ``None`` where nothing had to be counted.
+    """
     text, size = document.text, settings.chunk_size
-    borders = _borders(document, settings)
-    tokens = _token_sums(text, borders, settings)
+    borders, tokens = _borders(document, settings)
     topics = None if embed is None else _Topics(text, borders, embed)
     heads = [heading.start for heading in document.headings]
     lines = {heading.start for heading in document.headings if heading.end > heading.start}
@@ -221,7 +226,7 @@ def _packed(document: ParsedDocument, settings: SplitSettings, embed: Embed | No
             stop, changed = topics.stop(start=start, after=max(index, reached), stop=stop, whole=whole, size=size)
         while stop < last and stop > index + 1 and borders[stop - 1] in lines:
             stop -= 1  # no heading at the end of a chunk, away from its text
-        yield start, _trim(text, start, borders[stop])[1]
+        yield start, _trim(text, start, borders[stop])[1], tokens[stop] - tokens[index] if tokens else None
         if stop == last:
             return
         reached = stop
@@ -260,20 +265,29 @@ def _overlapped(
     return min(earliest, stop)
 
 
-def _borders(document: ParsedDocument, settings: SplitSettings) -> list[int]:
-    """Return ascending offsets from 0 to the length of the text; no stretch between two has more content than a chunk."""
+def _borders(document: ParsedDocument, settings: SplitSettings) -> tuple[list[int], list[int]]:
+    """Return ascending offsets from 0 to the length of the text, and the tokens before each where they are limited.
+
+    No stretch between two borders has more content than a chunk.
+    """
     text = document.text
     ends = [match.end() for match in _BORDER.finditer(text) if text[match.start()] != "." or _ends_sentence(text, match)]
     offsets = {0, len(text), *ends}
     for heading in document.headings:
         offsets |= {heading.start, heading.end}
     strong = sorted(offsets)
-    borders = [0]
+    if settings.max_tokens is None:
+        borders = [0]
+        for start, end in pairwise(strong):
+            if end - start > settings.chunk_size:
+                borders.extend(cut for cut, _ in _cut_long(text, start, end, settings))
+            else:
+                borders.append(end)
+        return borders, []
+    cuts = [(0, 0)]
     for start, end in pairwise(strong):
-        if end - start > settings.chunk_size or settings.max_tokens is not None:
-            borders.extend(_cut_long(text, start, end, settings))
-        borders.append(end)
-    return borders
+        cuts.extend(_cut_long(text, start, end, settings))
+    return [cut for cut, _ in cuts], list(accumulate(count for _, count in cuts))
 
 
 def _ends_sentence(text: str, match: re.Match[str]) -> bool:
@@ -291,20 +305,27 @@ def _ends_sentence(text: str, match: re.Match[str]) -> bool:
     return not ((len(word) == 1 and word.isupper()) or word.lower() in _ABBREVIATIONS)
 
 
-def _cut_long(text: str, start: int, end: int, settings: SplitSettings) -> Iterator[int]:
-    """Yield offsets inside ``(start, end)`` that cut a stretch into pieces that fit."""
+def _cut_long(text: str, start: int, end: int, settings: SplitSettings) -> Iterator[tuple[int, int]]:
+    """Cut ``text[start:end]`` into pieces that fit: yield the end of each, and its tokens where they are limited."""
+    most = settings.max_tokens
+    count = (lambda piece: 0) if most is None or settings.count_tokens is None else settings.count_tokens
     while (found := _NON_SPACE.search(text, start, end)) is not None:
         first = found.start()
         last = _trim(text, first, end)[1]
         limit = settings.chunk_size
-        if last - first <= limit and _fits(text[first:last], settings):
-            return
-        while limit > 1 and not _fits(text[first : first + limit], settings):
+        if last - first <= limit:
+            tokens = count(text[start:end])  # with white space, which lies inside of a chunk later on
+            if most is None or tokens <= most or count(text[first:last]) <= most:
+                yield end, tokens
+                return
+        while limit > 1 and most is not None and count(text[first : first + limit]) > most:
             limit //= 2
         if last - first <= limit:
-            return  # one character that alone has more tokens than the model reads: nothing is left to cut
-        start = _weak_border(text, first, first + limit)
-        yield start
+            break  # one character that alone has more tokens than the model reads: nothing is left to cut
+        cut = _weak_border(text, first, first + limit)
+        yield cut, count(text[start:cut])
+        start = cut
+    yield end, count(text[start:end])
 
 
 def _weak_border(text: str, start: int, limit: int) -> int:
@@ -320,14 +341,6 @@ def _weak_border(text: str, start: int, limit: int) -> int:
     while cut > middle and _COMBINING.match(text, cut):
         cut -= 1  # an accent or a variation selector stays with its letter
     return cut if cut > middle else limit
-
-
-def _token_sums(text: str, borders: list[int], settings: SplitSettings) -> list[int]:
-    """Return the tokens before each border; empty without a token limit."""
-    if settings.max_tokens is None or settings.count_tokens is None:
-        return []
-    counts = (settings.count_tokens(text[start:end]) for start, end in pairwise(borders))
-    return list(accumulate(counts, initial=0))
 
 
 # ------------------------------------------------------------------------------------------------------------ semantic

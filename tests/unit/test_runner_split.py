@@ -225,6 +225,23 @@ def test_a_long_document_is_compared_piece_by_piece_with_the_same_result(
     assert splitter._distances(sentences, by_topic) == whole
 
 
+def test_a_chunk_knows_its_tokens_and_each_sentence_is_counted_once() -> None:
+    counted: list[str] = []
+
+    def count(piece: str) -> int:
+        counted.append(piece)
+        return len(piece.split())
+
+    text = "One two three. Four five. Six. " * 50
+    found = chunks(text, chunk_size=100, chunk_overlap=20, count_tokens=count)
+    assert [chunk.tokens for chunk in found] == [len(chunk.text.split()) for chunk in found]
+    assert counted == [chunk.text for chunk in found]
+    counted.clear()
+    limited = chunks(text, chunk_size=100, chunk_overlap=20, count_tokens=count, max_tokens=15)
+    assert [chunk.tokens for chunk in limited] == [len(chunk.text.split()) for chunk in limited]
+    assert "".join(counted) == text
+
+
 def test_fixed_mode_cuts_windows() -> None:
     found = chunks("abcdefghij", chunk_size=4, chunk_overlap=1, mode=ProcessingMode.FIXED)
     assert [(chunk.start, chunk.text) for chunk in found] == [(0, "abcd"), (3, "defg"), (6, "ghij")]
@@ -341,7 +358,8 @@ def test_any_text_and_settings_give_exact_chunks(
         assert chunk.text == text[chunk.start : chunk.end]
         assert chunk.text.strip() == chunk.text != ""
         assert len(chunk.text) <= size
-        assert chunk.tokens == (0 if max_tokens is None else len(chunk.text.encode()))
+        whole = 0 if max_tokens is None else len(chunk.text.encode())
+        assert whole <= chunk.tokens <= whole + len(text) - len("".join(text.split()))  # white space around its sentences
         if max_tokens is not None and len(chunk.text) > 1:
             assert len(chunk.text.encode()) <= max_tokens
         covered.update(range(chunk.start, chunk.end))
