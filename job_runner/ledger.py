@@ -46,6 +46,11 @@ DELETED: Final = "deleted"
 TIMEOUT: Final = 15.0
 """Seconds for one statement, waiting for locks included."""
 _CLOSE_SECONDS: Final = 2.0
+_ENTER_GENERATION: Final = (
+    "INSERT INTO generations (namespace, kb_id, generation, model_fingerprint, dimension) "
+    "SELECT namespace, kb_id, generation, model_fingerprint, dimension FROM knowledge_bases "
+    "WHERE namespace = $1 AND kb_id = $2 ON CONFLICT DO NOTHING"
+)
 _REBUILT: Final = (
     "unnest($3::text[], $4::bigint[], $5::bigint[], $6::text[], $7::integer[], $8::uuid[]) "
     "AS new (document_id, last_version, version, content_hash, chunk_count, task_uid) "
@@ -465,6 +470,7 @@ class Ledger:
                     f"cannot restore generation {label.generation} of {label.kb_id}: the ledger publishes generation "
                     f"{known['generation']}; rebuild that one"
                 )
+            await connection.execute(_ENTER_GENERATION, *key)
             for statement in _RESTORE:
                 status = await connection.execute(statement, *key, *found)
             return int(status.rpartition(" ")[2])
@@ -743,6 +749,7 @@ async def _knowledge_base(connection: Any, claim: Claim) -> int:
     )
     if not claim.deletes:
         _check_model(claim.kb_id, row, model_fingerprint=claim.model_fingerprint, dimension=claim.dimension)
+        await connection.execute(_ENTER_GENERATION, claim.namespace, claim.kb_id)
     generation: int = row["generation"]
     return generation
 

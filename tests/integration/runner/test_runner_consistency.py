@@ -54,6 +54,16 @@ async def state(lab: Lab) -> tuple[Any, ...]:
     return name, *map(int, numbers)
 
 
+async def generations(lab: Lab) -> str:
+    found: str = await lab.fetch(
+        "SELECT string_agg(ROW(generation, model_fingerprint, dimension)::text, ' ') FROM generations "
+        "WHERE namespace = $1 AND kb_id = $2",
+        NAMESPACE,
+        lab.kb_id,
+    )
+    return found
+
+
 async def stray(lab: Lab, document: str, version: int, *, count: int = 2) -> None:
     """Write rows that no task knows of into both stores, as a pod does that was given up for dead."""
     vectors: Any = lab.stores.vectors
@@ -83,6 +93,7 @@ async def test_nothing_is_found_where_all_is_well(own: Lab) -> None:
     await publish(own, "a.txt", 4, at=1, mark="new")
     assert await checked(own) == Report(documents=2, chunks=7, deviations=())
     assert await state(own) == ("ready", 2, 7, 0, 0)
+    assert await generations(own) == f"(1,{HashEmbedder.fingerprint},{HashEmbedder.dimension})"
 
 
 async def test_what_is_missing_and_what_is_too_much_is_found_entered_and_repaired(own: Lab) -> None:
@@ -178,6 +189,7 @@ async def test_a_lost_ledger_is_restored_from_the_stores(own: Lab) -> None:
     assert after.pop(own.document_id("a.txt")) == before[0] | {"last_version": 3}
     assert [*after.values()] == before[1:]
     assert (await state(own))[:3] == ("ready", 2, 7)
+    assert await generations(own) == f"(1,{HashEmbedder.fingerprint},{HashEmbedder.dimension})"
 
     # It may run again, and tasks go on as if nothing had been lost: what is unchanged is seen, no number is given twice.
     code, output, errors = await asyncio.to_thread(rebuilt, "--kb-id", own.kb_id)
