@@ -95,7 +95,7 @@ def read_xls(file: BinaryIO, *, name: str, on_progress: OnProgress) -> ParsedDoc
 
     Raises :class:`ReadingFailed`: DocumentUnreadable.
     """
-    return _read_by_calamine(file, kind=Kind.XLS, name=name, checked=_Checked(), on_progress=on_progress)
+    return _read_by_calamine(file, kind=Kind.XLS, name=name, checked=None, on_progress=on_progress)
 
 
 def _document(kind: Kind, sheets: Iterable[_Sheet], *, name: str, count: int, on_progress: OnProgress) -> ParsedDocument:
@@ -214,6 +214,16 @@ class _Checked:
     percentages: dict[str, Set[_Place]] = field(default_factory=dict)
     """Cells that show percentages, by the name of their sheet."""
 
+    def cells(self, sheet: str) -> Set[_Place]:
+        """Return the cells of a sheet that show percentages.
+
+        Raises ``_SheetFailed`` for one that must not be read: also where calamine sees a sheet that was not seen here, as it
+        takes no notice of namespaces.
+        """
+        if sheet in self.broken or sheet not in self.percentages:
+            raise _SheetFailed(f"{sheet!r}: {self.broken.get(sheet, 'the XLSX does not list it as a sheet')}")
+        return self.percentages[sheet]
+
 
 class _Cells:
     """Where the cells of a sheet lie, by the references in its XML."""
@@ -282,7 +292,7 @@ def _letters(column: int) -> bytes:
 
 
 def _read_by_calamine(
-    file: BinaryIO, *, kind: Kind, name: str, checked: _Checked, on_progress: OnProgress
+    file: BinaryIO, *, kind: Kind, name: str, checked: _Checked | None, on_progress: OnProgress
 ) -> ParsedDocument:
     # Imported here: only workbooks need it.
     from python_calamine import CalamineWorkbook, PasswordError, SheetVisibleEnum
@@ -298,12 +308,11 @@ def _read_by_calamine(
         raise ReadingFailed("DocumentUnreadable", message) from error
 
     def sheet_lines(number: int, sheet: str) -> Iterator[str]:
-        if sheet in checked.broken:
-            raise _SheetFailed(f"{sheet!r}: {checked.broken[sheet]}")
+        percentages = checked.cells(sheet) if checked is not None else frozenset[_Place]()
         with _failures_of_calamine():
             cells = workbook.get_sheet_by_index(number - 1)
             if cells.start is not None:
-                rows = _rows(cells.iter_rows(), start=cells.start, percentages=checked.percentages.get(sheet, frozenset()))
+                rows = _rows(cells.iter_rows(), start=cells.start, percentages=percentages)
                 yield from lines(_merged(rows, cells.merged_cell_ranges or (), top=cells.start[0]))
 
     metadata = workbook.sheets_metadata

@@ -11,7 +11,19 @@ from job_runner.document import Kind, ParsedDocument
 from job_runner.readers import ReadingFailed, grid, read
 from job_runner.split import SplitSettings, split
 from tests.support.compound import make_compound
-from tests.support.workbooks import DATE, DURATION, PERCENT, Value, cell, make_ods, make_xls, make_xlsx, sheet
+from tests.support.workbooks import (
+    DATE,
+    DURATION,
+    MAIN,
+    PERCENT,
+    RELATIONSHIPS,
+    Value,
+    cell,
+    make_ods,
+    make_xls,
+    make_xlsx,
+    sheet,
+)
 
 
 def document(data: bytes, kind: Kind) -> ParsedDocument:
@@ -347,6 +359,13 @@ def test_a_sheet_that_fails_is_recorded_and_the_others_are_read(
     with pytest.raises(ReadingFailed, match="none of its sheets can be read") as failure:
         document(make_xlsx({"Bad": "<worksheet><sheetData><row"}), Kind.XLSX)
     assert failure.value.reason == "DocumentUnreadable"
+
+
+def test_a_sheet_that_was_not_checked_is_not_read() -> None:
+    listed = f'<x:sheet xmlns:x="urn:x" xmlns:r="{RELATIONSHIPS}" name="Far" sheetId="9" r:id="s1"/>'
+    parts = {"xl/workbook.xml": f'<workbook xmlns="{MAIN}"><sheets>{listed}</sheets></workbook>'}
+    with pytest.raises(ReadingFailed, match="'Far': the XLSX does not list it as a sheet"):
+        document(make_xlsx({"Far": sheet(["a"], more=FAR)}, parts=parts), Kind.XLSX)
 
 
 def test_a_cell_far_away_costs_nothing() -> None:
