@@ -91,6 +91,36 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         with_payload(metadata={f"k{n}": "v" * 1000 for n in range(13)}),
         "spec.payload.metadata: at most 12000",
     ),
+    (
+        "delete without a document",
+        spec(payload={"action": "delete"}),
+        "spec.payload.documentId: delete needs it, or the filePath",
+    ),
+    ("delete with a size", with_payload(action="delete", chunkSize=300), "spec.payload.action: only upsert takes chunkSize"),
+    ("delete with labels", with_payload(action="delete", metadata={"a": "b"}), "spec.payload.action: only upsert takes"),
+    ("unknown action", with_payload(action="remove"), "spec.payload.action: Unsupported value"),
+    ("upsert without a file", spec(payload={"action": "upsert", "documentId": "a"}), "spec.payload.filePath: required"),
+    (
+        "a knowledge base without a confirmation",
+        spec(payload={"action": "delete_knowledge_base"}),
+        "spec.payload.confirm: delete_knowledge_base removes every document: give the kbId once more",
+    ),
+    (
+        "another knowledge base confirmed",
+        spec(payload={"action": "delete_knowledge_base", "confirm": "kb-2"}),
+        "spec.payload.confirm: delete_knowledge_base removes every document",
+    ),
+    (
+        "a knowledge base and a document",
+        with_payload(action="delete_knowledge_base", confirm="kb-1"),
+        "spec.payload.action: delete_knowledge_base removes all documents",
+    ),
+    ("confirm without need", with_payload(confirm="kb-1"), "spec.payload.confirm: only for action delete_knowledge_base"),
+    (
+        "action of a health check",
+        {"type": "health_check", "payload": {"action": "delete", "documentId": "a"}},
+        "spec.payload.action: only for type document_processing",
+    ),
     ("components for a document", with_payload(components=["model"]), "spec.payload.components: only for type health_check"),
     (
         "filePath for a health check",
@@ -162,7 +192,7 @@ def test_a_manifest_without_spec_is_refused(kubectl: Kubectl, namespace: str) ->
     assert "spec: Required value" in answer.stderr
 
 
-EXAMPLES = sorted((ROOT / "manifests/examples").glob("*.yaml"))
+EXAMPLES = sorted((ROOT / "manifests/examples").rglob("*.yaml"))
 
 
 def test_there_are_examples() -> None:

@@ -18,7 +18,7 @@ from task_contract.models import ProcessingTask, Spec, TaskType, parse_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ROOT / "examples/documents"
-MANIFESTS = sorted((ROOT / "manifests/examples").glob("*.yaml"))
+MANIFESTS = sorted((ROOT / "manifests/examples").rglob("*.yaml"))
 QUESTIONS: list[dict[str, Any]] = json.loads((DOCUMENTS / "questions.json").read_text(encoding="utf-8"))
 
 
