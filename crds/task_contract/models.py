@@ -378,12 +378,17 @@ class Attempt(Model):
     """Absent while it runs; Succeeded, or the reason of its failure."""
 
 
+def _known(values: type[StrEnum]) -> BeforeValidator:
+    """Read a word of a newer release as nothing: after a rollback it must not make the task one that cannot be read."""
+    return BeforeValidator(lambda value: None if isinstance(value, str) and value not in {*values} else value)
+
+
 class Status(Model):
     """What the operator has seen."""
 
     phase: Phase = Phase.QUEUED
     """Summary for people; programs read the conditions."""
-    stage: Stage | None = None
+    stage: Annotated[Stage | None, _known(Stage)] = None
     """Where the running attempt is."""
     progress: Annotated[int, Field(ge=0, le=100)] | None = None
     """Percent of the running attempt."""
@@ -401,7 +406,7 @@ class Status(Model):
     """When the task ended."""
     job: Annotated[str, Field(max_length=63)] | None = None
     """Name of the latest Job."""
-    executor: Executor | None = None
+    executor: Annotated[Executor | None, _known(Executor)] = None
     """What runs it: job or pool."""
     queue: QueueStatus | None = None
     """Why it is not running; absent while it runs."""

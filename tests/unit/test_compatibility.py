@@ -267,6 +267,13 @@ def test_after_a_rollback_objects_of_a_newer_release_are_read(release: Release) 
         assert ProcessingTask.model_validate(newer) == ProcessingTask.model_validate(stored), name
 
 
+@pytest.mark.parametrize(("field", "value"), [("stage", "enrich"), ("executor", "serverless")])
+def test_after_a_rollback_words_of_a_newer_release_are_read_as_nothing(field: str, value: str) -> None:
+    stored = next(iter(RELEASES[-1].stored.values()))
+    newer = {**stored, "status": {**stored["status"], field: value}}
+    assert getattr(ProcessingTask.model_validate(newer).status, field) is None
+
+
 # ----------------------------------------------------------------------------------------------------------- migrations
 
 
