@@ -30,7 +30,6 @@ _MEASURED: Final = 0.8
 """Share of such values from which a column is one of them."""
 _PROSE: Final = 60
 """Characters that the values of a column have on average if it holds prose; its header is at most half as long."""
-_SPACES: Final = re.compile(r"\s+")
 _UNSEEN: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\xad\u200b\u2060\ufeff\ufffd]")
 """Control characters, soft hyphens and characters without width."""
 
@@ -65,7 +64,7 @@ def line(row: Row, labels: Labels) -> str:
     values: list[str] = []
     labelled = False
     for column, written in row.items():
-        value = _SPACES.sub(" ", written)
+        value = " ".join(written.split())
         label = labels.get(column)
         if label and label != value:
             labelled = True
@@ -150,7 +149,7 @@ def _labels(head: Sequence[Row]) -> dict[int, str]:
         last = head[-1].get(column, "")
         if len(head) == 2:
             above = head[0].get(column) or (above if last else "")
-        titles = dict.fromkeys(_SPACES.sub(" ", title).rstrip(":： ") for title in (above, last) if title)
+        titles = dict.fromkeys(" ".join(title.split()).rstrip(":： ") for title in (above, last) if title)
         if label := " ".join(titles):
             labels[column] = label if len(label) <= _LABEL_LIMIT else label[: _LABEL_LIMIT - 1] + "…"
     return labels
