@@ -82,7 +82,7 @@ def run(provider: Provider) -> None:
 
 def put_documents(installed: Installation) -> None:
     """Put the example documents on the document volume."""
-    wanted = {".pdf", ".md", ".docx", ".html"}
+    wanted = {".pdf", ".md", ".docx", ".html", ".pptx", ".xlsx", ".csv"}
     installed.put(file for file in DOCUMENTS.iterdir() if file.suffix in wanted and file.name != "README.md")
 
 

@@ -120,8 +120,17 @@ def parsed(name: str) -> ParsedDocument:
         return read(file, kind=source.kind, name=name)
 
 
-@pytest.mark.parametrize("name", ["laboratory-rules.zh.docx", "tide-station.html"])
-def test_text_and_headings_are_the_ones_that_were_looked_at(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "pages"),
+    [
+        ("laboratory-rules.zh.docx", None),
+        ("tide-station.html", None),
+        ("tide-tables.xlsx", 2),
+        ("observers-evening.zh.pptx", 4),
+        ("instruments.csv", None),
+    ],
+)
+def test_text_and_headings_are_the_ones_that_were_looked_at(name: str, pages: int | None) -> None:
     """The golden file is the text, with the level of a heading as Markdown has it.
 
     What is meant to change it also raises PARSER_VERSION, and is looked at in the difference that the commit shows.
@@ -132,7 +141,7 @@ def test_text_and_headings_are_the_ones_that_were_looked_at(name: str) -> None:
         assert lines[heading.start : heading.end] == heading.title
         lines = f"{lines[: heading.start]}{'#' * heading.level} {lines[heading.start :]}"
     assert (lines + "\n") == (GOLDEN / f"{name}.md").read_text(encoding="utf-8")
-    assert not document.paged
+    assert (len(document.pages) if document.paged else None) == pages
 
 
 def test_laboratory_rules_say_what_their_source_says() -> None:
