@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import BinaryIO, Final
+from urllib.parse import urlsplit
 
 from job_runner.document import READABLE, Kind
 from job_runner.readers.archive import Archive, BoundedReads
@@ -37,6 +38,7 @@ _HTML_START: Final = re.compile(
 )
 _TAG: Final = re.compile(rb"<[a-z][a-z0-9]*[\s/>]", re.IGNORECASE)
 _MARKDOWN_HEADING: Final = re.compile(rb"^#{1,6} \S", re.MULTILINE)
+_OFFICE_2003: Final = re.compile(rb"<\?mso-application\s+progid=")
 _FIELD: Final = re.compile(rb"([!-9;-~]{1,76}):")
 """A header field's name (RFC 5322, 2.2)."""
 _FIELDS: Final = frozenset({b"from", b"to", b"cc", b"date", b"subject", b"reply-to", b"sender", b"content-type"})
@@ -105,7 +107,8 @@ def kind_of(file: BinaryIO, *, name: str) -> Kind:
     Raises :class:`ReadingFailed`: DocumentRefused, naming what it is instead, DocumentUnreadable for an archive that is cut
     short, a PDF that has lost its start and an Office file with a password.
     """
-    suffix = PurePosixPath(name).suffix.lower()
+    # A URL may go on behind its path: https://host/table.csv?version=3
+    suffix = PurePosixPath(urlsplit(name).path if "://" in name else name).suffix.lower()
     file.seek(0)
     head = file.read(_HEAD)
     if head.startswith(b"PK\x03\x04"):
@@ -124,6 +127,8 @@ def kind_of(file: BinaryIO, *, name: str) -> Kind:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):  # the only way for text to have bytes of value 0
         whole, head = len(head) < _HEAD, head.decode("utf-16", errors="ignore").encode()
         return _text(head, whole=whole, suffix=suffix)
+    if _OFFICE_2003.search(head[:1024]):
+        raise _refused(name, "an Office 2003 file in XML; save it as DOCX or XLSX")
     if b"\0" in head:
         if suffix == ".pdf":
             message = f"cannot read {name}: it has no PDF header; it is damaged, export it again"

@@ -21,6 +21,9 @@ _HEADER_LIMIT: Final = 200
 """Characters of a header; a longer value is prose."""
 _LABEL_LIMIT: Final = 80
 """Characters of it that each row repeats."""
+_LINE_LIMIT: Final = 800
+"""Characters from which a row is written in parts, so that each fits a chunk of the usual size whole."""
+_KEY_LIMIT: Final = 100
 _DATE: Final = re.compile(r"(?:19|20)\d\d年?(?:[-/.年]\d{1,2}月?(?:[-/.月]\d{1,2}日?.{0,15})?)?")
 _MEASURE: Final = re.compile(
     r"[-+(]?[$€£¥]?\s?\d[\d\s.,:/%'’-]*(?:e[-+]?\d+)?\s?[%€$£¥)]*|true|false|yes|no|[是否]", re.IGNORECASE
@@ -35,7 +38,7 @@ _UNSEEN: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\xad\u200b\u2060\uf
 
 
 def lines(rows: Iterable[Row], *, titled: bool = False) -> Iterator[str]:
-    """Yield a line for each row that has values. Rows are read as they come, up to 50 of them ahead.
+    """Yield a line for each row that has values, several for a long one. Rows are read as they come, up to 50 of them ahead.
 
     ``titled``: what the rows come from has a header by custom; the first row is one unless it contradicts that.
     """
@@ -56,7 +59,11 @@ def lines(rows: Iterable[Row], *, titled: bool = False) -> Iterator[str]:
         plain, labels = _header(sample, before=labels, titled=titled)
         titled = False
         for number, row in enumerate(chain(sample, rest)):
-            yield line(row, labels if number >= plain else {})
+            text = line(row, labels if number >= plain else {})
+            if len(text) <= _LINE_LIMIT:
+                yield text
+            else:
+                yield from _parts(row, labels if number >= plain else {})
 
 
 def line(row: Row, labels: Labels) -> str:
@@ -71,6 +78,22 @@ def line(row: Row, labels: Labels) -> str:
             value = f"{label}: {value}"
         values.append(value)
     return f"| {' | '.join(values)} |" if labelled or len(values) > 1 else "".join(values)
+
+
+def _parts(row: Row, labels: Labels) -> Iterator[str]:
+    """Yield a long row in parts; each begins with the first value, if that is short: most often it says what the row is."""
+    first = next(iter(row))
+    key = {first: row[first]} if len(row[first]) <= _KEY_LIMIT else {}
+    part: dict[int, str] = {}
+    length = 0
+    for column, value in row.items():
+        size = len(value) + len(labels.get(column, "")) + 5
+        if length + size > _LINE_LIMIT and len(part) > len(key):
+            yield line(part, labels)
+            part, length = dict(key), sum(map(len, key.values()))
+        part[column] = value
+        length += size
+    yield line(part, labels)
 
 
 def cleaned(value: str) -> str:

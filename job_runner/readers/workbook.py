@@ -107,17 +107,15 @@ def _document(kind: Kind, sheets: Iterable[_Sheet], *, name: str, count: int, on
     for sheet in sheets:
         assembly.page(sheet.number)
         try:
-            # All rows, before any is added: a sheet that breaks off is not read at all.
-            found = list(sheet.lines)
+            for place, found in enumerate(sheet.lines):
+                if place == 0:
+                    assembly.add(Block(sheet.name, level=1))
+                assembly.add(Block(found, group=sheet.number))
         except _SheetFailed as error:
             failed.append(sheet.number)
             reason = error
-            found = []
         else:
             read += 1
-        if found:
-            assembly.add(Block(sheet.name, level=1))
-            assembly.extend(Block(line, group=sheet.number) for line in found)
         on_progress(sheet.number, count)
     if reason is not None and not read:
         raise ReadingFailed(

@@ -101,6 +101,7 @@ def of_type(mimetype: str) -> bytes:
         # delimited tables
         ("a.csv", b"one field", Kind.CSV),
         ("a.TSV", b"a\tb\n1\t2", Kind.CSV),
+        ("https://host/a.csv?version=3", b"a,b", Kind.CSV),
         ("a", ROWS.encode(), Kind.CSV),
         ("a.txt", ROWS.encode("utf-16"), Kind.CSV),
         ("a.txt", ROWS.replace("\t", ",").encode("gb18030"), Kind.CSV),
@@ -146,6 +147,10 @@ def test_the_kind_is_told_by_content(name: str, data: bytes, kind: Kind) -> None
         (b"\x7fELF\x02\x01\0", "a Linux program"),
         (b"\x1f\x8b\x08\0", "a gzip file"),
         (b"GIF89a", "a GIF image"),
+        (
+            b'<?xml version="1.0"?>\r\n<?mso-application progid="Excel.Sheet"?>',
+            "an Office 2003 file in XML.*save it as DOCX or XLSX",
+        ),
         (b"{\\rtf1\\ansi", "an RTF document"),
         (b"\0\0\0\x20ftypisom", "audio or video"),
         (b"\x00\x01\x02\x03", "binary data"),
