@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import BinaryIO, Final
-from urllib.parse import urlsplit
 
 from job_runner.document import READABLE, Kind
 from job_runner.readers.archive import Archive, BoundedReads
@@ -107,8 +106,7 @@ def kind_of(file: BinaryIO, *, name: str) -> Kind:
     Raises :class:`ReadingFailed`: DocumentRefused, naming what it is instead, DocumentUnreadable for an archive that is cut
     short, a PDF that has lost its start and an Office file with a password.
     """
-    # A URL may go on behind its path: https://host/table.csv?version=3
-    suffix = PurePosixPath(urlsplit(name).path if "://" in name else name).suffix.lower()
+    suffix = PurePosixPath(name).suffix.lower()
     file.seek(0)
     head = file.read(_HEAD)
     if head.startswith(b"PK\x03\x04"):

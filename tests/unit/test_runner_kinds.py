@@ -101,7 +101,6 @@ def of_type(mimetype: str) -> bytes:
         # delimited tables
         ("a.csv", b"one field", Kind.CSV),
         ("a.TSV", b"a\tb\n1\t2", Kind.CSV),
-        ("https://host/a.csv?version=3", b"a,b", Kind.CSV),
         ("a", ROWS.encode(), Kind.CSV),
         ("a.txt", ROWS.encode("utf-16"), Kind.CSV),
         ("a.txt", ROWS.replace("\t", ",").encode("gb18030"), Kind.CSV),
