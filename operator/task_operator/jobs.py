@@ -30,6 +30,7 @@ from task_contract.names import (
     digest,
     job_name,
 )
+from task_operator.memory import OOM_KILLED, MemoryGrowth, resources_of
 
 QUEUED_AT_ANNOTATION: Final = f"{GROUP}/queued-at"
 """Which stay in the queue a Job belongs to: the value of :func:`queue_stamp` when it was made. An attempt that is given
@@ -63,6 +64,7 @@ class RunnerTemplate:
     """Claim of the document volume; None mounts none."""
     priority_classes: Mapping[Priority, str] = field(default_factory=dict)
     resources: Mapping[str, Any] = field(default_factory=dict)
+    memory_growth: MemoryGrowth = field(default_factory=MemoryGrowth)
     node_selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: tuple[Mapping[str, Any], ...] = ()
     image_pull_secrets: tuple[str, ...] = ()
@@ -225,6 +227,7 @@ def build_sweep_job(namespace: str, *, last: datetime | None, template: RunnerTe
                     ["python", "-m", "job_runner", "sweep", "--namespace", namespace],
                     priority=Priority.LOW,
                     template=template,
+                    resources=template.resources,
                 ),
             },
         },
@@ -254,6 +257,7 @@ def _task_pod(task: ProcessingTask, *, attempt: int, template: RunnerTemplate) -
         ["python", "-m", "job_runner", "run", TASK_FILE],
         priority=task.spec.priority,
         template=template,
+        resources=resources_of(task, template.resources, template.memory_growth),
         env=[
             {"name": "TASKS_ATTEMPT", "value": str(attempt)},
             {"name": "TASKS_HOLDER", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}},
@@ -268,6 +272,7 @@ def _pod(
     *,
     priority: Priority,
     template: RunnerTemplate,
+    resources: Mapping[str, Any],
     env: Sequence[Mapping[str, Any]] = (),
     volumes: Sequence[Mapping[str, Any]] = (),
     mounts: Sequence[Mapping[str, Any]] = (),
@@ -295,7 +300,7 @@ def _pod(
                 "command": command,
                 **({"env": list(env)} if env else {}),
                 "envFrom": [{"secretRef": {"name": template.stores_secret}}],
-                "resources": dict(template.resources),
+                "resources": dict(resources),
                 "terminationMessagePolicy": "File",
                 "securityContext": {
                     "allowPrivilegeEscalation": False,
@@ -474,7 +479,7 @@ def pod_report(manifest: Mapping[str, Any]) -> PodReport:
         started_at=parse_time(started),
         finished_at=parse_time(ended.get("finishedAt")),
         exit_code=ended.get("exitCode"),
-        oom_killed=ended.get("reason") == "OOMKilled",
+        oom_killed=ended.get("reason") == OOM_KILLED,
         disrupted=disrupted,
         message=disruption.get("message") or status.get("message") or "",
         outcome=AttemptOutcome.parse(ended.get("message")),

@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from task_contract.models import Priority
 from task_operator.jobs import RunnerTemplate
+from task_operator.memory import MemoryGrowth, in_bytes
 from task_operator.observation import Policy
 
 PREFIX: Final = "OPERATOR_"
@@ -29,6 +30,17 @@ def _address(value: str) -> str:
     host, _, port = value.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise ValueError('must be HOST:PORT, such as "0.0.0.0:8081"')
+    return value
+
+
+def _memory(value: str) -> str:
+    in_bytes(value)
+    return value
+
+
+def _resources(value: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    for of in value.values():
+        in_bytes(of.get("memory", "1"))
     return value
 
 
@@ -60,11 +72,15 @@ class Settings(BaseSettings):
     """PersistentVolumeClaim in each task namespace with the documents; empty: none."""
     priority_classes: dict[Priority, str] = {}
     """PriorityClass of each priority, as a JSON object; a priority that is not named gets none."""
-    runner_resources: dict[str, dict[str, str]] = {
+    runner_resources: Annotated[dict[str, dict[str, str]], AfterValidator(_resources)] = {
         "requests": {"cpu": "250m", "memory": "512Mi"},
         "limits": {"memory": "2Gi"},
     }
     """Resources of a runner container, as a JSON object."""
+    runner_memory_factor: Annotated[float, Field(ge=1, le=8)] = 2
+    """After an attempt that ran out of memory the next one gets this many times as much; 1: as much as before."""
+    runner_memory_limit: Annotated[str, AfterValidator(_memory)] = "8Gi"
+    """Most memory that an attempt gets by that."""
     runner_node_selector: dict[str, str] = {}
     runner_tolerations: tuple[dict[str, Any], ...] = ()
     image_pull_secrets: tuple[str, ...] = ()
@@ -93,6 +109,7 @@ class Settings(BaseSettings):
             documents_claim=self.documents_claim or None,
             priority_classes=self.priority_classes,
             resources=self.runner_resources,
+            memory_growth=MemoryGrowth(factor=self.runner_memory_factor, limit=self.runner_memory_limit),
             node_selector=self.runner_node_selector,
             tolerations=self.runner_tolerations,
             image_pull_secrets=self.image_pull_secrets,

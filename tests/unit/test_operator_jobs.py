@@ -1,6 +1,7 @@
 """Jobs against whole expected objects; pods and Jobs as the API server hands them out, and what is read from them."""
 
 import json
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from task_operator.jobs import (
     queue_stamp,
     task_document,
 )
+from task_operator.memory import MemoryGrowth, in_bytes
 from tests.support.operator_values import (
     UID,
     at,
@@ -264,3 +266,63 @@ def test_the_pod_that_ended_last_comes_last() -> None:
 def test_the_deadline_of_a_job_leaves_room_for_the_runner_to_stop_by_itself() -> None:
     made = build_job(task(spec={"timeout": "10m"}), attempt=1, template=FULL)
     assert made["spec"]["activeDeadlineSeconds"] == timedelta(minutes=20).total_seconds()
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize(
+    ("quantity", "size"),
+    [
+        ("512Mi", 512 * 2**20),
+        ("2Gi", 2 * 2**30),
+        ("1.5Gi", 3 * 2**29),
+        ("1G", 10**9),
+        ("128974848", 128974848),
+        ("129e6", 129_000_000),
+        ("129M", 129_000_000),
+        ("128974848000m", 128974848),
+        ("1m", 1),
+        (".5k", 500),
+        (1024, 1024),
+    ],
+)
+def test_a_quantity_of_memory_is_read_as_kubernetes_does(quantity: str | int, size: int) -> None:
+    assert in_bytes(quantity) == size
+
+
+@pytest.mark.parametrize("quantity", ["", "1K", "2GiB", "-1", "1 Gi", "Gi", "1e", "1e999"])
+def test_what_is_no_quantity_is_refused(quantity: str) -> None:
+    with pytest.raises(ValueError, match="no quantity of memory; write it as 512Mi or 2Gi"):
+        in_bytes(quantity)
+
+
+RESOURCES = {"requests": {"cpu": "250m", "memory": "512Mi"}, "limits": {"memory": "2Gi"}}
+
+
+@pytest.mark.parametrize(
+    ("reasons", "growth", "memory"),
+    [
+        ([], MemoryGrowth(), ("512Mi", "2Gi")),
+        (["StoresDisagree"], MemoryGrowth(), ("512Mi", "2Gi")),
+        (["OOMKilled"], MemoryGrowth(), ("1024Mi", "4096Mi")),
+        (["OOMKilled", "Timeout", "OOMKilled"], MemoryGrowth(), ("2048Mi", "8192Mi")),
+        (["OOMKilled"] * 3, MemoryGrowth(), ("4096Mi", "8192Mi")),
+        (["OOMKilled"], MemoryGrowth(factor=1.5), ("768Mi", "3072Mi")),
+        (["OOMKilled"], MemoryGrowth(factor=1), ("512Mi", "2Gi")),
+        (["OOMKilled"], MemoryGrowth(limit="1Gi"), ("1024Mi", "2048Mi")),  # never less than before
+    ],
+)
+def test_an_attempt_after_one_that_ran_out_of_memory_gets_more(
+    reasons: list[str], growth: MemoryGrowth, memory: tuple[str, str]
+) -> None:
+    attempts = [
+        {"number": number, "job": f"a-{number}", "finishedAt": "2026-11-24T12:00:00Z", "reason": reason}
+        for number, reason in enumerate(reasons, start=1)
+    ]
+    status = {"phase": "Retrying" if reasons else "Queued", "attempt": len(attempts), "attempts": attempts}
+    template = replace(FULL, resources=RESOURCES, memory_growth=growth)
+    made = build_job(task(status=status), attempt=len(attempts) + 1, template=template)
+    found = made["spec"]["template"]["spec"]["containers"][0]["resources"]
+    assert (found["requests"]["memory"], found["limits"]["memory"]) == memory
+    assert found["requests"]["cpu"] == "250m"

@@ -129,6 +129,10 @@ redis: TASKS_REDIS_URL
 {{- end }}
 - name: OPERATOR_RUNNER_RESOURCES
   value: {{ toJson $resources | quote }}
+- name: OPERATOR_RUNNER_MEMORY_FACTOR
+  value: {{ $root.Values.runner.memoryGrowth.factor | quote }}
+- name: OPERATOR_RUNNER_MEMORY_LIMIT
+  value: {{ $root.Values.runner.memoryGrowth.limit | quote }}
 - name: OPERATOR_RUNNER_NODE_SELECTOR
   value: {{ toJson $root.Values.runner.nodeSelector | quote }}
 - name: OPERATOR_RUNNER_TOLERATIONS
