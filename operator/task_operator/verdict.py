@@ -8,7 +8,6 @@ from task_contract.lifecycle import ExitCode
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.models import Failure, Phase, QueueStatus, Result
 from task_operator.jobs import JobState, PodReport, pods_of
-from task_operator.memory import OOM_KILLED
 from task_operator.observation import Decision, Need, Observed, Policy, Store, StoredOutcome
 from task_operator.statuses import clip
 
@@ -94,7 +93,7 @@ def _verdict_of_kubernetes(job: JobState, pod: PodReport | None) -> Verdict:
     if pod.disrupted is not None:
         return Verdict(given_back=QueueStatus(reason="Evicted", message=clip(f"{pod.disrupted}: {pod.message}")))
     if pod.oom_killed:
-        return counted(OOM_KILLED, "cannot finish the attempt: the runner used more memory than its limit allows")
+        return counted("OOMKilled", "cannot finish the attempt: the runner used more memory than its limit allows")
     match pod.exit_code:
         case ExitCode.STORE_UNAVAILABLE:
             return Verdict(given_back=QueueStatus(reason="StoreUnavailable", message="a store cannot be reached"))
