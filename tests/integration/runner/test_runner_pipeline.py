@@ -21,6 +21,7 @@ from task_contract.messages import AttemptOutcome, Outcome
 from tests.support.docx import make_docx, paragraph, part
 from tests.support.pdf import PdfPage, make_pdf
 from tests.support.runner_lab import NAMESPACE, ROOT, HashEmbedder, Lab, Reached, run_watched
+from tests.support.workbooks import Value, make_xlsx, sheet
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 
@@ -119,6 +120,23 @@ async def test_pages_and_headings_of_a_word_document_reach_both_stores(lab: Lab)
     assert in_vectors == in_texts
     places = {row["heading_path"]: (row["page_start"], row["page_end"]) for row in in_vectors}
     assert places == {"第一章": (1, 2), "第二章": (2, 3), "第三章": (3, 4)}
+
+
+async def test_sheets_that_can_be_read_reach_both_stores(lab: Lab) -> None:
+    levels: list[list[Value]] = [[f"Dock {row}", row, row * 3] for row in range(1, 20)]
+    tides = sheet(["Site", "Tank", "Level"], *levels)
+    sheets = {"Tides": tides, "Bad": "<worksheet><sheetData><row", "Hidden": sheet(["x"]), "Notes": sheet(["Oil it."])}
+    (lab.documents / "a.xlsx").write_bytes(make_xlsx(sheets, hidden=["Hidden"]))
+    outcome, _ = await lab.run(lab.task("a.xlsx", chunkSize=200, chunkOverlap=0))
+    assert outcome.result is not None
+    assert (outcome.result.pages, outcome.result.failed_pages) == (3, 1)
+    in_vectors, in_texts = await lab.contents("a.xlsx")
+    assert in_vectors == in_texts
+    places = {(row["heading_path"], row["page_start"], row["page_end"]) for row in in_vectors}
+    assert places == {("Tides", 1, 1), ("Notes", 4, 4)}
+    rows = [line for row in in_vectors for line in row["text"].split("\n") if line.startswith("| Site: ")]
+    assert len(rows) == 19
+    assert all(" | Tank: " in line and " | Level: " in line for line in rows)
 
 
 # ------------------------------------------------------------------------------------------------------------- updates
