@@ -14,6 +14,7 @@ import time
 from dataclasses import astuple
 from typing import Any, Final, TextIO
 
+from job_runner.confine import confine
 from job_runner.document import Kind, ParsedDocument
 from job_runner.readers import ReadingFailed, read
 from job_runner.readers.ocr import PICTURED, recognizer
@@ -25,12 +26,13 @@ _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 
 def limit(*, memory_bytes: int, cpu_seconds: int) -> None:
-    """Bound this process; exceeding memory raises MemoryError or kills, exceeding CPU time kills."""
+    """Bound this process and let it reach nothing. Want of memory raises MemoryError or kills, want of CPU time kills."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))  # the soft limit is told from other kills
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # a reader has nothing to write
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a parent that is killed leaves no child behind
+    confine()
 
 
 def encode(document: ParsedDocument) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from job_runner.readers.html import page_blocks
 
 _DEPTH_LIMIT: Final = 100
 """Multiparts in one another; mail programs make up to five. The parser itself is recursive and ends at some 300."""
+_FIELD_LIMIT: Final = 64 * 1024
+"""Characters of a header field that are read: some 1,000 recipients. Decoding takes time by the square of what there is."""
 _HEADERS: Final = ("From", "To", "Cc", "Date")
 _LEVELS: Final = 6
 _SIGNATURES: Final = frozenset({
@@ -258,6 +260,7 @@ def _header(message: _Part, key: str) -> str:
 
 def _decoded(value: str) -> str:
     """Return a header's value with its encoded words (RFC 2047) decoded; other bytes are taken as those of a text are."""
+    value = value[:_FIELD_LIMIT]
     pieces: Sequence[tuple[str | bytes, str | None]] = [(value, None)]
     if not value.isascii():
         pieces = [(value.encode("utf-8", errors="surrogateescape"), None)]

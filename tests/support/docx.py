@@ -86,9 +86,9 @@ def relationships(targets: Mapping[str, str], *, mode: str = "Internal") -> str:
 
 
 def zipped(members: Mapping[str, str | bytes]) -> bytes:
-    """Return an archive, deflated."""
+    """Return an archive, deflated; the same bytes each time."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
-            archive.writestr(name, content)
+            archive.writestr(zipfile.ZipInfo(name), content, compress_type=zipfile.ZIP_DEFLATED)
     return file.getvalue()

@@ -339,3 +339,18 @@ async def test_the_child_sees_no_secrets(tmp_path: Path, monkeypatch: pytest.Mon
     work.cancel()
     with pytest.raises(asyncio.CancelledError):
         await work
+
+
+async def test_the_child_can_reach_nothing(tmp_path: Path) -> None:
+    """What the filter refuses is tried in tests/integration/test_hostile_files.py."""
+    path = tmp_path / "a.pdf"
+    path.write_bytes(make_pdf([PdfPage([(11, "line " * 15)] * 50) for _ in range(3000)]))
+    work = asyncio.create_task(parse_file(path))
+
+    def filtered() -> bool:
+        return any("\nSeccomp:\t2\n" in Path(f"/proc/{pid}/status").read_text() for pid in children())
+
+    await until(filtered)
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
