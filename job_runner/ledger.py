@@ -513,7 +513,7 @@ class Ledger:
                 return KnowledgeBaseDeletion(row["generation"], row["documents"])
             counts = await connection.fetchrow(
                 "SELECT count(*) FILTER (WHERE published_task_at > $3) AS newer, "
-                "count(*) FILTER (WHERE published_task_at <= $3 AND chunk_count > 0) AS older "
+                "count(*) FILTER (WHERE coalesce(published_task_at, '-infinity') <= $3 AND chunk_count > 0) AS older "
                 "FROM documents WHERE namespace = $1 AND kb_id = $2",
                 *key,
                 task_created_at,
@@ -540,7 +540,8 @@ class Ledger:
         async with self._connection("read the documents") as connection:
             rows = await connection.fetch(
                 "SELECT document_id FROM documents WHERE namespace = $1 AND kb_id = $2 "
-                "AND (published_task_at <= $4 AND chunk_count > 0 OR published_task_uid = $3) ORDER BY document_id",
+                "AND (coalesce(published_task_at, '-infinity') <= $4 AND chunk_count > 0 OR published_task_uid = $3) "
+                "ORDER BY document_id",
                 namespace,
                 kb_id,
                 task_uid,

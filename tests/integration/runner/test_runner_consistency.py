@@ -15,6 +15,7 @@ from job_runner.ledger import Ledger, RebuiltDocument
 from job_runner.rebuild import choose, rebuild, versions
 from task_contract.errors import InvalidTask, ModelMismatch
 from task_contract.lifecycle import ExitCode
+from task_contract.models import ProcessingTask
 from task_contract.names import chunk_id, digest
 from tests.support.runner_lab import NAMESPACE, HashEmbedder, Lab, Reached, run_watched
 
@@ -200,6 +201,22 @@ async def test_a_lost_ledger_is_restored_from_the_stores(own: Lab) -> None:
     assert await own.versions("a.txt") == {4: (6, 6)}
     await publish(own, "c.txt", 2, at=9)
     assert await checked(own) == Report(documents=3, chunks=11, deviations=())
+
+
+async def test_documents_of_a_restored_ledger_are_older_than_any_deletion(own: Lab) -> None:
+    await publish(own, "a.txt", 5)
+    await forget(own)
+    ledger = Ledger(own.environment["TASKS_POSTGRES_URL"])
+    label = Label(NAMESPACE, own.kb_id, 1, own.embedder.fingerprint, own.embedder.dimension)
+    assert (await rebuild(label, ledger=ledger, stores=own.stores)).entered == 1
+    await ledger.aclose()
+    await publish(own, "b.txt", 3, at=9)  # so that the knowledge base stays, and its documents go one by one
+    deletion = own.task("a.txt", at=5).manifest()
+    deletion["spec"]["payload"] = {"action": "delete_knowledge_base", "confirm": own.kb_id}
+    outcome, _ = await own.run(ProcessingTask.model_validate(deletion))
+    assert outcome.reason == "Deleted", outcome
+    assert (await own.versions("a.txt"), await own.versions("b.txt")) == ({}, {1: (3, 3)})
+    assert await checked(own) == Report(documents=1, chunks=3, deviations=())
 
 
 async def test_what_a_task_published_since_the_loss_stays(own: Lab) -> None:
