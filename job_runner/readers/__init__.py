@@ -20,10 +20,11 @@ from job_runner.readers.json_data import read_json, read_json_lines
 from job_runner.readers.mail import Allowance, read_mail
 from job_runner.readers.ocr import PICTURED, Recognize
 from job_runner.readers.ocr import version as ocr_version
+from job_runner.readers.ods import read_ods
 from job_runner.readers.pdf import read_pdf
 from job_runner.readers.pptx import read_pptx
 from job_runner.readers.text import read_markdown, read_plain
-from job_runner.readers.workbook import read_ods, read_xls, read_xlsx
+from job_runner.readers.xlsx import read_xls, read_xlsx
 
 __all__ = ["PARSER_VERSION", "OnProgress", "ReadingFailed", "decode", "parser_version", "read"]
 
