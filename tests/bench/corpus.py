@@ -7,6 +7,7 @@ files says nothing bad of a library that it would not deserve.
 import random
 import textwrap
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +17,7 @@ LINE: Final = 34
 """Chinese characters of a line of a page; an English one has twice as many letters."""
 LINES: Final = 40
 """Lines of a page: 1,300 Chinese characters."""
-_HEADING_PAGES: Final = 5
+_CHAPTER_PAGES: Final = 5
 _ZH: Final = (
     "知识库 文档 任务 系统 平台 数据 备份 恢复 检索 向量 索引 版本 模型 服务 节点 集群 日志 指标 告警 权限 密钥 网络 存储 "
     "管理员 操作员 审计 流程 规范 报告 实验室 设备 仓库 水位 潮汐 校准 传感器 周期 阈值 记录 清单 预案 演练 值班 通知 会议"
@@ -72,33 +73,39 @@ def markdown(path: Path, paragraphs: Iterator[str]) -> None:
     path.write_text("\n\n".join(parts) + "\n")
 
 
-def _pdf(path: Path, paragraphs: Iterator[str], *, pages: int, title: str) -> None:
-    """Write so many full pages, with a large heading on each fifth. The paragraphs must suffice for them."""
-    rows = _rows(paragraphs)
-    made = []
-    for number in range(pages):
-        lines: list[tuple[float, str]] = []
-        if number % _HEADING_PAGES == 0:
-            lines.append((16.0, title.format(number // _HEADING_PAGES + 1)))
-        lines += [(11.0, next(rows)) for _ in range(LINES - len(lines))]
-        made.append(PdfPage(lines))
-    path.write_bytes(make_pdf(made))
+def long_and_short(paragraphs: Iterator[str], *, seed: int = 1) -> Iterator[str]:
+    """Join paragraphs by one to six: of the length of a note, and of a page of prose or law."""
+    drawn = random.Random(seed)
+    while joined := list(islice(paragraphs, drawn.randint(1, 6))):
+        yield ("" if not joined[0].isascii() else " ").join(joined)
 
 
 def chinese_pdf(path: Path, *, pages: int, seed: int = 1) -> None:
-    """Write a Chinese PDF of so many full pages."""
+    """Write a Chinese PDF of so many pages."""
     _pdf(path, chinese((pages + 1) * LINE * LINES * 2, seed=seed), pages=pages, title="第{}章 管理手册")
 
 
 def english_pdf(path: Path, *, pages: int) -> None:
-    """Write an English PDF of so many full pages."""
+    """Write an English PDF of so many pages."""
     _pdf(path, english((pages + 1) * LINE * LINES * 4), pages=pages, title="Part {} of the handbook")
 
 
-def _rows(paragraphs: Iterator[str]) -> Iterator[str]:
-    """Yield the lines as set: Chinese is cut at any character, English at spaces."""
-    for paragraph in paragraphs:
-        if paragraph.isascii():
-            yield from textwrap.wrap(paragraph, 2 * LINE)
-        else:
-            yield from (paragraph[start : start + LINE] for start in range(0, len(paragraph), LINE))
+def _pdf(path: Path, paragraphs: Iterator[str], *, pages: int, title: str) -> None:
+    """Write chapters of five pages: a large heading, then whole paragraphs for as long as they fit."""
+    made: list[PdfPage] = []
+    for chapter in range(pages // _CHAPTER_PAGES):
+        lines = [(16.0, title.format(chapter + 1))]
+        for paragraph in paragraphs:
+            rows = [(11.0, row) for row in _rows(paragraph)]
+            if len(lines) + len(rows) > _CHAPTER_PAGES * LINES:
+                break
+            lines += rows
+        made += [PdfPage(lines[start : start + LINES]) for start in range(0, _CHAPTER_PAGES * LINES, LINES)]
+    path.write_bytes(make_pdf(made))
+
+
+def _rows(paragraph: str) -> list[str]:
+    """Return the lines as set: Chinese is cut at any character, English at spaces."""
+    if paragraph.isascii():
+        return textwrap.wrap(paragraph, 2 * LINE)
+    return [paragraph[start : start + LINE] for start in range(0, len(paragraph), LINE)]

@@ -477,7 +477,7 @@ def _starting(bench: Bench) -> list[Measurement]:
 def _repeating(bench: Bench) -> list[Measurement]:
     """A document of 200 chunks again: unchanged, and with one paragraph edited."""
     kb_id, path = bench.new_knowledge_base(), bench.documents / "edited.md"
-    paragraphs = list(corpus.chinese(160_000, seed=77))
+    paragraphs = list(corpus.chinese(195_000, seed=77))
     path.write_text("\n\n".join(paragraphs))
     _, result = bench.run(bench.task(path.name, kb_id))
     chunks, before = result["chunks"], bench.embedded
@@ -558,7 +558,7 @@ def _memory(bench: Bench) -> list[Measurement]:
 def _killing(bench: Bench) -> list[Measurement]:
     """Kill -9 at ten points of a document of 500 chunks, and compare with a run without faults."""
     kb_id, path = bench.new_knowledge_base(), bench.documents / "killed.md"
-    corpus.markdown(path, corpus.chinese(420_000, seed=99))
+    corpus.markdown(path, corpus.chinese(442_000, seed=99))
     _, clean = bench.run(bench.task(path.name, kb_id, documentId="clean"))
     before, uid = bench.embedded, str(uuid.uuid4())
     task = bench.task(path.name, kb_id, uid=uid, documentId="killed")

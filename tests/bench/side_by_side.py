@@ -35,18 +35,12 @@ def environment() -> Path:
     def build(folder: Path) -> None:
         with step("installing LangChain and llama-index for the comparison (the first time: 100 MB to download)"):
             run([uv, "venv", "--relocatable", "--python", sys.executable, folder], doing="make an environment")
-            command: list[str | Path] = [
-                uv,
-                "pip",
-                "install",
-                "--require-hashes",
-                f"--python={folder}/bin/python",
-                "--requirements",
-                LOCK,
-            ]
-            run(command, doing="install LangChain and llama-index")
+            # Copies, not links: llama-index's library of sentences (nltk) reads no file that has a second name.
+            options = ["--require-hashes", "--link-mode=copy", f"--python={folder}/bin/python"]
+            install: list[str | Path] = [uv, "pip", "install", *options, "--requirements", LOCK]
+            run(install, doing="install LangChain and llama-index")
 
-    return cached("bench", [LOCK], build, keep=1) / "bin/python"
+    return cached("bench", [LOCK, Path(__file__)], build, keep=1) / "bin/python"
 
 
 def measure(folder: Path) -> list[Measurement]:
@@ -73,13 +67,13 @@ def measure(folder: Path) -> list[Measurement]:
 def _files(folder: Path) -> dict[str, str]:
     corpus.chinese_pdf(folder / "zh.pdf", pages=300)
     corpus.english_pdf(folder / "en.pdf", pages=300)
-    (folder / "zh.md").write_text("\n\n".join(corpus.chinese(1_000_000)))
-    (folder / "en.md").write_text("\n\n".join(corpus.english(2_000_000)))
+    (folder / "zh.md").write_text("\n\n".join(corpus.long_and_short(corpus.chinese(1_000_000))))
+    (folder / "en.md").write_text("\n\n".join(corpus.long_and_short(corpus.english(2_000_000))))
     return {
         "zh.pdf": "300 pages of Chinese",
         "en.pdf": "300 pages of English",
-        "zh.md": "a million Chinese characters in paragraphs",
-        "en.md": "two million English characters in paragraphs",
+        "zh.md": "a million Chinese characters in paragraphs of 100 to 2,000",
+        "en.md": "two million English characters in paragraphs of 300 to 3,000",
     }
 
 
