@@ -44,6 +44,8 @@ def read_json(data: bytes, *, name: str) -> ParsedDocument:
         try:
             value = _loads(text)
         except json.JSONDecodeError as error:
+            if error.msg == "Extra data":  # lines of JSON that are taken for JSON by the name of the file
+                return read_json_lines(data, name=name)
             message = (
                 f"cannot read {name}: it is not JSON: {error.msg} in line {error.lineno}, column {error.colno}; correct it"
             )

@@ -98,6 +98,10 @@ def test_a_line_that_is_no_json_is_recorded_and_the_others_are_read() -> None:
     assert found.failed_pages == (3, 5)
 
 
+def test_lines_of_json_are_read_also_where_they_are_taken_for_json() -> None:
+    assert document('{"a": 1}\n{"a": 2}').text == "| a: 1 |\n| a: 2 |"
+
+
 def test_lines_with_long_records_have_headings() -> None:
     found = document("".join(json.dumps({"name": f"Tide {number}", "text": LONG}) + "\n" for number in range(3)), Kind.JSONL)
     assert [heading.title for heading in found.headings] == ["Tide 0", "Tide 1", "Tide 2"]
