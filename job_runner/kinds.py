@@ -31,6 +31,8 @@ _TABLE_SUFFIXES: Final = frozenset({".csv", ".tsv", ".tab"})
 _JSON_SUFFIXES: Final = frozenset({".json", ".geojson"})
 _LINES_SUFFIXES: Final = frozenset({".jsonl", ".ndjson", ".jsonlines", ".ldjson"})
 _MAIL_SUFFIXES: Final = frozenset({".eml", ".mht", ".mhtml"})
+_EXPORT_SUFFIXES: Final = frozenset({".xls", ".doc"})
+"""What programs name pages, and saved ones (MHTML), that office suites are to open."""
 _HTML_START: Final = re.compile(
     rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?(?>(?:<!--.*?-->\s*)*)<(?:!doctype\s+html|html|head|body)\b",
     re.IGNORECASE | re.DOTALL,
@@ -146,9 +148,9 @@ def _refused(name: str, what: str) -> ReadingFailed:
 
 def _text(head: bytes, *, whole: bool, suffix: str) -> Kind:
     """Tell the kind of a text by its first bytes; ``whole``: there are no others."""
-    if _HTML_START.match(head[:4096]) or (suffix in _HTML_SUFFIXES and _TAG.search(head)):
+    if _HTML_START.match(head[:4096]) or (suffix in _HTML_SUFFIXES | _EXPORT_SUFFIXES and _TAG.search(head)):
         return Kind.HTML
-    if _is_mail(head, named=suffix in _MAIL_SUFFIXES):
+    if _is_mail(head, named=suffix in _MAIL_SUFFIXES | _EXPORT_SUFFIXES):
         return Kind.EML
     if suffix in _MARKDOWN_SUFFIXES:
         return Kind.MARKDOWN
