@@ -32,6 +32,8 @@ _PLACES_OF_OTHERS: Final = re.compile(
 )
 """Numbers of rows, and tags that name cells and have no text."""
 _PERCENT: Final = re.compile(r'[^%"\\]*%[^"\\]*')
+_PASSWORD: Final = re.compile(rb"\x09\x08(?:\x10\0.{16}|\x08\0.{8})(?:\x86\0\0\0)?\x2f\0", re.DOTALL)
+"""The record FilePass of an XLS behind the one that begins its workbook ([MS-XLS] 2.1.7.20.3), where passwords are."""
 _STRETCH: Final = 2**20
 """Bytes without a tag that are kept to see where one begins."""
 _EXACT: Final = 1e15
@@ -228,15 +230,16 @@ def _read_by_calamine(
     file: BinaryIO, *, kind: Kind, name: str, checked: _Checked | None, on_progress: OnProgress
 ) -> ParsedDocument:
     # Imported here: only workbooks need it.
-    from python_calamine import CalamineWorkbook, PasswordError, SheetVisibleEnum
+    from python_calamine import CalamineWorkbook, SheetVisibleEnum
 
     try:
         with _failures_of_calamine():
             workbook = CalamineWorkbook.from_filelike(file)
-    except PasswordError as error:
-        message = f"cannot read {name}: the workbook is encrypted with a password; store it without one"
-        raise ReadingFailed("DocumentUnreadable", message) from error
     except SheetFailed as error:
+        file.seek(0)
+        if kind is Kind.XLS and _PASSWORD.search(file.read()):
+            message = f"cannot read {name}: the workbook is encrypted with a password; store it without one"
+            raise ReadingFailed("DocumentUnreadable", message) from error
         message = f"cannot read {name}: the workbook is damaged ({error}); save it again with the program that made it"
         raise ReadingFailed("DocumentUnreadable", message) from error
 
@@ -260,12 +263,10 @@ def _read_by_calamine(
 @contextmanager
 def _failures_of_calamine() -> Iterator[None]:
     """Turn what calamine raises about a damaged workbook into ``SheetFailed``; a panic of its is no :class:`Exception`."""
-    from python_calamine import CalamineError, PasswordError
+    from python_calamine import CalamineError
 
     try:
         yield
-    except PasswordError:
-        raise
     except CalamineError as error:
         raise SheetFailed(str(error)[:200]) from error
     except BaseException as error:

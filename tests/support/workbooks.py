@@ -90,8 +90,10 @@ def make_ods(body: str, *, styles: str = "", manifest: str = "<manifest/>") -> b
     return zipped({"mimetype": mimetype, "content.xml": content, "META-INF/manifest.xml": manifest})
 
 
-def make_xls(sheets: Mapping[str, Sequence[Sequence[Value]]], *, hidden: Sequence[str] = ()) -> bytes:
-    """Return an XLS with sheets from their top left cell on."""
+def make_xls(
+    sheets: Mapping[str, Sequence[Sequence[Value]]], *, hidden: Sequence[str] = (), password: bool = False
+) -> bytes:
+    """Return an XLS with sheets from their top left cell on; with ``password``, one that says that it is encrypted."""
 
     def record(kind: int, content: bytes = b"") -> bytes:
         return struct.pack("<HH", kind, len(content)) + content
@@ -120,4 +122,5 @@ def make_xls(sheets: Mapping[str, Sequence[Sequence[Value]]], *, hidden: Sequenc
     for name, encoded, body in zip(sheets, names, bodies, strict=True):
         listed.append(record(0x0085, struct.pack("<IBB", at, name in hidden, 0) + encoded))
         at += len(body)
-    return make_compound({"Workbook": substream(0x0005, *listed) + b"".join(bodies)})
+    encryption = [record(0x002F, struct.pack("<HHH", 1, 1, 1) + bytes(48))] if password else []
+    return make_compound({"Workbook": substream(0x0005, *encryption, *listed) + b"".join(bodies)})

@@ -445,6 +445,13 @@ XXE = '<!DOCTYPE w [<!ENTITY x SYSTEM "file:///etc/passwd">]>'
             "the workbook is damaged",
             id="xls",
         ),
+        pytest.param(
+            make_xls({"S": [["a"]]}, password=True),
+            Kind.XLS,
+            "DocumentUnreadable",
+            "with a password",
+            id="xls with a password",
+        ),
         pytest.param(make_xlsx({"S": sheet()}), Kind.XLSX, "DocumentEmpty", "there is no text in it", id="empty"),
         pytest.param(
             make_xlsx({"S": sheet(["a"]), "T": sheet()}, hidden=["S"]),
