@@ -84,6 +84,13 @@ lock: $(READY) ## Pin all dependencies anew within the bounds of pyproject.toml
 	@echo "locking torch"
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-header --constraint requirements/dev.txt --extra sentence-transformers pyproject.toml -o requirements/torch.txt
+	@echo "locking onnx"
+	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-header --constraint requirements/dev.txt --constraint requirements/torch.txt --extra onnx pyproject.toml -o requirements/onnx.txt
+	@echo "locking onnx-export"
+	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-header --constraint requirements/dev.txt --constraint requirements/torch.txt --constraint requirements/onnx.txt \
+	  --extra onnx-export pyproject.toml -o requirements/onnx-export.txt
 	@echo "locking bench"
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-header --group bench -o requirements/bench.txt

@@ -78,7 +78,7 @@ def identity(task: ProcessingTask) -> tuple[UUID, datetime]:
 
 
 async def run_attempt(
-    task: ProcessingTask, *, settings: Settings, started: float, make: Callable[[str], Embedder] = make_embedder
+    task: ProcessingTask, *, settings: Settings, started: float, make: Callable[..., Embedder] = make_embedder
 ) -> tuple[AttemptOutcome, ExitCode]:
     """Carry out a task; ``started`` is the monotonic time at which the process started.
 
@@ -111,13 +111,14 @@ async def run_attempt(
                     progress=progress,
                 )
                 return succeeded(await deletion.run())
-            embedder = await asyncio.to_thread(make, settings.embedding_model)
+            embedder = await asyncio.to_thread(make, settings.embedding_model, threads=settings.threads)
             if task.spec.type is TaskType.HEALTH_CHECK:
                 return await _health_check(task, settings=settings, ledger=ledger, embedder=embedder, progress=progress)
             if task.spec.type is not TaskType.DOCUMENT_PROCESSING:
                 raise InvalidTask(
                     f"cannot carry out {task.spec.type}: this version has document_processing and health_check"
                 )
+            fingerprint: str = await asyncio.to_thread(getattr, embedder, "fingerprint")  # reads all weights
             pipeline = DocumentPipeline(
                 task,
                 uid=uid,
@@ -125,7 +126,7 @@ async def run_attempt(
                 settings=settings,
                 ledger=ledger,
                 embedder=embedder,
-                open_stores=opener(settings, dimension=embedder.dimension, model_fingerprint=embedder.fingerprint),
+                open_stores=opener(settings, dimension=embedder.dimension, model_fingerprint=fingerprint),
                 progress=progress,
             )
             return succeeded(await pipeline.run())

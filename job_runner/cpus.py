@@ -7,12 +7,11 @@ from pathlib import Path
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def available_cpus(cgroup: Path = _CGROUP) -> int:
-    """Return the CPUs of the container's limit (its control group, version 2 or 1), else those that the kernel gives us.
+def cpu_limit(cgroup: Path = _CGROUP) -> int | None:
+    """Return the CPUs of the container's limit (its control group, version 2 or 1); ``None`` without one.
 
     A limit of half a CPU is one; the part of a CPU above a whole number counts as one.
     """
-    allowed = len(os.sched_getaffinity(0))
     try:
         quota, period = (cgroup / "cpu.max").read_text().split()
     except (OSError, ValueError):
@@ -20,9 +19,14 @@ def available_cpus(cgroup: Path = _CGROUP) -> int:
             quota = (cgroup / "cpu/cpu.cfs_quota_us").read_text()
             period = (cgroup / "cpu/cpu.cfs_period_us").read_text()
         except OSError:
-            return allowed
+            return None
     try:
         limit = math.ceil(int(quota) / int(period))
     except (ValueError, ZeroDivisionError):  # "max": no limit
-        return allowed
-    return min(allowed, limit) if limit > 0 else allowed  # -1: no limit in version 1
+        return None
+    return min(len(os.sched_getaffinity(0)), limit) if limit > 0 else None  # -1: no limit in version 1
+
+
+def available_cpus(cgroup: Path = _CGROUP) -> int:
+    """Return the CPUs of the container's limit, else those that the kernel gives us."""
+    return cpu_limit(cgroup) or len(os.sched_getaffinity(0))

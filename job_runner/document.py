@@ -4,7 +4,8 @@ All offsets count Unicode code points of :attr:`ParsedDocument.text`, which is t
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -104,6 +105,14 @@ class Chunk:
 
     For a model with a limit they are counted by sentence, as the limit is held: up to one a sentence more than of the whole.
     """
+
+
+def language_of_most(chunks: Iterable[Chunk]) -> str | None:
+    """Return the language with the most characters; ``None`` without chunks."""
+    sizes: Counter[str] = Counter()
+    for chunk in chunks:
+        sizes[chunk.language] += len(chunk.text)
+    return max(sorted(sizes), key=sizes.__getitem__, default=None)
 
 
 def heading_paths(headings: Sequence[Heading]) -> list[tuple[str, ...]]:

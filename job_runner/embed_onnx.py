@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _POOLINGS: Final = ("mean", "cls")
-_QUERY_PROMPTS: Final = ("query",)
-_DOCUMENT_PROMPTS: Final = ("document", "passage", "corpus")
-"""Names of prefixes in the model's settings, of which sentence-transformers takes the first that is there."""
 _TOKEN_VECTORS: Final = ("token_embeddings", "last_hidden_state")
 _PROVIDERS: Final = ("CUDAExecutionProvider", "CPUExecutionProvider")
 _INPUTS: Final = frozenset({"input_ids", "attention_mask", "token_type_ids"})
@@ -55,6 +52,7 @@ class Recipe:
     lower: bool
     query_prompt: str
     document_prompt: str
+    """Prefixes; those of other names are no business of documents and questions, as for sentence-transformers."""
 
 
 class OnnxEmbedder:
@@ -262,19 +260,14 @@ def recipe_of(folder: Path) -> Recipe:
         raise _not_done(folder, "it cuts its vectors")
     bert = transformer / "sentence_bert_config.json"
     prompts = settings.get("prompts") or {}
-    default = prompts.get(settings.get("default_prompt_name"), "")
     return Recipe(
         pooling=modes[0],
         dimension=width,
         max_length=max_tokens_with_special(transformer),
         lower=bool(bert.is_file() and read(bert).get("do_lower_case")),
-        query_prompt=_prompt(prompts, _QUERY_PROMPTS, default),
-        document_prompt=_prompt(prompts, _DOCUMENT_PROMPTS, default),
+        query_prompt=prompts.get("query") or "",
+        document_prompt=prompts.get("document") or "",
     )
-
-
-def _prompt(prompts: dict[str, str], names: Sequence[str], default: str) -> str:
-    return next((prompts[name] for name in names if name in prompts), default)
 
 
 def _not_done(folder: Path, why: str) -> ModelUnavailable:

@@ -31,7 +31,7 @@ from uuid import UUID
 
 import structlog
 
-from job_runner.document import Chunk, ParsedDocument
+from job_runner.document import Chunk, ParsedDocument, language_of_most
 from job_runner.embed import Embedder, batches, check_model, embedded
 from job_runner.fetch import Source, inspected, opened
 from job_runner.index import Generation, Row, Stale, check_metadata
@@ -55,6 +55,8 @@ R = TypeVar("R")
 
 _GROUP: Final = 256
 """Chunks whose vectors are looked up together."""
+_FAILED_NAMED: Final = 10
+"""Failed pages whose numbers are told, as the contract bounds them."""
 ROUNDS: Final = 5
 """How often the work is begun anew because other tasks publish the same document meanwhile."""
 
@@ -458,6 +460,8 @@ class DocumentPipeline:
                 documents=1,
                 pages=len(document.pages) if document.paged else None,
                 failed_pages=len(document.failed_pages) if document.paged or document.failed_pages else None,
+                failed_page_numbers=list(document.failed_pages[:_FAILED_NAMED]) or None,
+                language=language_of_most(read.chunks),
                 chunks=len(read.chunks),
                 embedded=embedded,
                 reused=len(read.chunks) - embedded,

@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from job_runner.cpus import cpu_limit
 from job_runner.embed import PACKAGED_MODEL
 from job_runner.guard import AllowList
 from task_contract.errors import StoreUnavailable
@@ -65,6 +66,8 @@ class Settings(BaseSettings):
     """Folder of the document volume."""
     embedding_model: str = PACKAGED_MODEL
     """Embedding model: one that a package carries, by name, or the absolute path of a folder of sentence-transformers."""
+    embedding_threads: Annotated[int, Field(ge=1, le=256)] | None = None
+    """Threads that the embedding model computes with. Default: the container's limit on CPUs, 1 without a limit."""
     source_allow: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed), AfterValidator(_checked_allow_list)] = ()
     """Where documents may be fetched from besides public addresses: host names, *.domains, addresses, networks."""
     source_ports: Annotated[
@@ -121,6 +124,11 @@ class Settings(BaseSettings):
     """File for the termination message; skipped where it does not exist."""
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
     """debug, info, warning or error."""
+
+    @property
+    def threads(self) -> int:
+        """Threads of the embedding model. Without a limit there is no telling which CPUs other pods need: one."""
+        return self.embedding_threads or cpu_limit() or 1
 
     @property
     def document_stores_missing(self) -> list[str]:

@@ -344,6 +344,10 @@ class Result(Model):
     pages: Annotated[int, Field(ge=0)] | None = None
     failed_pages: Annotated[int, Field(ge=0)] | None = None
     """Pages without readable text, and sheets, slides, attachments and lines that cannot be read; the rest was published."""
+    failed_page_numbers: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=10)] | None = None
+    """Numbers of the first ten of them."""
+    language: Annotated[str, Field(max_length=16)] | None = None
+    """zh, en or other: of most of the text, by its script."""
     chunks: Annotated[int, Field(ge=0)] | None = None
     embedded: Annotated[int, Field(ge=0)] | None = None
     """Vectors computed for this version."""

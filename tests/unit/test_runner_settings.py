@@ -48,6 +48,16 @@ def test_defaults_and_empty_values(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.load().holder != loaded.holder
 
 
+@pytest.mark.parametrize(("setting", "limit", "expected"), [("", None, 1), ("", 3, 3), ("2", 3, 2), ("2", None, 2)])
+def test_the_model_computes_with_the_threads_that_the_container_has(
+    monkeypatch: pytest.MonkeyPatch, setting: str, limit: int | None, expected: int
+) -> None:
+    monkeypatch.setenv("TASKS_POSTGRES_URL", "postgresql://localhost/x")
+    monkeypatch.setenv("TASKS_EMBEDDING_THREADS", setting)
+    monkeypatch.setattr("job_runner.settings.cpu_limit", lambda: limit)
+    assert settings.load().threads == expected
+
+
 def test_lists_are_split_at_commas_and_white_space(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TASKS_POSTGRES_URL", "postgresql://h/d")
     monkeypatch.setenv("TASKS_SOURCE_ALLOW", "files.corp, *.example.com\n10.0.0.0/8,")

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job_runner import split as splitter
-from job_runner.document import Chunk, Heading, Kind, Page, ParsedDocument
+from job_runner.document import Chunk, Heading, Kind, Page, ParsedDocument, language_of_most
 from job_runner.split import SplitSettings, language_of, split
 from task_contract.models import ProcessingMode
 
@@ -284,6 +284,13 @@ def test_the_language_is_that_of_the_scripts_counted_one_by_one(pieces: list[str
     latin = sum(len(piece) for piece in pieces if piece in {"abc", "éŁ"})
     other = kana_hangul > han // 10 and kana_hangul * 4 > latin
     assert language_of(text) == ("other" if other else "zh" if han * 4 > latin else "en" if latin else "other")
+
+
+def test_the_language_of_a_document_is_that_of_most_of_its_text() -> None:
+    assert language_of_most([]) is None
+    text = "A short line.\n\n" + "知识库把文档切成片段。" * 20
+    assert language_of_most(chunks(text, chunk_size=40, chunk_overlap=0)) == "zh"
+    assert language_of_most(chunks(text[:15] * 3 + "短句。", chunk_size=14, chunk_overlap=0)) == "en"
 
 
 @pytest.mark.parametrize(

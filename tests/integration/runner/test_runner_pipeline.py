@@ -103,7 +103,21 @@ async def test_a_bad_page_is_recorded_and_the_rest_is_published(lab: Lab) -> Non
     outcome, _ = await lab.run(lab.task("a.pdf"))
     assert outcome.result is not None
     assert (outcome.result.pages, outcome.result.failed_pages) == (3, 1)
+    assert (outcome.result.failed_page_numbers, outcome.result.language) == ([2], "en")
     assert outcome.result.chunks
+
+
+async def test_semantic_mode_publishes_as_the_others_do(lab: Lab) -> None:
+    (lab.documents / "a.txt").write_text("".join(f"第{number}句话讲的是第{number // 9}件事。" for number in range(90)))
+    task = lab.task("a.txt", chunkSize=200, chunkOverlap=20, processingMode="semantic")
+    outcome, _ = await lab.run(task)
+    assert outcome.result is not None
+    assert counts(outcome)[0] == outcome.result.embedded == outcome.result.chunks
+    in_vectors, in_texts = await lab.contents("a.txt")
+    assert in_vectors == in_texts
+    assert all("splitter 1 semantic 200/20" in row["pipeline"] for row in in_vectors)
+    again, _ = await lab.run(lab.task("a.txt", chunkSize=200, chunkOverlap=20, processingMode="semantic"))
+    assert again.reason == "Unchanged"
 
 
 async def test_pages_and_headings_of_a_word_document_reach_both_stores(lab: Lab) -> None:
