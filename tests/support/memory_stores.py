@@ -76,6 +76,7 @@ class MemoryVectorIndex(_MemoryStore):
         self.by_id: dict[str, npt.NDArray[np.float32]] = {}
 
     async def write(self, rows: Sequence[Row], vectors: npt.NDArray[np.float32]) -> None:
+        self.there = True  # as Elasticsearch makes an index anew for a late writer
         for row, vector in zip(rows, vectors, strict=True):
             self.rows[row.id] = row
             self.by_id[row.id] = vector
@@ -97,6 +98,7 @@ class MemoryTextIndex(_MemoryStore):
     """Counts the words, and the Chinese characters, that query and row share."""
 
     async def write(self, rows: Sequence[Row]) -> None:
+        self.there = True
         self.rows |= {row.id: row for row in rows}
 
     async def search(self, query: str, *, limit: int, offset: int = 0) -> list[Hit]:

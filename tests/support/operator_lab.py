@@ -191,7 +191,7 @@ class Kubelet:
 
     async def _advance(self, pod: Mapping[str, Any]) -> None:
         phase = pod["status"].get("phase", "Pending")
-        attempt = int(pod["metadata"]["labels"][ATTEMPT_LABEL])
+        attempt = int(pod["metadata"]["labels"].get(ATTEMPT_LABEL, "1"))  # none: a sweep
         if not self.starts or pod["metadata"].get("deletionTimestamp"):
             return
         if phase == "Pending":

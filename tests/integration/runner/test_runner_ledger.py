@@ -10,6 +10,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from job_runner.index import Stale
 from job_runner.ledger import Claim, Commit, Ledger, Standing
 from task_contract.errors import Fenced, ModelMismatch, StoreUnavailable
 from task_contract.messages import AttemptOutcome, Outcome
@@ -227,6 +228,62 @@ async def test_a_confirmation_whose_version_was_replaced_begins_again(ledger: Le
     intent = await ledger.begin(later(first, at=10, content="content"))
     await ledger.commit(await ledger.begin(later(first, at=5)), chunk_count=1)
     assert await ledger.confirm(intent) is Commit.AGAIN
+
+
+async def test_a_retry_after_a_confirmation_takes_another_number(ledger: Ledger) -> None:
+    """A sweep may have called the first one stale: rows that the retry writes again must not be among them."""
+    first = claim(at=0)
+    await ledger.commit(await ledger.begin(first), chunk_count=1)
+    same = later(first, at=10, content="content")
+    intent = await ledger.begin(same)
+    await ledger.confirm(intent)
+    retry = await ledger.begin(replace(same, holder="second pod"))
+    assert (intent.version, retry.version, retry.resumed) == (2, 3, False)
+    assert retry.standing is Standing.UNCHANGED
+
+
+async def test_a_deletion_is_a_version_of_no_chunks(ledger: Ledger) -> None:
+    first = claim(at=0)
+    await ledger.commit(await ledger.begin(first), chunk_count=3)
+    deletion = Claim.to_delete(
+        namespace=first.namespace,
+        kb_id=first.kb_id,
+        document_id=first.document_id,
+        task_uid=uuid.uuid4(),
+        task_created_at=NOON + timedelta(seconds=10),
+        holder="pod",
+    )
+    intent = await ledger.begin(deletion)
+    assert (intent.standing, intent.version) == (Standing.WORK, 2)
+    assert await ledger.commit(intent, chunk_count=0) is Commit.DONE
+    assert await ledger.replaced_any(deletion, 2)
+    assert await ledger.is_empty(namespace=first.namespace, kb_id=first.kb_id)
+    assert (await ledger.begin(deletion)).standing is Standing.PUBLISHED
+    assert (await ledger.begin(later(first, at=5))).standing is Standing.SUPERSEDED
+    again = replace(deletion, task_uid=uuid.uuid4(), task_created_at=NOON + timedelta(seconds=20))
+    assert (await ledger.begin(again)).standing is Standing.UNCHANGED
+    newer = await ledger.begin(later(first, at=30))
+    assert newer.standing is Standing.WORK
+    assert await ledger.commit(newer, chunk_count=1) is Commit.DONE
+
+
+async def test_what_is_stale_leaves_out_what_is_published_and_what_is_being_written(ledger: Ledger, sql: Any) -> None:
+    namespace = f"stale-{uuid.uuid4().hex[:8]}"
+    first = claim(at=0, namespace=namespace)
+    await ledger.commit(await ledger.begin(first), chunk_count=1)
+    dead, alive = (claim(first.kb_id, at=at, content=str(at), namespace=namespace) for at in (1, 2))
+    for one in (dead, alive):
+        await ledger.begin(one)
+    [before] = await ledger.stale(namespace=namespace, since=None)
+    assert before.stale == Stale("handbook", up_to=3, keep=(1, 2, 3))
+    [would] = await ledger.stale(namespace=namespace, since=None, dead=[dead.task_uid])
+    assert would.stale.keep == (1, 3)
+    assert await ledger.bury([dead.task_uid]) == 1
+    [after] = await ledger.stale(namespace=namespace, since=NOON + timedelta(days=36_500))
+    assert (after.stale, after.dead) == (would.stale, (2,)), "it was never swept, however old it is"
+    await ledger.swept(namespace=namespace, kb_id=first.kb_id, documents=[after])
+    assert await ledger.stale(namespace=namespace, since=NOON + timedelta(days=36_500)) == []
+    assert await sql.fetchval("SELECT count(*) FROM document_versions WHERE swept_at IS NOT NULL") == 1
 
 
 async def test_another_model_is_refused(ledger: Ledger) -> None:
