@@ -74,7 +74,7 @@ def read_docx(file: BinaryIO, *, name: str) -> ParsedDocument:
         package.parse(package.main, start=reader.start, end=reader.end, text=reader.text)
     document = assemble(_below_title(reader.blocks()), kind=Kind.DOCX)
     if not document.text:
-        message = f"cannot index {name}: there is no text in it; text in pictures needs OCR, which this version lacks"
+        message = f"cannot index {name}: there is no text in it; text in pictures needs OCR: save it as PDF"
         raise ReadingFailed("DocumentEmpty", message)
     if reader.page_breaks == 0:
         return replace(document, pages=document.pages[:1])

@@ -53,7 +53,7 @@ def read_epub(file: BinaryIO, *, name: str, on_progress: OnProgress) -> ParsedDo
     if not document.text:
         if len(failed) == len(package.spine):
             raise ReadingFailed("DocumentUnreadable", f"cannot read {name}: all {len(failed)} documents in it are damaged")
-        message = f"cannot index {name}: there is no text in it; text in pictures needs OCR, which does not look into books"
+        message = f"cannot index {name}: there is no text in it; text in pictures needs OCR: save it as PDF"
         raise ReadingFailed("DocumentEmpty", message)
     return replace(document, failed_pages=tuple(failed))
 

@@ -1,4 +1,4 @@
-"""Text in pictures, recognised by RapidOCR with the models that its wheel carries: Chinese, English, and some forty more.
+"""Text in pictures, recognised by RapidOCR with the models that its wheel carries: Chinese and English in the first place.
 
 The libraries are an extra (``requirements/ocr.txt``). Where they are not installed, pictures have no text. They change what
 the same bytes give, so they are part of the parser's version: see :func:`job_runner.readers.parser_version`.

@@ -87,7 +87,7 @@ def read_pptx(file: BinaryIO, *, name: str, on_progress: OnProgress) -> ParsedDo
             on_progress(number, len(outline.slides))
     document = assembly.document(Kind.PPTX, failed_pages=failed)
     if not document.text:
-        message = f"cannot index {name}: there is no text on its slides; text in pictures needs OCR"
+        message = f"cannot index {name}: there is no text on its slides; text in pictures needs OCR: save it as PDF"
         raise ReadingFailed("DocumentEmpty", message)
     return document
 
