@@ -190,6 +190,7 @@ class _Loaded:
 
 
 def _load(folder: Path, file: Path, *, threads: int, recipe: Recipe) -> _Loaded:
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # it would report its use to its maker from the moment it is imported
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(4)  # what fails is raised; standard error is for logs, in JSON

@@ -6,6 +6,7 @@ the same bytes give, so they are part of the parser's version: see :func:`job_ru
 
 import importlib.metadata
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -54,6 +55,9 @@ def recognizer(*, threads: int) -> Recognize | None:
 
 
 def _engine(threads: int) -> Any:
+    os.environ["ORT_DISABLE_TELEMETRY"] = (
+        "1"  # ONNX Runtime reports its use to its maker, once it is imported
+    )
     from rapidocr import RapidOCR
 
     return RapidOCR(

@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 import uuid
+from email.message import EmailMessage
 from typing import Any
 
 import pytest
@@ -105,6 +106,24 @@ async def test_a_bad_page_is_recorded_and_the_rest_is_published(lab: Lab) -> Non
     assert (outcome.result.pages, outcome.result.failed_pages) == (3, 1)
     assert (outcome.result.failed_page_numbers, outcome.result.language) == ([2], "en")
     assert outcome.result.chunks
+
+
+async def test_a_mail_reaches_both_stores_with_the_pages_of_its_attachments(lab: Lab) -> None:
+    mail = EmailMessage()
+    mail["Subject"] = "潮位站的报告"
+    mail.set_content("报告在附件里。")
+    pages = [PdfPage([(11, "First page of the report.")]), PdfPage([(11, "Second page of the report.")])]
+    mail.add_attachment(make_pdf(pages), maintype="application", subtype="pdf", filename="报告.pdf")
+    mail.add_attachment(b"%PDF-1.7 nothing", maintype="application", subtype="pdf", filename="broken.pdf")
+    (lab.documents / "a.eml").write_bytes(mail.as_bytes())
+    outcome, _ = await lab.run(lab.task("a.eml", chunkSize=100, chunkOverlap=0))
+    assert outcome.result is not None
+    assert (outcome.result.pages, outcome.result.failed_page_numbers) == (4, [4])
+    in_vectors, in_texts = await lab.contents("a.eml")
+    assert in_vectors == in_texts
+    [row] = [row for row in in_vectors if "Second page" in row["text"]]
+    assert row["heading_path"].split("\n") == ["潮位站的报告", "Attachment: 报告.pdf"]
+    assert row["page_end"] == 3
 
 
 async def test_semantic_mode_publishes_as_the_others_do(lab: Lab) -> None:
