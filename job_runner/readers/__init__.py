@@ -6,7 +6,7 @@ wrong is a :class:`ReadingFailed` whose ``reason`` names an error of :mod:`task_
 """
 
 from functools import partial
-from typing import BinaryIO, Final
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 from job_runner.document import Kind, ParsedDocument
 from job_runner.readers.charset import decode
@@ -17,7 +17,6 @@ from job_runner.readers.failure import OnProgress, ReadingFailed
 from job_runner.readers.html import read_html
 from job_runner.readers.image import read_image
 from job_runner.readers.json_data import read_json, read_json_lines
-from job_runner.readers.mail import Allowance, read_mail
 from job_runner.readers.ocr import PICTURED, Recognize
 from job_runner.readers.ocr import version as ocr_version
 from job_runner.readers.ods import read_ods
@@ -25,6 +24,9 @@ from job_runner.readers.pdf import read_pdf
 from job_runner.readers.pptx import read_pptx
 from job_runner.readers.text import read_markdown, read_plain
 from job_runner.readers.xlsx import read_xls, read_xlsx
+
+if TYPE_CHECKING:
+    from job_runner.readers.mail import Allowance
 
 __all__ = ["PARSER_VERSION", "OnProgress", "ReadingFailed", "decode", "parser_version", "read"]
 
@@ -47,7 +49,7 @@ def read(
     kind: Kind,
     name: str,
     on_progress: OnProgress = lambda done, total: None,
-    allowance: Allowance | None = None,
+    allowance: "Allowance | None" = None,
     recognize: Recognize | None = None,
 ) -> ParsedDocument:
     """Read an open file of a known kind, from its beginning; ``name`` is what messages call it.
@@ -85,6 +87,8 @@ def read(
         case Kind.EPUB:
             document = read_epub(file, name=name, on_progress=on_progress)
         case Kind.EML:
+            from job_runner.readers.mail import Allowance, read_mail  # the standard library's email is slow to import
+
             document = read_mail(
                 file, name=name, allowance=allowance or Allowance(), read=partial(read, recognize=recognize)
             )

@@ -70,6 +70,32 @@ def test_bounds_are_wider_where_pictures_may_have_to_be_recognised(monkeypatch: 
 
 
 @pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (RuntimeError("Non-zero status code"), "failed page"),
+        (RuntimeError("Failed to allocate memory for requested buffer"), "no memory"),
+        (MemoryError(), "no memory"),
+    ],
+    ids=["other", "memory of a library", "memory"],
+)
+def test_a_picture_that_the_libraries_fail_on_is_a_failed_page_and_want_of_memory_is_told_apart(
+    error: Exception, outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def engine(picture: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ocr, "version", lambda: "rapidocr 3.10.0")
+    monkeypatch.setattr(ocr, "_engine", lambda threads: engine)
+    data = io.BytesIO(make_pdf([TEXT, scanned(TEXT, dpi=20)]))
+    recognize = ocr.recognizer(threads=1)
+    if outcome == "no memory":
+        with pytest.raises(MemoryError):
+            readers.read(data, kind=Kind.PDF, name="a", recognize=recognize)
+    else:
+        assert readers.read(data, kind=Kind.PDF, name="a", recognize=recognize).failed_pages == (2,)
+
+
+@pytest.mark.parametrize(
     ("boxes", "expected"),
     [
         pytest.param([(0, 0, 10, "a"), (0, 12, 22, "b")], ["a", "b"], id="from the top down"),
