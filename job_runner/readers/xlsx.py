@@ -1,4 +1,4 @@
-"""XLSX and XLS, by calamine: the values of their cells, and of an XLSX which of them are shown as percentages.
+"""XLSX and XLS, by calamine: the values of their cells, those of an XLSX with their units.
 
 calamine holds every cell between the first and the last one of a sheet, has no bounds on what it inflates, and Rust aborts
 the process where memory is wanting. So an XLSX is looked at before: its parts are inflated within bounds, and a sheet whose
@@ -11,7 +11,7 @@ import re
 import zipfile
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, ClassVar, Final
@@ -31,7 +31,13 @@ _PLACES_OF_OTHERS: Final = re.compile(
     rb"""(<(?:[\w.-]+:)?row\b[^>]*?)\sr\s*=\s*["'][^"']*["']|<(?:[\w.-]+:)?(?:mergeCell|dimension)\b[^>]*>"""
 )
 """Numbers of rows, and tags that name cells and have no text."""
-_PERCENT: Final = re.compile(r'[^%"\\]*%[^"\\]*')
+_FORMAT_TOKEN: Final = re.compile(
+    r"""(?P<end>;)|"(?P<literal>[^"]*)"|\\(?P<escaped>.)|_.|\*.|\[\$(?P<currency>[^\]-]*)[^\]]*\]"""
+    r"""|(?P<condition>\[[<>=])|\[[^\]]*\]"""
+    r"""|(?P<digits>[0#?.,]+(?:E[-+]0+)?)|(?P<mark>[%‰$€£¥₩₽+() -])|(?P<other>.)""",
+    re.DOTALL,
+)
+"""Pieces of the format of a number; what has no name is there for looks."""
 _PASSWORD: Final = re.compile(rb"\x09\x08(?:\x10\0.{16}|\x08\0.{8})(?:\x86\0\0\0)?\x2f\0", re.DOTALL)
 """The record FilePass of an XLS behind the one that begins its workbook ([MS-XLS] 2.1.7.20.3), where passwords are."""
 _STRETCH: Final = 2**20
@@ -86,15 +92,15 @@ class _Xlsx(Package):
         self.parse(self.main, start=start)
         if (strings := self.related("sharedStrings")) is not None:
             deque(self.pieces(strings), maxlen=0)
-        styles = self._percentages()
+        formats = self._formats()
         checked = _Checked()
         for name, part in sheets:
             try:
-                found = _Cells(self.pieces(part), percentages=styles)
+                found = _Cells(self.pieces(part), formats=formats)
                 if found.area > _AREA_LIMIT:
                     checked.closed_up[part] = _closed_up(b"".join(self.pieces(part)))
-                    found = _Cells([checked.closed_up[part]], percentages=styles)
-                checked.percentages[name] = found.percentages
+                    found = _Cells([checked.closed_up[part]], formats=formats)
+                checked.formats[name] = found.formats
                 if found.area > _AREA_LIMIT:
                     checked.broken[name] = f"its {found.area} cells are too many; split it"
             except ReadingFailed as failure:
@@ -114,16 +120,16 @@ class _Xlsx(Package):
         file.seek(0)
         return file
 
-    def _percentages(self) -> frozenset[bytes]:
-        """Return the numbers of the styles that show a value as a percentage."""
-        formats = {"9": "0%", "10": "0.00%"}
+    def _formats(self) -> dict[bytes, "_Format"]:
+        """Return the formats that add to a number what it is, by the numbers of their styles."""
+        codes = {"9": "0%", "10": "0.00%"}
         styles: list[str] = []
         path: list[str] = []
 
         def start(name: str, attributes: Attributes) -> None:
             path.append(name)
             if name == "numFmt":
-                formats[attributes.get("numFmtId", "")] = attributes.get("formatCode", "")
+                codes[attributes.get("numFmtId", "")] = attributes.get("formatCode", "")
             elif name == "xf" and "cellXfs" in path:
                 styles.append(attributes.get("numFmtId", ""))
 
@@ -132,10 +138,52 @@ class _Xlsx(Package):
 
         part = self.related("styles")
         if part is None:
-            return frozenset()
+            return {}
         self.parse(part, start=start, end=end)
-        shown = (_PERCENT.fullmatch(formats.get(style, "")) is not None for style in styles)
-        return frozenset(str(number).encode() for number, shows in enumerate(shown) if shows)
+        known = {identity: _format_of(code) for identity, code in codes.items()}
+        shown = {str(number).encode(): known.get(style) for number, style in enumerate(styles)}
+        return {style: found for style, found in shown.items() if found is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    """How a number is shown, as far as that says what it is: its unit, its currency, that it is a percentage."""
+
+    before: str
+    after: str
+    factor: float = 1
+
+    def write(self, number: float) -> str:
+        """Return a number with what belongs to it; its digits stay as they are."""
+        shown = f"{number * self.factor:.12g}" if self.factor != 1 else _text(float(number))
+        return cleaned(f"{self.before}{shown}{self.after}")
+
+
+def _format_of(code: str) -> _Format | None:
+    """Read the first section of a format (ECMA-376 part 1, 18.8.31).
+
+    ``None``: it adds nothing, is one of dates or of text, or depends on the number.
+    """
+    texts = ["", ""]
+    factor = 1.0
+    digits = False
+    for token in _FORMAT_TOKEN.finditer(code):
+        match token.lastgroup:
+            case "end":
+                break
+            case "other" | "condition":
+                return None
+            case "digits":
+                if digits and texts[1]:
+                    return None  # a number in several pieces, as those of telephones
+                digits = True
+                factor /= 1000 ** (len(token.group()) - len(token.group().rstrip(",")))
+            case "literal" | "escaped" | "currency" | "mark":
+                text = token[token.lastgroup]
+                texts[digits] += text
+                factor *= 100 if text == "%" and token.lastgroup == "mark" else 1
+    before, after = (text.strip() and text for text in texts)
+    return _Format(before, after, factor) if digits and (before or after) else None
 
 
 @dataclass(slots=True)
@@ -146,25 +194,31 @@ class _Checked:
     """Why a sheet must not be read, by its name."""
     closed_up: dict[str, bytes] = field(default_factory=dict)
     """Parts with sheets whose cells lie too far from each other, without the gaps."""
-    percentages: dict[str, Set[Place]] = field(default_factory=dict)
-    """Cells that show percentages, by the name of their sheet."""
+    formats: dict[str, "_Formats"] = field(default_factory=dict)
+    """Formats of cells, by the name of their sheet."""
 
-    def cells(self, sheet: str) -> Set[Place]:
-        """Return the cells of a sheet that show percentages.
+    def of(self, sheet: str) -> "_Formats":
+        """Return the formats of the cells of a sheet.
 
         Raises ``SheetFailed`` for one that must not be read: also where calamine sees a sheet that was not seen here, as it
         takes no notice of namespaces.
         """
-        if sheet in self.broken or sheet not in self.percentages:
+        if sheet in self.broken or sheet not in self.formats:
             raise SheetFailed(f"{sheet!r}: {self.broken.get(sheet, 'the XLSX does not list it as a sheet')}")
-        return self.percentages[sheet]
+        return self.formats[sheet]
+
+
+_Formats = Mapping[int, Sequence[tuple[int, _Format]]]
+"""Formats of the cells of a row with their columns, by its number, both from 0; most rows share theirs."""
 
 
 class _Cells:
-    """Where the cells of a sheet lie, by the references in its XML."""
+    """Where the cells of a sheet lie and how they are shown, by the attributes in its XML."""
 
-    def __init__(self, pieces: Iterable[bytes], *, percentages: Set[bytes]) -> None:
-        self.percentages: set[Place] = set()
+    def __init__(self, pieces: Iterable[bytes], *, formats: Mapping[bytes, _Format]) -> None:
+        by_row: dict[int, list[tuple[int, _Format]]] = {}
+        shared: dict[tuple[tuple[int, _Format], ...], tuple[tuple[int, _Format], ...]] = {}
+        self.formats: dict[int, Sequence[tuple[int, _Format]]] = {}
         rows: set[int] = set()
         columns: set[bytes] = set()
         for tags in _whole_tags(pieces):
@@ -172,10 +226,14 @@ class _Cells:
                 columns.update([column for column, _ in references])
                 numbers = [int(row) for _, row in references]
                 rows |= {min(numbers), max(numbers)}
-            if percentages:
+            if formats:
                 for tag in _CELL.findall(tags):
-                    if (style := _STYLE.search(tag)) and style[1] in percentages and (place := _REFERENCE.search(tag)):
-                        self.percentages.add((int(place[2]) - 1, _column(place[1]) - 1))
+                    if (style := _STYLE.search(tag)) and style[1] in formats and (place := _REFERENCE.search(tag)):
+                        by_row.setdefault(int(place[2]) - 1, []).append((_column(place[1]) - 1, formats[style[1]]))
+                for row in list(by_row)[:-1]:  # the last one may go on
+                    found = tuple(by_row.pop(row))
+                    self.formats[row] = shared.setdefault(found, found)
+        self.formats |= by_row
         places = [_column(letters) for letters in columns]
         self.area = (max(rows) - min(rows) + 1) * (max(places) - min(places) + 1) if rows else 0
         """Cells between the first and the last one."""
@@ -244,11 +302,11 @@ def _read_by_calamine(
         raise ReadingFailed("DocumentUnreadable", message) from error
 
     def sheet_lines(number: int, sheet: str) -> Iterator[str]:
-        percentages = checked.cells(sheet) if checked is not None else frozenset[Place]()
+        formats: _Formats = checked.of(sheet) if checked is not None else {}
         with _failures_of_calamine():
             cells = workbook.get_sheet_by_index(number - 1)
             if cells.start is not None:
-                rows = _rows(cells.iter_rows(), start=cells.start, percentages=percentages)
+                rows = _rows(cells.iter_rows(), start=cells.start, formats=formats)
                 yield from lines(merged(rows, cells.merged_cell_ranges or (), top=cells.start[0]))
 
     metadata = workbook.sheets_metadata
@@ -275,14 +333,12 @@ def _failures_of_calamine() -> Iterator[None]:
         raise SheetFailed(str(error)[:200]) from error
 
 
-def _rows(rows: Iterable[Sequence[Any]], *, start: Place, percentages: Set[Place]) -> Iterator[Row]:
+def _rows(rows: Iterable[list[Any]], *, start: Place, formats: _Formats) -> Iterator[Row]:
     top, left = start
     for number, values in enumerate(rows, start=top):
-        if percentages:
-            values = [
-                f"{found * 100:.12g}%" if isinstance(found, float) and (number, column) in percentages else found
-                for column, found in enumerate(values, start=left)
-            ]
+        for column, shown in formats.get(number, ()):
+            if 0 <= column - left < len(values) and isinstance(found := values[column - left], float):
+                values[column - left] = shown.write(found)
         yield {column: text for column, found in enumerate(values, left) if found != "" and (text := _text(found))}
 
 

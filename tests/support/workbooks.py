@@ -10,11 +10,12 @@ from tests.support.docx import zipped
 MAIN = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
 RELATIONSHIPS = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
 SHEET_TYPE = "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet.main+xml"
-DATE, PERCENT, DURATION = 1, 2, 3
+DATE, PERCENT, DURATION, OWN = 1, 2, 3, 4
 """Styles of cells, see :func:`make_xlsx`."""
 _STYLES = (
-    f'<styleSheet xmlns="{MAIN}"><numFmts><numFmt numFmtId="164" formatCode="[h]:mm:ss"/></numFmts>'
-    '<cellXfs><xf numFmtId="0"/><xf numFmtId="14"/><xf numFmtId="10"/><xf numFmtId="164"/></cellXfs></styleSheet>'
+    f'<styleSheet xmlns="{MAIN}"><numFmts><numFmt numFmtId="164" formatCode="[h]:mm:ss"/>'
+    '<numFmt numFmtId="165" formatCode="{}"/></numFmts><cellStyleXfs><xf numFmtId="10"/></cellStyleXfs><cellXfs>'
+    '<xf numFmtId="0"/><xf numFmtId="14"/><xf numFmtId="10"/><xf numFmtId="164"/><xf numFmtId="165"/></cellXfs></styleSheet>'
 )
 
 Value = str | float | bool | None
@@ -48,8 +49,12 @@ def make_xlsx(
     hidden: Sequence[str] = (),
     parts: Mapping[str, str | bytes | None] | None = None,
     main_type: str = SHEET_TYPE,
+    own_format: str = "General",
 ) -> bytes:
-    """Return an XLSX with sheets. ``parts`` are further members, or replace others; ``None`` leaves one out."""
+    """Return an XLSX with sheets. ``parts`` are further members, or replace others; ``None`` leaves one out.
+
+    ``own_format`` is that of cells in the style ``OWN``.
+    """
     shown = ("visible", "hidden")
     listed = "".join(
         f'<sheet name="{escape(name)}" sheetId="{number}" r:id="s{number}" state="{shown[name in hidden]}"/>'
@@ -69,7 +74,7 @@ def make_xlsx(
         "xl/workbook.xml": f'<workbook xmlns="{MAIN}" xmlns:r="{RELATIONSHIPS}"><sheets>{listed}</sheets></workbook>',
         "xl/_rels/workbook.xml.rels": f'<Relationships xmlns="{package}/relationships">{related}'
         f'<Relationship Id="t" Type="{RELATIONSHIPS}/styles" Target="styles.xml"/></Relationships>',
-        "xl/styles.xml": _STYLES,
+        "xl/styles.xml": _STYLES.format(escape(own_format)),
     }
     members |= {f"xl/worksheets/sheet{number}.xml": content for number, content in enumerate(sheets.values(), start=1)}
     members |= parts or {}

@@ -15,6 +15,7 @@ from tests.support.workbooks import (
     DATE,
     DURATION,
     MAIN,
+    OWN,
     PERCENT,
     RELATIONSHIPS,
     Value,
@@ -300,6 +301,39 @@ def table(name: str, *lines: list[str], more: str = "") -> str:
 def test_values_are_as_a_person_reads_them(value: str, text: str) -> None:
     found = document(make_xlsx({"S": sheet(["x"], more=f'<row r="2">{value}</row>')}), Kind.XLSX)
     assert found.text == f"S\n\nx\n{text}".rstrip()
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("General", "12345.5"),
+        ("#,##0.00", "12345.5"),
+        ('#,##0.00 "€"', "12345.5 €"),
+        ('_("$"* #,##0.00_);_("$"* (#,##0.00)', "$12345.5"),
+        ("[$€-407] #,##0", "€ 12345.5"),
+        ("¥#,##0;[Red]-¥#,##0", "¥12345.5"),
+        ('0.0\\ "km"', "12345.5 km"),
+        ('0"年"', "12345.5年"),
+        ("0.0%", "1234550%"),
+        ('0.0,"k"', "12.3455k"),
+        ('[>1000]0.0,"k";0', "12345.5"),
+        ("000-0000", "12345.5"),
+        ("0.00E+00", "12345.5"),
+        ("# ?/?", "12345.5"),
+        ('"total"', "12345.5"),
+        ("@", "12345.5"),
+    ],
+)
+def test_numbers_keep_their_units(code: str, text: str) -> None:
+    body = sheet(["x", "y"], more=f'<row r="2">{cell("A2", 1)}{cell("B2", 12345.5, style=OWN)}</row>')
+    assert document(make_xlsx({"S": body}, own_format=code), Kind.XLSX).text == f"S\n\n| x | y |\n| x: 1 | y: {text} |"
+
+
+def test_units_of_many_rows_belong_to_their_own_rows() -> None:
+    cells = ((cell(f"A{row}", row), cell(f"B{row}", row, style=OWN if row % 3 else 0)) for row in range(2, 5000))
+    more = "".join(f'<row r="{row}">{first}{second}</row>' for row, (first, second) in enumerate(cells, start=2))
+    found = document(make_xlsx({"S": sheet(["n", "m"], more=more)}, own_format='0" cm"'), Kind.XLSX).text.split("\n")[3:]
+    assert found == [f"| n: {row} | m: {row}{' cm' if row % 3 else ''} |" for row in range(2, 5000)]
 
 
 @pytest.mark.parametrize(
