@@ -14,7 +14,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
 from job_runner.backoff import Busy, patiently
-from job_runner.index import ADDED, HIT_FIELDS, STORED_FIELDS, Generation, Hit, Label, Row, Stale, Stored
+from job_runner.index import ADDED, HIT_FIELDS, STORED_FIELDS, Generation, Hit, Label, Row, Stale, Stored, alike
 from task_contract.errors import RetryableError, StoreCapacity, StoreRefused, StoresDisagree, StoreUnavailable, TaskError
 from task_contract.names import KNOWLEDGE_BASE_PREFIX
 
@@ -375,13 +375,13 @@ def _stale(stale: Sequence[Stale]) -> dict[str, Any]:
                 {
                     "bool": {
                         "filter": [
-                            {"term": {"document_id": one.document_id}},
-                            {"range": {"version": {"lte": one.up_to}}},
+                            {"terms": {"document_id": documents}},
+                            {"range": {"version": {"lte": up_to}}},
                         ],
-                        "must_not": [{"terms": {"version": list(one.keep)}}],
+                        "must_not": [{"terms": {"version": list(keep)}}],
                     }
                 }
-                for one in stale
+                for (up_to, keep), documents in alike(stale).items()
             ],
             "minimum_should_match": 1,
         }

@@ -121,9 +121,22 @@ class Stale:
     up_to: int
     keep: tuple[int, ...] = ()
 
+    @property
+    def possible(self) -> bool:
+        """Whether there is any such number."""
+        return sum(1 <= version <= self.up_to for version in set(self.keep)) < self.up_to
 
-STALE_AT_ONCE: Final = 50
-"""Documents of one question about stale versions: each is a clause of the stores' queries."""
+
+def alike(stale: "Sequence[Stale]") -> "dict[tuple[int, tuple[int, ...]], list[str]]":
+    """Return (up to, keep) → documents: one clause each, since Milvus compares every row with each clause."""
+    found: dict[tuple[int, tuple[int, ...]], list[str]] = {}
+    for one in stale:
+        found.setdefault((one.up_to, one.keep), []).append(one.document_id)
+    return found
+
+
+STALE_AT_ONCE: Final = 200
+"""Documents of one question about stale versions: 200 identities of 512 characters each fit into a message of any store."""
 
 STORED_FIELDS: Final = tuple(field for field in Stored.__dataclass_fields__ if field != "id")
 

@@ -599,24 +599,25 @@ class Ledger:
                 "GROUP BY d.kb_id, k.generation, d.document_id, d.last_version, d.published_version, d.updated_at "
                 "HAVING $2::timestamptz IS NULL OR d.updated_at > $2 OR max(v.updated_at) > $2 "
                 "OR bool_or(v.state = 'canceled' AND v.swept_at IS NULL OR v.task_uid = ANY($3::uuid[])) "
-                "ORDER BY d.kb_id, d.document_id",
+                "ORDER BY d.kb_id, d.last_version, d.document_id",
                 namespace,
                 since,
                 list(dead),
             )
-        return [
+        found = [
             StaleDocument(
                 kb_id=row["kb_id"],
                 generation=row["generation"],
                 stale=Stale(
                     row["document_id"],
                     up_to=row["last_version"],
-                    keep=tuple(sorted({row["published_version"] or 0, *(row["live"] or ())})),
+                    keep=tuple(sorted({row["published_version"], *(row["live"] or ())} - {None})),
                 ),
                 dead=tuple(row["dead"] or ()),
             )
             for row in rows
         ]
+        return [one for one in found if one.stale.possible]
 
     async def swept(self, *, namespace: str, kb_id: str, documents: Sequence[StaleDocument]) -> None:
         """Note that both stores were found without the stale versions of these documents."""

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 from job_runner.backoff import Busy, patiently
-from job_runner.index import ADDED, FIELDS, HIT_FIELDS, STORED_FIELDS, Generation, Hit, Label, Row, Stale, Stored
+from job_runner.index import ADDED, FIELDS, HIT_FIELDS, STORED_FIELDS, Generation, Hit, Label, Row, Stale, Stored, alike
 from task_contract.errors import RetryableError, StoreCapacity, StoreRefused, StoresDisagree, StoreUnavailable, TaskError
 from task_contract.names import KNOWLEDGE_BASE_PREFIX
 
@@ -371,11 +371,11 @@ def _schema(dimension: int, label: str = "") -> Any:
 
 
 def _stale(stale: Sequence[Stale]) -> str:
-    def one(versions: Stale) -> str:
-        kept = f" and version not in {list(versions.keep)}" if versions.keep else ""
-        return f"(document_id == {_quoted(versions.document_id)} and version <= {versions.up_to}{kept})"
+    def clause(up_to: int, keep: tuple[int, ...], documents: list[str]) -> str:
+        kept = f" and version not in {list(keep)}" if keep else ""
+        return f"(document_id in {json.dumps(documents, ensure_ascii=False)} and version <= {up_to}{kept})"
 
-    return " or ".join(map(one, stale))
+    return " or ".join(clause(*versions, documents) for versions, documents in alike(stale).items())
 
 
 def _quoted(text: str) -> str:

@@ -56,6 +56,8 @@ class Scenario:
     """Variables of the environment that only the first pod has."""
     cancel: bool = False
     """Whether the task is canceled as soon as the runner stands still."""
+    deletes: bool = False
+    """Whether the task deletes the document instead."""
     phase: str = "Completed"
     published: int = 2
     """Version that readers see in the end."""
@@ -225,7 +227,11 @@ class Track:
             await self._ready(operator)
             spec = {
                 "kbId": life.kb_id,
-                "payload": self._payload(life, life.file),
+                "payload": (
+                    {"action": "delete", "documentId": life.document_id}
+                    if life.scenario.deletes
+                    else self._payload(life, life.file)
+                ),
                 "retry": {"limit": 4, "initialDelay": "1s", "maxDelay": "1s", "jitter": 0},
             }
             task = await self.place.create(life.name, **spec)

@@ -23,6 +23,8 @@ SCENARIOS: list[tuple[Scenario, int, Mapping[str, int]]] = [
     (Scenario("first document", seeded=False, own_knowledge_base=True, published=1, roles=("runner",)), 3, {}),
     # An attempt fails and the next one goes on with what it left.
     (Scenario("retry", runner={EMBEDDED: Action.KILL}), 6, {"POST jobs": 2, "PATCH status": 4, "DELETE jobs": 1}),
+    # The document is deleted: a version of no chunks.
+    (Scenario("delete", deletes=True), 4, {"POST jobs": 1, "PATCH status": 2}),
     # A store is down for the first pod: the attempt is given back and not counted.
     (
         Scenario("given back", first_pod={"TASKS_MILVUS_URL": "http://127.0.0.1:9"}),

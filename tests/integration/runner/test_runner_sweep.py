@@ -214,10 +214,10 @@ def _row(document: str = "late", version: int = 9) -> Row:
 
 
 async def test_more_documents_than_a_store_is_asked_about_at_once(lab: Lab, ledger: Ledger) -> None:
-    """Without the pipeline: 120 documents, each with a version that is published and one that is not."""
+    """Without the pipeline: 450 documents, each with a version that is published and one that is not."""
     await lab.stores.vectors.ensure()
     await lab.stores.texts.ensure()
-    data = [_row(f"d{number}", version) for number in range(120) for version in (1, 2)]
+    data = [_row(f"d{number}", version) for number in range(450) for version in (1, 2)]
     await lab.stores.vectors.write(data, np.full((len(data), 16), 0.25, dtype=np.float32))
     await lab.stores.texts.write(data)
     await lab.fetch(
@@ -227,19 +227,20 @@ async def test_more_documents_than_a_store_is_asked_about_at_once(lab: Lab, ledg
     )
     await lab.fetch(
         "INSERT INTO documents (namespace, kb_id, document_id, last_version, published_version, chunk_count) "
-        "SELECT $1, $2, 'd' || number, 2, 1, 1 FROM generate_series(0, 119) AS number",
+        "SELECT $1, $2, 'd' || number, 2, 1, 1 FROM generate_series(0, 449) AS number",
         NAMESPACE,
         lab.kb_id,
     )
     found = await swept(lab, ledger)
-    assert (found.documents, found.milvus_rows, found.elasticsearch_rows) == (120, 120, 120)
-    assert len([row async for page in lab.stores.vectors.scan() for row in page]) == 120
+    assert (found.documents, found.milvus_rows, found.elasticsearch_rows) == (450, 450, 450)
+    assert len([row async for page in lab.stores.vectors.scan() for row in page]) == 450
     assert {row.version async for page in lab.stores.texts.scan() for row in page} == {1}
 
 
 async def test_documents_that_were_left_alone_for_long_are_looked_at_on_request(lab: Lab, ledger: Ledger) -> None:
-    lab.write(["One"])
-    await lab.run(lab.task(at=0))
+    for number in range(2):
+        lab.write([f"{number}"])
+        await lab.run(lab.task(at=number))
     await lab.fetch("UPDATE documents SET updated_at = now() - interval '9 days'")
     await lab.fetch("UPDATE document_versions SET updated_at = now() - interval '9 days'")
     assert (await swept(lab, ledger)).documents == 0
