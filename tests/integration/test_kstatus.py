@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import yaml
 
 from task_contract.models import Failure, Phase, ProcessingTask, QueueStatus, Status
 from task_operator.controller import merge_patch
@@ -15,7 +16,7 @@ from task_operator.observation import Ending, Need, Observed, view_of
 from task_operator.reconcile import decide
 from task_operator.statuses import completed, ended, failed, given_back, queued
 from tests.support.devstack import Kubectl
-from tests.support.kstatus import kstatus
+from tests.support.kstatus import HEALTH, argo, kstatus
 from tests.support.operator_values import at, ended_pod, failure, job, success
 from tests.support.operator_values import failed as failed_job
 
@@ -70,6 +71,10 @@ def _failed(task: ProcessingTask) -> Status:
 def _canceled(task: ProcessingTask) -> Status:
     ending = Ending(phase=Phase.CANCELED, reason="Canceled", message="canceled by spec.cancel")
     return ended(task, view_of(Observed(task=task)), ending, now=at(60))
+
+
+ARGO = {"InProgress": "Progressing", "Current": "Healthy", "Failed": "Degraded"}
+"""How Argo CD calls what kstatus says."""
 
 
 class Tasks:
@@ -137,6 +142,8 @@ def test_every_phase_is_what_the_table_says(tasks: Tasks, steps: tuple[Decide, .
     assert stored["status"]["phase"] == phase
     ((status, _),) = kstatus(stored)
     assert status == expected
+    ((health, _),) = argo(stored)
+    assert health == ARGO[expected]
     task = ProcessingTask.model_validate(stored)
     types = {one.type: one.status for one in task.status.conditions}
     assert (
@@ -176,3 +183,20 @@ def test_an_edit_of_a_waiting_task_leaves_it_in_progress(tasks: Tasks) -> None:
 def test_the_message_of_a_failure_is_the_tasks_own(tasks: Tasks) -> None:
     tasks.create("one")
     assert kstatus(tasks.write("one", _failed)) == [("Failed", "cannot find text")]
+
+
+def test_the_health_script_for_argo_cd_says_of_its_fixtures_what_they_say() -> None:
+    cases = yaml.safe_load((HEALTH / "health_test.yaml").read_text())["tests"]
+    objects = [yaml.safe_load((HEALTH / case["inputPath"]).read_text()) for case in cases]
+    fixtures = sorted(f"testdata/{path.name}" for path in (HEALTH / "testdata").iterdir())
+    assert [case["inputPath"] for case in cases] == fixtures
+    for one in objects:
+        ProcessingTask.model_validate(one)  # what the operator writes has this form
+    found = [{"status": status, "message": message} for status, message in argo(*objects)]
+    assert found == [case["healthStatus"] for case in cases]
+
+
+def test_a_task_that_nobody_has_seen_yet_is_progressing_in_argo_cd() -> None:
+    assert argo({"apiVersion": "tasks.zzdsj.io/v1", "kind": "ProcessingTask", "metadata": {"name": "a"}}) == [
+        ("Progressing", "waiting for the operator")
+    ]
