@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 STARTED = time.monotonic()
 
+# A model that computes in one thread waits this long for the interpreter after each step, while another thread imports the
+# clients of the stores. 5 ms, the default, are longer than a step.
+sys.setswitchinterval(0.0005)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return the exit code."""
@@ -131,8 +135,6 @@ def _tell_the_kubelet(error: TaskError) -> None:
 
 
 async def _run(options: argparse.Namespace, loaded: "Settings") -> int:
-    import threading
-
     from job_runner.attempt import read_task, run_attempt, write_termination_message
 
     try:
@@ -140,19 +142,12 @@ async def _run(options: argparse.Namespace, loaded: "Settings") -> int:
     except TaskError as error:
         outcome, code = AttemptOutcome.of_error(error, attempt=loaded.attempt), exit_code(error)
     else:
-        threading.Thread(target=_import_clients, daemon=True).start()
         outcome, code = await run_attempt(task, settings=loaded, started=STARTED)
     write_termination_message(outcome, loaded.termination_log)
     print(outcome.model_dump_json(by_alias=True, exclude_none=True), flush=True)  # noqa: T201 - the command's output
     sys.stderr.flush()
     # Everything is said. A thread that is stuck in a library, or in a store that does not answer, must not keep the pod.
     os._exit(code)
-
-
-def _import_clients() -> None:
-    """Import what takes longest, in a thread, while the document is opened and parsed."""
-    import elasticsearch  # noqa: F401 - for later
-    import pymilvus  # noqa: F401 - for later
 
 
 async def _search(options: argparse.Namespace, loaded: "Settings") -> int:

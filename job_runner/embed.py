@@ -119,17 +119,18 @@ def check_model(wanted: str | None, embedder: Embedder) -> None:
         raise InvalidTask(message)
 
 
-def batches(tokens: Sequence[int], *, budget: int) -> Iterator[list[int]]:
+def batches(tokens: Sequence[int], *, budget: int, first: int | None = None) -> Iterator[list[int]]:
     """Put texts, given by their tokens, into batches: yield the indices of each, every text once, the shortest first.
 
     Texts of one batch are about equally long, since models pad them to the longest. With padding a batch has at most
-    ``budget`` tokens, and at most BATCH_TEXTS texts; a text that is longer is a batch of its own.
+    ``budget`` tokens (the first one ``first``), and at most BATCH_TEXTS texts; a longer text is a batch of its own.
     """
+    limit = budget if first is None else first
     batch: list[int] = []
     for index in sorted(range(len(tokens)), key=tokens.__getitem__):
-        if batch and ((len(batch) + 1) * tokens[index] > budget or len(batch) == BATCH_TEXTS):
+        if batch and ((len(batch) + 1) * tokens[index] > limit or len(batch) == BATCH_TEXTS):
             yield batch
-            batch = []
+            batch, limit = [], budget
         batch.append(index)
     if batch:
         yield batch

@@ -158,8 +158,8 @@ def max_tokens_with_special(folder: Path) -> int | None:
     chosen = folder / "sentence_bert_config.json"
     limits = [read(chosen).get("max_seq_length")] if chosen.is_file() else []
     if not any(limits):
-        for file, key in (("tokenizer_config.json", "model_max_length"), ("config.json", "max_position_embeddings")):
-            limits.append(read(folder / file).get(key))
+        places = (("tokenizer_config.json", "model_max_length"), ("config.json", "max_position_embeddings"))
+        limits = [read(folder / file).get(key) for file, key in places if (folder / file).is_file()]
     known = [limit for limit in limits if limit]
     return min(known) if known else None
 

@@ -163,6 +163,7 @@ class DocumentPipeline:
         self._open_stores = open_stores
         self._stages = Stages(progress)
         self._splitting = self._split_settings()
+        self._loading: asyncio.Task[None] | None = None
         self._ready: asyncio.Task[None] | None = None
 
     def _split_settings(self) -> SplitSettings:
@@ -206,7 +207,7 @@ class DocumentPipeline:
                     return self._superseded(intent.published)
                 if stores is None or generation != intent.generation:  # begun anew after the knowledge base was deleted
                     generation = intent.generation
-                    stores = await self._opened(stack, generation)
+                    stores = await self._opened(stack, intent)
                 if intent.standing is Standing.SUPERSEDED:
                     await self._withdraw(intent.version, stores)
                     return self._superseded(intent.published)
@@ -225,14 +226,18 @@ class DocumentPipeline:
             f"cannot publish {self._document_id}: other tasks published it {ROUNDS} times meanwhile; try again later"
         )
 
-    async def _opened(self, stack: contextlib.AsyncExitStack, generation: int) -> Stores:
+    async def _opened(self, stack: contextlib.AsyncExitStack, intent: Intent) -> Stores:
         """Open a generation; what it lacks is created while something else is done, see :meth:`_stores_ready`.
 
-        A new collection takes Milvus seconds: meanwhile the document is parsed and its first batches are embedded.
+        A new collection takes Milvus seconds: meanwhile the document is parsed and its first batches are embedded. The model
+        is loaded before: the stores' clients are a second of imports, which would share the interpreter with it.
         """
-        stores = self._open_stores(Generation(self._namespace, self._kb_id, generation))
+        stores = self._open_stores(Generation(self._namespace, self._kb_id, intent.generation))
         stack.push_async_callback(stores.aclose)
-        self._ready = asyncio.create_task(_ensure(stores))
+        if intent.standing is Standing.WORK and self._loading is None:
+            self._loading = asyncio.create_task(asyncio.to_thread(self._embedder.warm_up))
+            stack.push_async_callback(_end, self._loading)
+        self._ready = asyncio.create_task(_ensure(stores, after=self._loading))
         stack.push_async_callback(_end, self._ready)
         return stores
 
@@ -261,19 +266,15 @@ class DocumentPipeline:
     async def _read(self, source: Source) -> _Read:
         """Parse and split, while the model is loaded."""
         limits = parser_limits(self._settings, source.kind)
-        warming = asyncio.create_task(asyncio.to_thread(self._embedder.warm_up))
-        try:
-            with self._stages.enter(Stage.PARSE):
-                document = await parse(
-                    source, limits=limits, on_progress=lambda done, all_: self._stages.within(Stage.PARSE, done, all_)
-                )
-                source.check_unchanged()
-            with self._stages.enter(Stage.SPLIT):
-                chunks = await asyncio.to_thread(self._split, document)
-            with self._stages.enter(Stage.EMBED):
-                await warming
-        finally:
-            await _end(warming)
+        with self._stages.enter(Stage.PARSE):
+            document = await parse(
+                source, limits=limits, on_progress=lambda done, all_: self._stages.within(Stage.PARSE, done, all_)
+            )
+            source.check_unchanged()
+        with self._stages.enter(Stage.SPLIT):
+            chunks = await asyncio.to_thread(self._split, document)
+        with self._stages.enter(Stage.EMBED):
+            await asyncio.to_thread(self._embedder.warm_up)  # waits for the loading that is under way
         return _Read(document=document, chunks=chunks)
 
     def _split(self, document: ParsedDocument) -> tuple[Chunk, ...]:
@@ -352,7 +353,9 @@ class DocumentPipeline:
                     await self._store(writer, stores, [row for row in todo if row.text_hash in known], known)
                     new = list({row.text_hash: row for row in todo if row.text_hash not in known}.values())
                     done += len(group) - len(new)
-                    for batch in batches([row.tokens for row in new], budget=self._embedder.batch_tokens):
+                    budget = self._embedder.batch_tokens
+                    # A small one first, so that the stores have something to do soon.
+                    for batch in batches([row.tokens for row in new], budget=budget, first=None if start else budget // 8):
                         part = [new[index] for index in batch]
                         vectors = await asyncio.to_thread(self._embedder.embed, [row.text for row in part])
                         computed = dict(zip((row.text_hash for row in part), vectors, strict=True))
@@ -572,7 +575,9 @@ async def _open(stack: contextlib.AsyncExitStack, file_path: str, settings: Sett
     return await asyncio.to_thread(stack.enter_context, opening)
 
 
-async def _ensure(stores: Stores) -> None:
+async def _ensure(stores: Stores, *, after: asyncio.Task[None] | None) -> None:
+    if after is not None:
+        await asyncio.wait([after])  # whatever became of it: who needs the model will hear
     await asyncio.gather(stores.vectors.ensure(), stores.texts.ensure())
 
 

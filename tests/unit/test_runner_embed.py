@@ -240,6 +240,10 @@ def test_batches_hold_texts_of_one_length_within_a_budget(tokens: list[int], exp
     assert list(batches(tokens, budget=100)) == expected
 
 
+def test_the_first_batch_may_be_smaller() -> None:
+    assert list(batches([10] * 12, budget=50, first=20)) == [[0, 1], [2, 3, 4, 5, 6], [7, 8, 9, 10, 11]]
+
+
 @given(tokens=st.lists(st.integers(0, 300), max_size=200), budget=st.integers(1, 2_000))
 def test_every_text_is_in_one_batch_and_little_is_padded(tokens: list[int], budget: int) -> None:
     found = list(batches(tokens, budget=budget))
