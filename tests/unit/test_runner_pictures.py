@@ -95,17 +95,47 @@ def test_a_picture_that_the_libraries_fail_on_is_a_failed_page_and_want_of_memor
         assert readers.read(data, kind=Kind.PDF, name="a", recognize=recognize).failed_pages == (2,)
 
 
+def column(left: float, right: float, *names: str, top: float = 0) -> list[tuple[ocr.Box, str]]:
+    """Lines of text one below the other."""
+    return [(ocr.Box(left, top + 20 * at, right, top + 20 * at + 14), name) for at, name in enumerate(names)]
+
+
 @pytest.mark.parametrize(
-    ("boxes", "expected"),
+    ("pieces", "expected"),
     [
-        pytest.param([(0, 0, 10, "a"), (0, 12, 22, "b")], ["a", "b"], id="from the top down"),
-        pytest.param([(90, 1, 11, "42"), (0, 0, 10, "Tank"), (0, 13, 23, "next")], ["Tank 42", "next"], id="a row of cells"),
-        pytest.param([(0, 0, 10, "a"), (50, 6, 16, "b")], ["a", "b"], id="half a line lower is another row"),
+        pytest.param(column(0, 500, "a", "b"), ["a", "b"], id="from the top down"),
+        pytest.param(column(90, 120, "42") + column(0, 50, "Tank", "next"), ["Tank 42", "next"], id="a row of cells"),
+        pytest.param(column(0, 50, "a") + column(60, 99, "b", top=8), ["a", "b"], id="half a line lower is another row"),
         pytest.param([], [], id="nothing"),
+        pytest.param(
+            column(0, 230, *"abcd") + column(250, 480, *"efgh", top=3), list("abcdefgh"), id="two columns that are not level"
+        ),
+        pytest.param(
+            column(0, 480, "Title")
+            + column(0, 230, *"abcd", top=40)
+            + column(250, 480, *"efgh", top=40)
+            + column(100, 400, "Middle", top=140)
+            + column(0, 230, *"ijkl", top=180)
+            + column(250, 480, *"mnop", top=180),
+            ["Title", *"abcdefgh", "Middle", *"ijklmnop"],
+            id="titles over both columns",
+        ),
+        pytest.param(
+            column(0, 150, *"abcd") + column(165, 315, *"efgh") + column(330, 480, *"ijkl"), list("abcdefghijkl"), id="three"
+        ),
+        pytest.param(
+            column(0, 60, *"abcd") + column(200, 260, *"efgh") + column(400, 480, *"ijkl"),
+            ["a e i", "b f j", "c g k", "d h l"],
+            id="a table: its cells are short",
+        ),
+        pytest.param(
+            column(0, 200, *"abc") + column(220, 480, *"efg"), ["a e", "b f", "c g"], id="three rows of two are no columns"
+        ),
     ],
 )
-def test_pieces_of_text_are_put_into_rows(boxes: list[tuple[float, float, float, str]], expected: list[str]) -> None:
-    assert ocr.rows([box[:3] for box in boxes], [box[3] for box in boxes]) == expected
+def test_pieces_of_text_are_put_into_the_order_of_reading(pieces: list[tuple[ocr.Box, str]], expected: list[str]) -> None:
+    for order in (pieces, pieces[::-1], sorted(pieces)):
+        assert ocr.lines([box for box, _ in order], [text for _, text in order]) == expected
 
 
 def test_a_tall_picture_is_cut_between_lines() -> None:
