@@ -36,11 +36,11 @@ async def search(
     found = await ledger.knowledge_base(namespace=namespace, kb_id=kb_id)
     if found is None:
         raise DocumentNotFound(f"cannot search {kb_id}: namespace {namespace} has no such knowledge base; check both names")
+    if await ledger.is_empty(namespace=namespace, kb_id=kb_id):
+        return Answers(milvus=[], elasticsearch=[])
     generation, fingerprint, _ = found
     if fingerprint != await asyncio.to_thread(lambda: embedder.fingerprint):
         raise ModelMismatch(f"cannot search {kb_id}: it was filled with model {fingerprint}; set TASKS_EMBEDDING_MODEL")
-    if await ledger.is_empty(namespace=namespace, kb_id=kb_id):
-        return Answers(milvus=[], elasticsearch=[])
     stores = open_stores(Generation(namespace, kb_id, generation))
 
     async def by_meaning() -> list[Hit]:

@@ -8,6 +8,7 @@ import pytest
 
 from job_runner.index import Generation
 from job_runner.ledger import Ledger
+from job_runner.search import search
 from job_runner.stores import opener
 from task_contract.errors import Fenced
 from task_contract.lifecycle import ExitCode
@@ -45,6 +46,24 @@ async def chunks(lab: Lab, document: str = "a.txt") -> int | None:
         lab.document_id(document),
     )
     return found
+
+
+async def asked(lab: Lab) -> int:
+    """Return how many chunks a search finds in both stores."""
+    ledger = Ledger(lab.environment["TASKS_POSTGRES_URL"])
+    try:
+        answers = await search(
+            "One",
+            namespace=NAMESPACE,
+            kb_id=lab.kb_id,
+            top_k=3,
+            ledger=ledger,
+            embedder=lab.embedder,
+            open_stores=opener(lab.settings(), dimension=lab.embedder.dimension),
+        )
+    finally:
+        await ledger.aclose()
+    return len(answers.milvus) + len(answers.elasticsearch)
 
 
 # ----------------------------------------------------------------------------------------------------------- documents
@@ -92,9 +111,11 @@ async def test_what_was_never_there_is_deleted_without_a_trace(lab: Lab) -> None
 async def test_the_first_document_after_a_deletion_still_decides_the_model(lab: Lab) -> None:
     lab.take_own_knowledge_base()
     await lab.run(lab.deletion(at=0))
+    assert await asked(lab) == 0
     lab.write(["One"])
     outcome, _ = await lab.run(lab.task(at=1))
     assert outcome.reason == "Completed", outcome
+    assert await asked(lab) == 2
     other = HashEmbedder()
     other.fingerprint = "hash-2"
     outcome, _ = await lab.run(lab.task(at=2), embedder=other)
