@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from job_runner import export_onnx
 from job_runner.embed import make_embedder
 from job_runner.model_folder import folder_of
 from tests.support.runner_lab import NAMESPACE, ROOT, Lab
@@ -55,8 +56,11 @@ async def test_a_document_is_found_by_meaning_and_other_models_are_kept_apart(la
     shutil.copytree(folder_of(NAME) or Path(), tmp_path / "minilm")
     code, output, errors = await call("run", task(), model=str(tmp_path / "minilm"))
     assert (code, json.loads(output)["reason"]) == (0, "Unchanged"), errors
+    exported = str(tmp_path / "minilm-onnx")
+    assert await asyncio.to_thread(export_onnx.main, [NAME, exported]) == 0
     for model, payload, reason in (
         ("universal-sentence-encoder-multilingual-v3", {}, "ModelMismatch"),
+        (exported, {}, "ModelMismatch"),
         ("universal-sentence-encoder-multilingual-v3", {"embeddingModel": NAME}, "InvalidTask"),
         (str(tmp_path / "absent"), {}, "ModelUnavailable"),
         ("BAAI/bge-m3", {}, "ModelUnavailable"),
@@ -66,3 +70,14 @@ async def test_a_document_is_found_by_meaning_and_other_models_are_kept_apart(la
     assert await lab.published("handbook.pdf") == 1
     code, _, errors = await call("search", *where, model="universal-sentence-encoder-multilingual-v3")
     assert (code, "it was filled with model st-" in errors) == (65, True), errors
+
+    # The other way round: a knowledge base that ONNX Runtime has filled is for neither of the other two.
+    lab.take_own_knowledge_base()
+    code, output, errors = await call("run", task(), model=exported)
+    assert code == 0, errors
+    assert all(json.loads(line) for line in errors.splitlines()), "logs are JSON"
+    result = json.loads(output)["result"]
+    assert result["chunks"] == result["embedded"] == result["milvusCount"] == result["elasticsearchCount"] > 10
+    for model in (NAME, "universal-sentence-encoder-multilingual-v3"):
+        code, output, _ = await call("run", task(), model=model)
+        assert (code, json.loads(output)["reason"]) == (65, "ModelMismatch"), output
