@@ -16,6 +16,10 @@ from job_runner.sweep import Summary, sweep
 from task_contract.errors import Fenced, StoresDisagree
 from task_contract.lifecycle import ExitCode
 from task_contract.models import ProcessingTask
+from task_operator.jobs import RunnerTemplate
+from task_operator.metrics import Metrics
+from task_operator.projection import Database
+from task_operator.sweeper import Sweeper
 from tests.support.runner_lab import NAMESPACE, Lab, Reached, rows_of, run_watched
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
@@ -267,3 +271,50 @@ async def test_the_command_line(lab: Lab, ledger: Ledger) -> None:
     process = lab.command("job_runner", "sweep", "--namespace", NAMESPACE, environment=environment)
     output, errors = await asyncio.to_thread(process.communicate, timeout=60)
     assert process.returncode == ExitCode.STORE_UNAVAILABLE, (output, errors)
+
+
+async def test_the_job_that_the_operator_makes_sweeps_what_a_dead_task_has_left(lab: Lab, ledger: Ledger) -> None:
+    """From the operator's comparison to the stores; played are the API server and the pod, whose command is run as it is."""
+    lab.write(["One", "Two"])
+    task = lab.task(at=0)
+    await killed(lab, task)
+    await lab.fetch(
+        "INSERT INTO tasks (uid, namespace, name, type, priority, phase, spec, created_at, generation, resource_version) "
+        "VALUES ($1, $2, 'a', 'document_processing', 'normal', 'Processing', '{}', now(), 1, 1)",
+        uid_of(task),
+        NAMESPACE,
+    )
+    alive = {str(uid_of(task))}
+    names: list[str] = []
+
+    async def create_job(job: dict[str, Any]) -> dict[str, Any]:
+        names.append(job["metadata"]["name"])
+        [container] = job["spec"]["template"]["spec"]["containers"]
+        process = lab.command(*container["command"][2:])
+        output, errors = await asyncio.to_thread(process.communicate, timeout=60)
+        assert process.returncode == ExitCode.SUCCEEDED, errors
+        assert "removed 2 rows from Milvus and 2 from Elasticsearch" in output
+        return job
+
+    database = Database(lab.environment["TASKS_POSTGRES_URL"], metrics=Metrics())
+    await database.warm_up()
+    try:
+        sweeper = Sweeper(
+            create_job=create_job,
+            database=database,
+            alive=lambda: alive,
+            template=RunnerTemplate(image="runner:1"),
+            metrics=Metrics(),
+            namespaces=[NAMESPACE],
+        )
+        await sweeper.look()
+        assert not names, "the task is alive"
+        alive.clear()
+        await sweeper.look()
+        assert await rows(lab) == (0, 0)
+        await sweeper.look()
+        assert len(names) == 1, "it is clean now"
+        outcome, code = await lab.run(task, attempt=2)
+        assert code is ExitCode.FENCED, outcome
+    finally:
+        await database.aclose()
