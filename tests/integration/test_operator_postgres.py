@@ -571,7 +571,11 @@ async def test_what_a_task_has_begun_is_swept_when_the_operator_comes_back_after
 
         await until("a Job sweeps", swept, seconds=60)
         assert await sql.fetchval("SELECT state FROM document_versions WHERE task_uid = $1", uid) == "canceled"
-        assert (await operator.get("/metrics"))[1].count("task_operator_sweep_jobs_total 1.0") == 1
+
+        async def counted() -> bool:
+            return "task_operator_sweep_jobs_total 1.0" in (await operator.get("/metrics"))[1]
+
+        await until("it is counted", counted)
 
 
 async def test_a_ttl_waits_for_the_row(place: Place, process: Start, sql: "asyncpg.Connection[Any]") -> None:
