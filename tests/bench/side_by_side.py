@@ -36,7 +36,8 @@ def environment() -> Path:
         with step("installing LangChain and llama-index for the comparison (the first time: 100 MB to download)"):
             run([uv, "venv", "--relocatable", "--python", sys.executable, folder], doing="make an environment")
             # Copies, not links: llama-index's library of sentences (nltk) reads no file that has a second name.
-            options = ["--require-hashes", "--link-mode=copy", f"--python={folder}/bin/python"]
+            # Compiled, as pip does: else the first run of each would pay for it.
+            options = ["--require-hashes", "--link-mode=copy", "--compile-bytecode", f"--python={folder}/bin/python"]
             install: list[str | Path] = [uv, "pip", "install", *options, "--requirements", LOCK]
             run(install, doing="install LangChain and llama-index")
 
