@@ -5,6 +5,7 @@ Everywhere that is the packaged model; `make test-torch` runs the same tests whe
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -158,18 +159,26 @@ def test_what_the_pipeline_asks_first_loads_no_model(embedder: Embedder, setting
 
 
 def test_no_model_speaks_to_a_network(embedder: Embedder, setting: str) -> None:
+    """Neither Python, which is refused it, nor native code, which would ask the proxy: ONNX Runtime has such."""
     code = (
         f"{NO_NETWORK}\n"
         "from job_runner.embed import make_embedder\n"
         f"embedder = make_embedder({setting!r})\n"
         "print(embedder.embed(['text']).shape, embedder.embed_query('text').shape, embedder.count_tokens('text'))\n"
     )
-    assert run_python(code) == f"(1, {embedder.dimension}) ({embedder.dimension},) 1\n"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        proxy = f"http://127.0.0.1:{server.getsockname()[1]}"
+        said = run_python(code, http_proxy=proxy, https_proxy=proxy)
+        assert said == f"(1, {embedder.dimension}) ({embedder.dimension},) 1\n"
+        with pytest.raises(BlockingIOError):
+            server.accept()
 
 
-def run_python(code: str) -> str:
+def run_python(code: str, **variables: str) -> str:
     """Run CODE in a process of its own, without settings of model hubs in its environment; return what it prints."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    without = ("HF_", "TRANSFORMERS_", "ORT_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(without)} | variables
     environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'crds'}"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
