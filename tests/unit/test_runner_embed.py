@@ -290,13 +290,17 @@ def test_pieces_are_those_of_the_packages_own_tokenizer(text: str) -> None:
     assert PIECES.encode(text) == OWN_TOKENIZER.encode(text)
 
 
-def test_threads_and_the_faster_tokenizer_change_no_vector() -> None:
+@pytest.mark.parametrize("setting", [PACKAGED_MODEL], indirect=True)
+def test_threads_and_the_faster_tokenizer_change_no_vector(embedder: Embedder) -> None:
     texts = [f"{SENTENCE} {number} 知识库 नमस्ते \ue01d\ue01e" for number in range(7)]
-    embedder = make_embedder(PACKAGED_MODEL, threads=3)
+    assert isinstance(embedder, PackagedEmbedder)
+    embedder.warm_up()
+    threaded = PackagedEmbedder(threads=3)
+    threaded._model = embedder._model  # loaded once
     own = USE(threads=1)
     for part in (texts, texts[:1]):
-        assert np.allclose(embedder.embed(part), own.encode(part), atol=1e-6)
-    assert embedder.batch_tokens == 3 * PackagedEmbedder().batch_tokens
+        assert np.allclose(threaded.embed(part), own.encode(part), atol=1e-6)
+    assert threaded.batch_tokens == 3 * embedder.batch_tokens
 
 
 # ------------------------------------------------------------------------------------------------------ semantic splitting
