@@ -376,10 +376,7 @@ class DocumentPipeline:
             return set(), set()
         await self._stores_ready()
         expected = {row.id for row in rows}
-        found = await asyncio.gather(
-            stores.vectors.stored(self._document_id, intent.version),
-            stores.texts.stored(self._document_id, intent.version),
-        )
+        found = await stores.stored(self._document_id, intent.version)
         kept = []
         for store, stored in zip((stores.vectors, stores.texts), found, strict=True):
             await store.delete(stored.keys() - expected)
@@ -421,10 +418,7 @@ class DocumentPipeline:
         deadline = time.monotonic() + self._settings.verify_seconds
         pause = 0.1
         while True:
-            in_vectors, in_texts = await asyncio.gather(
-                stores.vectors.stored(self._document_id, intent.version),
-                stores.texts.stored(self._document_id, intent.version),
-            )
+            in_vectors, in_texts = await stores.stored(self._document_id, intent.version)
             if in_vectors == expected == in_texts:
                 return len(in_vectors), len(in_texts)
             published = await self._ledger.published(
@@ -486,9 +480,7 @@ class DocumentPipeline:
                 self._chunk_id(version, ordinal): intent.published.content_hash
                 for ordinal in range(intent.published.chunk_count)
             }
-            found = await asyncio.gather(
-                stores.vectors.stored(self._document_id, version), stores.texts.stored(self._document_id, version)
-            )
+            found = await stores.stored(self._document_id, version)
             if found[0] == expected == found[1]:
                 return True
             log.warning("the stores have lost chunks of the published version", version=version)
@@ -514,10 +506,7 @@ class DocumentPipeline:
         with self._stages.enter(Stage.PUBLISH):
             await self._stores_ready()
             await self._remove_lower(published.version, stores)
-            found = await asyncio.gather(
-                stores.vectors.stored(self._document_id, published.version),
-                stores.texts.stored(self._document_id, published.version),
-            )
+            found = await stores.stored(self._document_id, published.version)
         return self._done("Completed", published, counts=(len(found[0]), len(found[1])))
 
     async def _remove_lower(self, version: int, stores: Stores) -> None:
