@@ -16,6 +16,7 @@ from task_contract.lifecycle import retry_delay
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.models import (
     AVAILABLE_TYPES,
+    Action,
     Attempt,
     Executor,
     Failure,
@@ -100,8 +101,10 @@ def _impossible(task: ProcessingTask) -> str | None:
         return "cannot use a worker pool: this version has none; create a task with executor auto or job"
     if spec.callback is not None:
         return "cannot call back: this version does not; create the task without callback and watch it instead"
-    if spec.type is TaskType.DOCUMENT_PROCESSING and (spec.kb_id is None or spec.payload.file_path is None):
-        return "cannot find the document: set spec.kbId and spec.payload.filePath"
+    if spec.type is TaskType.DOCUMENT_PROCESSING:
+        needs_file = spec.payload.effective_action is Action.UPSERT
+        if spec.kb_id is None or (needs_file and spec.payload.file_path is None):
+            return "cannot find the document: set spec.kbId and spec.payload.filePath"
     return None
 
 

@@ -926,6 +926,21 @@ ROWS = [
         status={"phase": "Failed", "error.reason": "InvalidTask", "attempt": 0},
     ),
     Row(
+        "an upsert without a file ends as InvalidTask",
+        Observed(task=task(spec={"payload": {"documentId": "handbook"}})),
+        status={"phase": "Failed", "error.reason": "InvalidTask"},
+    ),
+    Row(
+        "a deletion needs no file",
+        Observed(task=task(spec={"payload": {"action": "delete", "documentId": "handbook"}})),
+        create=1,
+    ),
+    Row(
+        "a knowledge base is deleted without any document",
+        Observed(task=task(spec={"payload": {"action": "delete_knowledge_base", "confirm": "kb-42"}})),
+        create=1,
+    ),
+    Row(
         "a pool ends as InvalidTask",
         Observed(task=task(spec={"executor": "pool"})),
         status={"phase": "Failed", "error.reason": "InvalidTask"},
