@@ -1,5 +1,6 @@
 """What a user does with an installation: apply, watch, cancel, delete, break, and ask."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -14,6 +15,9 @@ import asyncpg
 import pytest
 
 from devstack import installation
+from job_runner.index import Generation
+from job_runner.settings import Settings
+from job_runner.stores import opener
 from service_client import TaskNotFound
 from task_contract.models import Phase, ProcessingTask
 from tests.e2e.conftest import Installed
@@ -178,6 +182,60 @@ def test_the_same_bytes_are_not_processed_again_and_new_bytes_replace_the_old(in
     verified(process("# Locker\n\nThe locker key lies in the red drawer."))
     for hit in search(installed, kb_id=kb_id, query="Where is the locker key?").values():
         assert "red drawer" in hit["text"]
+
+
+def test_a_deleted_document_is_found_no_more_and_neither_is_a_deleted_knowledge_base(installed: Installed) -> None:
+    kb_id, path = unique("kb"), unique("notes") + ".md"
+    target = installed.documents / path
+    target.write_text("# Locker\n\nThe locker key hangs behind the blue door.")
+    target.chmod(0o644)
+
+    def run(payload: dict[str, Any], reason: str, documents: int) -> None:
+        name = unique("notes")
+        installed.client.submit({"type": "document_processing", "kbId": kb_id, "payload": payload}, name=name)
+        task = installed.client.wait(name, timeout=MINUTES)
+        assert next(one.reason for one in task.status.conditions if one.type == "Ready") == reason
+        assert task.status.result is not None
+        assert task.status.result.documents == documents
+
+    upsert, question = {"filePath": path}, "Where is the locker key?"
+    run(upsert, "Completed", 1)
+    assert set(search(installed, kb_id=kb_id, query=question)) == {"milvus", "elasticsearch"}
+    run({"action": "delete", "filePath": path}, "Deleted", 1)
+    assert search(installed, kb_id=kb_id, query=question) == {}
+    run({"action": "delete", "filePath": path}, "Deleted", 0)
+    run(upsert, "Completed", 1)
+    run({"action": "delete_knowledge_base", "confirm": kb_id}, "Deleted", 1)
+    assert search(installed, kb_id=kb_id, query=question) == {}
+    run(upsert, "Completed", 1)
+    assert set(search(installed, kb_id=kb_id, query=question)) == {"milvus", "elasticsearch"}
+
+
+def test_what_a_canceled_task_has_written_is_swept_within_a_minute(installed: Installed) -> None:
+    kb_id, name, file = unique("kb"), unique("long"), unique("long") + ".txt"
+    long_text(installed, file, sentences=20_000)
+    installed.client.submit(document(file, kb_id=kb_id), name=name)
+
+    def rows() -> list[int]:
+        return asyncio.run(_rows(installed, kb_id))
+
+    poll("both stores hold something", lambda: min(rows()) > 0, seconds=120)
+    installed.client.cancel(name)
+    canceled = time.monotonic()
+    assert installed.client.wait(name, timeout=MINUTES).status.phase is Phase.CANCELED
+    poll("nothing is left in the stores", lambda: max(rows()) == 0, seconds=60 - (time.monotonic() - canceled))
+
+
+async def _rows(installed: Installed, kb_id: str) -> list[int]:
+    """Return how many rows each store has of a knowledge base."""
+    urls = installed.endpoints.host_urls
+    settings = Settings.model_validate({name.removeprefix("TASKS_").lower(): value for name, value in urls.items()})
+    stores = opener(settings, dimension=0)(Generation(installation.TASK_NAMESPACE, kb_id, 1))
+    try:
+        await stores.open_existing()
+        return [sum([len(page) async for page in store.scan()]) for store in (stores.vectors, stores.texts)]
+    finally:
+        await stores.aclose()
 
 
 def test_a_suspended_task_waits_and_runs_when_it_is_resumed(installed: Installed) -> None:
