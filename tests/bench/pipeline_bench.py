@@ -52,7 +52,7 @@ _PATIENCE: Final = 180.0  # seconds for one runner
 
 
 def run() -> list[Measurement]:
-    """Measure everything: 24 minutes on two CPUs that a tenfold load kept busy, of which five are CPU time."""
+    """Measure everything: 5 minutes on two CPUs that carry the stores too."""
     with tempfile.TemporaryDirectory(prefix="pipeline-bench-") as folder, _bench(Path(folder)) as bench:
         measured = []
         for part in (_parsing, _splitting, _throughput, _writing, _starting, _repeating, _memory, _killing):
