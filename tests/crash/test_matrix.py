@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 
 import pytest
 
+from job_runner.embed import BATCH_TEXTS
 from tests.crash.faults import Action, Kind
 from tests.crash.life import Life, Scenario, Track, World
 from tests.crash.matrix import TRACKS, Outcome, chosen, kinds, settle, try_all, without_faults
@@ -93,7 +94,8 @@ def _pairs(points: Sequence[str]) -> list[frozenset[str]]:
 
 async def test_a_runner_that_is_killed_again_and_again_gets_on(world: World) -> None:
     """Each runner writes one batch and dies before its next one; numbers of calls go on over the restarts."""
-    world.write("long.txt", [f"Sentence {number}" for number in range(100)])
+    count = 5 * BATCH_TEXTS
+    world.write("long.txt", [f"Sentence {number}" for number in range(count)])
     kills = frozenset(f"runner Milvus upsert #{number} before" for number in (2, 4, 6))
     async with _tracks(world, 1) as [track]:
         life = Life(PUBLISH, track, kills, file="long.txt")
@@ -103,8 +105,8 @@ async def test_a_runner_that_is_killed_again_and_again_gets_on(world: World) -> 
         assert not life.broken
         assert end.attempts == ("ContainerFailed",) * 3 + ("Succeeded",)
         result = (await track.place.status(life.name))["result"]
-        assert (result["chunks"], result["milvusCount"], result["elasticsearchCount"]) == (100, 100, 100)
-        assert result["reused"] >= 96
+        assert (result["chunks"], result["milvusCount"], result["elasticsearchCount"]) == (count, count, count)
+        assert result["reused"] >= 3 * BATCH_TEXTS
 
 
 async def test_a_file_that_was_replaced_between_attempts_is_read_anew(world: World) -> None:

@@ -23,13 +23,13 @@ SELECT namespace, kb_id, generation, model_fingerprint, dimension, created_at FR
 
 -- The state of the index of a knowledge base. It is computed, so that it is right at any time and nobody has to write it:
 --   degraded   a check found chunks missing that readers should see, and nothing has repaired it yet
---   indexing   a task works on it, or nothing was published yet
---   ready      otherwise
+--   indexing   a task works on it
+--   ready      otherwise; one from which all documents were deleted is ready as well
 CREATE VIEW knowledge_base_states AS
 SELECT base.namespace, base.kb_id, base.generation, base.model_fingerprint, base.dimension,
        found.documents, found.chunks, found.missing, found.extra, found.checked_at, intents.intents,
        CASE WHEN found.missing > 0 THEN 'degraded'
-            WHEN intents.intents > 0 OR found.documents = 0 THEN 'indexing'
+            WHEN intents.intents > 0 THEN 'indexing'
             ELSE 'ready' END AS state,
        greatest(base.created_at, found.updated_at) AS updated_at
   FROM knowledge_bases AS base

@@ -414,26 +414,35 @@ async def test_a_broken_pdf_fails_at_once_and_says_why(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "reason", "message"),
+    ("name", "data", "stage", "reason", "message"),
     [
-        ("a.docx", make_docx(paragraph("word " * 99))[:-300], "DocumentUnreadable", "the DOCX is damaged or cut short"),
+        ("a.docx", make_docx(paragraph("word " * 99))[:-300], "fetch", "DocumentUnreadable", "is damaged or cut short"),
         (
             "a.docx",
             make_docx(parts={"word/document.xml": "<!DOCTYPE x [<!ENTITY a 'b'>]><x/>"}),
+            "parse",
             "DocumentRefused",
             "entities",
         ),
-        ("a.docx", make_docx(parts={"word/document.xml": part(" " * (20 << 20))}), "DocumentRefused", "as zip bombs do"),
-        ("a.html", b"<html>" + b"<div>" * 100_000, "DocumentRefused", "open in one another"),
-        ("a.html", b"<html><script>fill()</script>", "DocumentEmpty", "the page shows no text"),
+        (
+            "a.docx",
+            make_docx(parts={"word/document.xml": part(" " * (20 << 20))}),
+            "parse",
+            "DocumentRefused",
+            "as zip bombs do",
+        ),
+        ("a.html", b"<html>" + b"<div>" * 100_000, "parse", "DocumentRefused", "open in one another"),
+        ("a.html", b"<html><script>fill()</script>", "parse", "DocumentEmpty", "the page shows no text"),
     ],
 )
-async def test_hostile_files_fail_at_once_and_say_why(lab: Lab, name: str, data: bytes, reason: str, message: str) -> None:
+async def test_hostile_files_fail_at_once_and_say_why(
+    lab: Lab, name: str, data: bytes, stage: str, reason: str, message: str
+) -> None:
     (lab.documents / name).write_bytes(data)
     outcome, code = await lab.run(lab.task(name))
     assert (code, outcome.reason) == (ExitCode.PERMANENT, reason)
     assert outcome.error is not None
-    assert (outcome.error.stage, outcome.error.retryable) == ("parse", False)
+    assert (outcome.error.stage, outcome.error.retryable) == (stage, False)
     assert message in outcome.error.message
 
 
