@@ -27,9 +27,10 @@ document, row of the version.
 
 import asyncio
 import contextlib
+import json
 import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final
@@ -126,6 +127,8 @@ class Published:
     version: int
     content_hash: str
     chunk_count: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of a result that reading the document has given; empty where an earlier release has published it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,12 +287,12 @@ class Ledger:
             standing = Standing.UNCHANGED if unchanged else Standing.WORK
             return _intent(claim, standing, version, epoch, generation, published, resumed=resumed)
 
-    async def commit(self, intent: Intent, *, chunk_count: int) -> Commit:
-        """Publish the version of an intent. The caller has read both stores back.
+    async def commit(self, intent: Intent, *, chunk_count: int, facts: Mapping[str, Any] | None = None) -> Commit:
+        """Publish the version of an intent, with what its results say of the document. The caller has read both stores back.
 
         Raises Fenced when the task was canceled or another process holds the intent.
         """
-        return await self._settle(intent, state="published", chunk_count=chunk_count)
+        return await self._settle(intent, state="published", chunk_count=chunk_count, facts=facts)
 
     async def confirm(self, intent: Intent) -> Commit:
         """Settle an intent whose content is published already: readers go on seeing the version that they see.
@@ -298,7 +301,9 @@ class Ledger:
         """
         return await self._settle(intent, state="unchanged", chunk_count=None)
 
-    async def _settle(self, intent: Intent, *, state: str, chunk_count: int | None) -> Commit:
+    async def _settle(
+        self, intent: Intent, *, state: str, chunk_count: int | None, facts: Mapping[str, Any] | None = None
+    ) -> Commit:
         claim = intent.claim
         async with self._connection("commit the version") as connection, connection.transaction():
             # Shared: commits do not wait for each other. The operator takes it exclusively to raise the fence.
@@ -352,7 +357,7 @@ class Ledger:
                     claim.content_hash,
                     chunk_count,
                 )
-            await _set_state(connection, intent, state, chunk_count=chunk_count)
+            await _set_state(connection, intent, state, chunk_count=chunk_count, facts=facts)
             return Commit.DONE
 
     async def published(self, *, namespace: str, kb_id: str, document_ids: list[str]) -> dict[str, int]:
@@ -773,7 +778,9 @@ async def _document(connection: Any, claim: Claim, *, insert: bool) -> Mapping[s
             *_key(claim),
         )
     row = await connection.fetchrow(
-        "SELECT last_version, published_version, published_task_at, content_hash, chunk_count FROM documents "
+        "SELECT last_version, published_version, published_task_at, content_hash, chunk_count, ("
+        "SELECT facts FROM document_versions AS its WHERE its.namespace = $1 AND its.kb_id = $2 "
+        "AND its.document_id = $3 AND its.version = published_version) AS facts FROM documents "
         "WHERE namespace = $1 AND kb_id = $2 AND document_id = $3 FOR UPDATE",
         *_key(claim),
     )
@@ -790,6 +797,7 @@ def _published(document: Mapping[str, Any]) -> Published | None:
         version=document["published_version"],
         content_hash=document["content_hash"],
         chunk_count=document["chunk_count"],
+        facts=json.loads(document["facts"] or "{}"),
     )
 
 
@@ -839,14 +847,22 @@ async def _enter(connection: Any, claim: Claim, *, row: Mapping[str, Any] | None
     return int(epoch)
 
 
-async def _set_state(connection: Any, intent: Intent, state: str, *, chunk_count: int | None = None) -> None:
+async def _set_state(
+    connection: Any,
+    intent: Intent,
+    state: str,
+    *,
+    chunk_count: int | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
     await connection.execute(
-        "UPDATE document_versions SET state = $5, chunk_count = $6, updated_at = now() "
+        "UPDATE document_versions SET state = $5, chunk_count = $6, facts = $7::jsonb, updated_at = now() "
         "WHERE namespace = $1 AND kb_id = $2 AND document_id = $3 AND version = $4",
         *_key(intent.claim),
         intent.version,
         state,
         chunk_count,
+        None if facts is None else json.dumps(facts),
     )
 
 

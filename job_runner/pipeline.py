@@ -442,7 +442,8 @@ class DocumentPipeline:
         self, intent: Intent, read: _Read, counts: tuple[int, int], *, embedded: int, stores: Stores
     ) -> Done | None:
         with self._stages.enter(Stage.PUBLISH):
-            match await self._ledger.commit(intent, chunk_count=len(read.chunks)):
+            facts = _facts(read)
+            match await self._ledger.commit(intent, chunk_count=len(read.chunks), facts=facts):
                 case Commit.AGAIN:
                     return None
                 case Commit.SUPERSEDED:
@@ -450,15 +451,11 @@ class DocumentPipeline:
                     return self._superseded(None)
                 case Commit.DONE:
                     await self._remove_lower(intent.version, stores)
-        document = read.document
         return Done(
             "Completed",
             Result(
+                **facts,
                 documents=1,
-                pages=len(document.pages) if document.paged else None,
-                failed_pages=len(document.failed_pages) if document.paged or document.failed_pages else None,
-                failed_page_numbers=list(document.failed_pages[:_FAILED_NAMED]) or None,
-                language=language_of_most(read.chunks),
                 chunks=len(read.chunks),
                 embedded=embedded,
                 reused=len(read.chunks) - embedded,
@@ -522,6 +519,7 @@ class DocumentPipeline:
         return Done(
             reason,
             Result(
+                **published.facts,
                 documents=1,
                 chunks=published.chunk_count,
                 embedded=0,
@@ -552,6 +550,18 @@ async def to_the_end(publishing: Coroutine[Any, Any, R]) -> R:
                 raise
 
 
+def _facts(read: _Read) -> dict[str, Any]:
+    """Return what a result says of the document itself: kept with the version, for those who need not read it again."""
+    document = read.document
+    found = {
+        "pages": len(document.pages) if document.paged else None,
+        "failed_pages": len(document.failed_pages) if document.paged or document.failed_pages else None,
+        "failed_page_numbers": list(document.failed_pages[:_FAILED_NAMED]) or None,
+        "language": language_of_most(read.chunks),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
 async def _open(stack: contextlib.AsyncExitStack, file_path: str, settings: Settings) -> Source:
     """Open the document in a thread, after it was fetched if a URL names it; it is closed with the stack."""
     max_bytes = settings.max_document_bytes
@@ -567,7 +577,7 @@ async def _open(stack: contextlib.AsyncExitStack, file_path: str, settings: Sett
 async def _ensure(stores: Stores, *, after: asyncio.Task[None] | None) -> None:
     if after is not None:
         await asyncio.wait([after])  # whatever became of it: who needs the model will hear
-    await asyncio.gather(stores.vectors.ensure(), stores.texts.ensure())
+    await stores.ensure()
 
 
 async def _end(task: asyncio.Task[Any]) -> None:

@@ -7,6 +7,9 @@ ALTER TABLE documents
 CREATE INDEX documents_inconsistent ON documents (namespace, kb_id) WHERE missing > 0 OR extra > 0;
 CREATE INDEX document_versions_intents ON document_versions (namespace, kb_id) WHERE state = 'intent';
 
+-- What reading the document has found (pages, failed pages, language), for the results of those who need not read it again.
+ALTER TABLE document_versions ADD COLUMN facts jsonb;
+
 -- Which collections and indices a knowledge base has. Readers see the one that knowledge_bases.generation names.
 CREATE TABLE generations (
     namespace         text        NOT NULL,

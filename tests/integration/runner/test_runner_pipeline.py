@@ -137,6 +137,8 @@ async def test_semantic_mode_publishes_as_the_others_do(lab: Lab) -> None:
     assert all("splitter 1 semantic 200/20" in row["pipeline"] for row in in_vectors)
     again, _ = await lab.run(lab.task("a.txt", chunkSize=200, chunkOverlap=20, processingMode="semantic"))
     assert again.reason == "Unchanged"
+    assert again.result is not None
+    assert again.result.language == outcome.result.language == "zh"  # without reading it again
 
 
 async def test_pages_and_headings_of_a_word_document_reach_both_stores(lab: Lab) -> None:
