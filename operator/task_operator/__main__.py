@@ -25,7 +25,7 @@ from task_operator.metrics import Metrics
 from task_operator.progress import ProgressFeed
 from task_operator.projection import Database
 from task_operator.schema import migrate
-from task_operator.settings import Settings, SettingsError, load_settings
+from task_operator.settings import DatabaseSettings, Settings, SettingsError, load_settings
 from task_operator.sweeper import Sweeper
 
 _log = structlog.get_logger("task_operator")
@@ -189,7 +189,7 @@ def _explain(error: BaseException) -> str:
     return error.message if isinstance(error, ClusterError) else repr(error)
 
 
-async def run_migrations(settings: Settings) -> int:
+async def run_migrations(settings: DatabaseSettings) -> int:
     """Bring the database up to date; return the exit code."""
     if settings.postgres_url is None:
         _log.error("cannot migrate: OPERATOR_POSTGRES_URL is not set")
@@ -215,9 +215,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = parser.parse_args(arguments).command
     configure_logging("INFO")
     try:
-        settings = load_settings()
+        if command == "migrate":
+            database = load_settings(DatabaseSettings)
+            configure_logging(database.log_level)
+            return uvloop.run(run_migrations(database))
+        settings = load_settings(Settings)
         configure_logging(settings.log_level)
-        return uvloop.run(run(settings) if command == "run" else run_migrations(settings))
+        return uvloop.run(run(settings))
     except (SettingsError, KubeconfigError) as error:
         _log.error(str(error))
         return 2

@@ -3,7 +3,7 @@
 import re
 from datetime import timedelta
 from importlib import metadata
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -51,13 +51,19 @@ def _empty_is_none(value: object) -> object:
 OptionalUrl = Annotated[str | None, BeforeValidator(_empty_is_none)]
 
 
-class Settings(BaseSettings):
-    """What the operator is told by its environment."""
+class DatabaseSettings(BaseSettings):
+    """What ``migrate`` is told: it needs no more than the database."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", use_attribute_docstrings=True)
 
     postgres_url: OptionalUrl = None
     """PostgreSQL for history, results and the fence. None: no history, and a cancel waits for the pod to be gone."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+
+class Settings(DatabaseSettings):
+    """What the operator is told by its environment."""
+
     redis_url: OptionalUrl = None
     """Redis that carries live progress. None: no progress in the status."""
     namespaces: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)] = ()
@@ -97,7 +103,6 @@ class Settings(BaseSettings):
     """How often everything is listed and looked at again, whatever the watch said."""
     sweep_interval_seconds: Annotated[float, Field(ge=0, le=86_400)] = 3600
     """How often the stores of a namespace are swept, besides after tasks that ended badly; 0: never, not even then."""
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     def runner_template(self) -> RunnerTemplate:
         """Return what every runner pod has in common."""
@@ -134,10 +139,13 @@ def product_version() -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", version)[:63]
 
 
-def load_settings() -> Settings:
+S = TypeVar("S", bound=DatabaseSettings)
+
+
+def load_settings(kind: type[S]) -> S:
     """Read the environment. Raises :class:`SettingsError` that names every bad variable at once."""
     try:
-        return Settings()
+        return kind()
     except ValidationError as error:
         problems = "; ".join(
             f"{PREFIX}{'.'.join(str(part) for part in problem['loc']).upper()}: "
