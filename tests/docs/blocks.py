@@ -59,8 +59,13 @@ SAYS = {
     ("README.md", "from datetime"): ["chunks="],
     ("docs/install.md", "kubectl -n knowledge wait ptask/health"): ["handbook", "Completed", "broken"],
     ("docs/install.md", "kubectl get ptask -A"): ["deleted"],
-    ("docs/pipeline.md", "export TASKS_POSTGRES_URL"): ["elasticsearch  healthy", '"outcome":"Succeeded"', "second Tuesday"],
-    ("docs/pipeline.md", "python -m job_runner verify"): ["hold exactly these", "are whole in both stores, 0 entered"],
+    ("docs/pipeline.md", "export TASKS_POSTGRES_URL"): [
+        "elasticsearch  healthy",
+        '"outcome":"Succeeded"',
+        "second Tuesday",
+        "hold exactly these",
+        "are whole in both stores, 0 entered",
+    ],
     ("docs/tasks.md", "kubectl get ptask -n knowledge -w"): ["handbook", "condition met", "broken", "patched"],
     ("docs/troubleshooting.md", "kubectl get ptask --output=wide"): ["DocumentUnreadable"],
     ("docs/troubleshooting.md", "kubectl get ptask broken"): [
