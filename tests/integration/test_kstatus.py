@@ -146,6 +146,8 @@ def test_every_phase_is_what_the_table_says(tasks: Tasks, steps: tuple[Decide, .
     assert health == ARGO[expected]
     task = ProcessingTask.model_validate(stored)
     types = {one.type: one.status for one in task.status.conditions}
+    consistent = types.pop("StoresConsistent", None)  # beside those of the phase, and nothing to kstatus
+    assert consistent in ({"Completed": ("True", None)}.get(phase, ("False", None)))
     assert (
         types
         == {
