@@ -271,7 +271,7 @@ async def _rebuild_ledger(options: argparse.Namespace, loaded: "Settings") -> in
             else:
                 print(rebuilt.as_text(label))  # noqa: T201 - the command's output
     if not wanted:
-        print("neither store has a knowledge base of ours that says its name; give --namespace and --kb-id")  # noqa: T201
+        print("neither store has a knowledge base of ours that says its name; give --namespace and --kb-id")  # noqa: T201 - output
     return code
 
 

@@ -14,7 +14,6 @@ from typing import Final
 from job_runner.index import ChunkStore, Generation, Stored
 from job_runner.ledger import Contents, Ledger, Published
 from job_runner.stores import Stores
-from task_contract.names import chunk_id
 
 _LOOKS: Final = 5
 """How often a document is looked at again because a task published it meanwhile."""
@@ -95,7 +94,7 @@ def belongs(row: Stored, published: Published | None, generation: Generation) ->
         and row.version == published.version
         and row.content_hash == published.content_hash
         and 0 <= row.ordinal < published.chunk_count
-        and row.id == _id(generation, row.document_id, row.version, row.ordinal)
+        and row.id == generation.chunk_id(row.document_id, row.version, row.ordinal)
     )
 
 
@@ -142,7 +141,7 @@ async def _look(
     before = await ledger.contents(generation, document_id=name)
     for _ in range(_LOOKS):
         published = before.published.get(name)
-        expected = {} if published is None else expected_rows(name, published, generation)
+        expected = {} if published is None else published.rows(generation, name)
         milvus, elasticsearch = await asyncio.gather(
             _differences(stores.vectors, name, published, expected, versions, before),
             _differences(stores.texts, name, published, expected, versions, before),
@@ -154,14 +153,6 @@ async def _look(
             return Deviation(name, None if published is None else published.version, *milvus, *elasticsearch)
         before = after
     return None
-
-
-def expected_rows(document_id: str, published: Published, generation: Generation) -> Mapping[str, str]:
-    """Return chunk id → content hash of the rows that a store must have of a document."""
-    return {
-        _id(generation, document_id, published.version, ordinal): published.content_hash
-        for ordinal in range(published.chunk_count)
-    }
 
 
 async def _differences(
@@ -180,13 +171,3 @@ async def _differences(
         if (name, version) not in contents.intents and (published is None or version != published.version):
             extra += len(await store.stored(name, version))
     return len(expected) - len(right), extra
-
-
-def _id(generation: Generation, document_id: str, version: int, ordinal: int) -> str:
-    return chunk_id(
-        namespace=generation.namespace,
-        kb_id=generation.kb_id,
-        document_id=document_id,
-        version=version,
-        ordinal=ordinal,
-    )

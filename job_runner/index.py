@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from task_contract.errors import InvalidTask
-from task_contract.names import generation_name, knowledge_base_name
+from task_contract.names import chunk_id, generation_name, knowledge_base_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +38,12 @@ class Generation:
     def alias(self) -> str:
         """Name that readers use, whatever the generation."""
         return knowledge_base_name(namespace=self.namespace, kb_id=self.kb_id)
+
+    def chunk_id(self, document_id: str, version: int, ordinal: int) -> str:
+        """Return the id of a row; it is the same in every generation."""
+        return chunk_id(
+            namespace=self.namespace, kb_id=self.kb_id, document_id=document_id, version=version, ordinal=ordinal
+        )
 
 
 @dataclass(frozen=True, slots=True)

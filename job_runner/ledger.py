@@ -130,6 +130,11 @@ class Published:
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Fields of a result that reading the document has given; empty where an earlier release has published it."""
 
+    def rows(self, generation: Generation, document_id: str) -> dict[str, str]:
+        """Return chunk id → content hash of the rows that each store must have."""
+        ids = (generation.chunk_id(document_id, self.version, ordinal) for ordinal in range(self.chunk_count))
+        return dict.fromkeys(ids, self.content_hash)
+
 
 @dataclass(frozen=True, slots=True)
 class Intent:

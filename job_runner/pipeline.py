@@ -45,7 +45,7 @@ from job_runner.stores import OpenStores, Stores
 from task_contract.errors import DocumentRefused, InvalidTask, StoresDisagree, TaskError
 from task_contract.location import is_url
 from task_contract.models import ProcessingMode, ProcessingTask, Result, Stage
-from task_contract.names import chunk_id, digest
+from task_contract.names import digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -232,7 +232,7 @@ class DocumentPipeline:
         A new collection takes Milvus seconds: meanwhile the document is parsed and its first batches are embedded. The model
         is loaded before: the stores' clients are a second of imports, which would share the interpreter with it.
         """
-        stores = self._open_stores(Generation(self._namespace, self._kb_id, intent.generation))
+        stores = self._open_stores(self._generation(intent))
         stack.push_async_callback(stores.aclose)
         if intent.standing is Standing.WORK and self._loading is None:
             self._loading = asyncio.create_task(asyncio.to_thread(self._embedder.warm_up))
@@ -303,7 +303,7 @@ class DocumentPipeline:
     def _row(self, chunk: Chunk, intent: Intent, read: _Read, source: Source) -> Row:
         document = read.document
         return Row(
-            id=self._chunk_id(intent.version, chunk.ordinal),
+            id=self._generation(intent).chunk_id(self._document_id, intent.version, chunk.ordinal),
             document_id=self._document_id,
             version=intent.version,
             ordinal=chunk.ordinal,
@@ -324,14 +324,8 @@ class DocumentPipeline:
             pipeline=self._fingerprint(source),
         )
 
-    def _chunk_id(self, version: int, ordinal: int) -> str:
-        return chunk_id(
-            namespace=self._namespace,
-            kb_id=self._kb_id,
-            document_id=self._document_id,
-            version=version,
-            ordinal=ordinal,
-        )
+    def _generation(self, intent: Intent) -> Generation:
+        return Generation(self._namespace, self._kb_id, intent.generation)
 
     async def _write(self, intent: Intent, rows: Sequence[Row], stores: Stores) -> int:
         """Bring all rows into both stores; return how many vectors were computed.
@@ -473,10 +467,7 @@ class DocumentPipeline:
         with self._stages.enter(Stage.VERIFY):
             await self._stores_ready()
             version = intent.published.version
-            expected = {
-                self._chunk_id(version, ordinal): intent.published.content_hash
-                for ordinal in range(intent.published.chunk_count)
-            }
+            expected = intent.published.rows(self._generation(intent), self._document_id)
             found = await stores.stored(self._document_id, version)
             if found[0] == expected == found[1]:
                 return True

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from job_runner.index import Generation, Label, Stored
 from job_runner.ledger import Ledger, Published, RebuiltDocument
 from job_runner.stores import Stores
-from task_contract.names import chunk_id
 
 _Key = tuple[str, int]
 """(document id, version)."""
@@ -75,13 +74,7 @@ async def versions(rows: AsyncIterable[list[Stored]], generation: Generation) ->
                 version = found[key] = VersionRows(row.content_hash, row.task_uid, row.chunk_count)
             if (row.content_hash, row.chunk_count) != (version.content_hash, version.chunk_count):
                 version.mixed = True
-            if row.id == chunk_id(
-                namespace=generation.namespace,
-                kb_id=generation.kb_id,
-                document_id=row.document_id,
-                version=row.version,
-                ordinal=row.ordinal,
-            ):
+            if row.id == generation.chunk_id(row.document_id, row.version, row.ordinal):
                 version.rows += 1
             version.last = max(version.last, row.ordinal)
     return found

@@ -93,7 +93,6 @@ def conditions(
             wanted = {"Ready": "True", "Succeeded": "True"}
         case Phase.FAILED | Phase.CANCELED:
             wanted = {"Ready": "False", "Succeeded": "False", "Stalled": "True"}
-    before = {condition.type: condition for condition in previous}
     return tuple(
         Condition(
             type=name,
@@ -101,9 +100,7 @@ def conditions(
             reason=reason,
             message=message,
             observed_generation=generation,
-            last_transition_time=(
-                before[name].last_transition_time if name in before and before[name].status == status else now
-            ),
+            last_transition_time=_since(name, status, now=now, previous=previous),
         )
         for name, status in wanted.items()
     )
@@ -122,6 +119,7 @@ def stores_consistent(
     True after a verification of all chunk ids, False with the numbers of missing and extra ones after a failed one; ``None``
     when the task has verified nothing.
     """
+    status: Literal["True", "False"]
     if error is not None and error.reason == StoresDisagree.reason:
         status, reason, message = "False", error.reason, error.message
     elif result is not None and result.chunks is not None:
@@ -133,12 +131,17 @@ def stores_consistent(
         status, reason, message = "True", "Verified", f"Milvus and Elasticsearch hold {held}: 0 missing, 0 extra"
     else:
         return None
-    before = next((condition for condition in previous if condition.type == STORES_CONSISTENT), None)
     return Condition(
         type=STORES_CONSISTENT,
-        status="True" if status == "True" else "False",
+        status=status,
         reason=reason,
         message=message,
         observed_generation=generation,
-        last_transition_time=before.last_transition_time if before is not None and before.status == status else now,
+        last_transition_time=_since(STORES_CONSISTENT, status, now=now, previous=previous),
     )
+
+
+def _since(type_: str, status: str, *, now: datetime, previous: Sequence[Condition]) -> datetime:
+    """Return since when a condition has had its status."""
+    before = next((one for one in previous if one.type == type_ and one.status == status), None)
+    return now if before is None else before.last_transition_time

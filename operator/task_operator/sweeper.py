@@ -31,8 +31,8 @@ class Database(Protocol):
     """The part of :class:`task_operator.projection.Database` that is used."""
 
     async def intents(self, *, namespaces: Sequence[str]) -> list[Intent]: ...  # noqa: D102 - see there
-    async def swept(self, *, namespaces: Sequence[str]) -> list[Swept]: ...  # noqa: D102
-    async def raise_fence(self, uid: str, *, reason: str) -> Fence: ...  # noqa: D102
+    async def swept(self, *, namespaces: Sequence[str]) -> list[Swept]: ...  # noqa: D102 - see there
+    async def raise_fence(self, uid: str, *, reason: str) -> Fence: ...  # noqa: D102 - see there
 
 
 def dead(intents: Iterable[Intent], *, alive: Collection[str], now: datetime) -> list[str]:

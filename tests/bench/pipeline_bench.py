@@ -20,9 +20,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit, urlunsplit
 
-import asyncpg
 import numpy as np
 
 import devstack
@@ -34,10 +32,10 @@ from job_runner.index import Generation, Row
 from job_runner.parse import ParserLimits, parse
 from job_runner.split import SplitSettings, split
 from task_contract.models import ProcessingTask
-from task_operator.schema import migrate
 from tests.bench import corpus, pipeline_process, side_by_side
 from tests.bench.measurement import Measurement
 from tests.bench.usage import Stopwatch, Used, used_by
+from tests.support.databases import fresh_database
 from tests.support.runner_lab import NAMESPACE, KnowledgeBases, rows_of, run_pipeline
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -152,27 +150,12 @@ def _bench(folder: Path) -> Iterator[Bench]:
         urls = {name: value for name, value in os.environ.items() if name.startswith("TASKS_")}
     else:
         urls = devstack.up(["stores"]).host_urls
-    server = urls["TASKS_POSTGRES_URL"]
-    name = f"bench_{uuid.uuid4().hex[:12]}"
-    database = urlunsplit(urlsplit(server)._replace(path=f"/{name}"))
-
-    async def execute(statement: str) -> None:
-        connection = await asyncpg.connect(server)
-        try:
-            await connection.execute(statement)
-        finally:
-            await connection.close()
-
-    asyncio.run(execute(f"CREATE DATABASE {name}"))
-    try:
-        asyncio.run(migrate(database))
+    with fresh_database(urls["TASKS_POSTGRES_URL"], prefix="bench") as database:
         bench = Bench(folder, urls, database)
         try:
             yield bench
         finally:
             asyncio.run(bench.knowledge_bases.drop())
-    finally:
-        asyncio.run(execute(f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 # ---------------------------------------------------------------------------------------------------- parse and split

@@ -3,15 +3,12 @@
 import asyncio
 import os
 import sys
-import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
-import asyncpg
 import pytest
 
-from task_operator.schema import migrate
+from tests.support.databases import fresh_database
 from tests.support.runner_lab import KnowledgeBases, Lab
 from tests.support.servers import free_port, serving
 
@@ -30,22 +27,8 @@ def store_urls(request: pytest.FixtureRequest) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def database(store_urls: dict[str, str]) -> Iterator[str]:
     """URL of a fresh database with the tables in it; dropped after the module."""
-    server = store_urls["TASKS_POSTGRES_URL"]
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    url = urlunsplit(urlsplit(server)._replace(path=f"/{name}"))
-
-    async def execute(statement: str) -> None:
-        connection = await asyncpg.connect(server)
-        try:
-            await connection.execute(statement)
-        finally:
-            await connection.close()
-
-    asyncio.run(execute(f"CREATE DATABASE {name}"))
-    assert asyncio.run(migrate(url)) > 0
-    assert asyncio.run(migrate(url)) == 0
-    yield url
-    asyncio.run(execute(f"DROP DATABASE {name} WITH (FORCE)"))
+    with fresh_database(store_urls["TASKS_POSTGRES_URL"], prefix="test") as url:
+        yield url
 
 
 @pytest.fixture(scope="session")
