@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 # Linear algebra libraries read this when numpy is imported, and would start a thread for each CPU. One thread:
 # with the packaged model a second one doubles the CPU time of a text, and beside other pods its spinning makes it slower.
@@ -137,17 +137,20 @@ def _tell_the_kubelet(error: TaskError) -> None:
 async def _run(options: argparse.Namespace, loaded: "Settings") -> int:
     from job_runner.attempt import read_task, run_attempt, write_termination_message
 
+    def end(outcome: AttemptOutcome, code: ExitCode) -> NoReturn:
+        write_termination_message(outcome, loaded.termination_log)
+        print(outcome.model_dump_json(by_alias=True, exclude_none=True), flush=True)  # noqa: T201 - the command's output
+        sys.stderr.flush()
+        # Everything is said. A thread that is stuck in a library, or in a store that does not answer, must not keep the pod.
+        os._exit(code)
+
     try:
         task = await asyncio.to_thread(read_task, options.task)
     except TaskError as error:
         outcome, code = AttemptOutcome.of_error(error, attempt=loaded.attempt), exit_code(error)
     else:
-        outcome, code = await run_attempt(task, settings=loaded, started=STARTED)
-    write_termination_message(outcome, loaded.termination_log)
-    print(outcome.model_dump_json(by_alias=True, exclude_none=True), flush=True)  # noqa: T201 - the command's output
-    sys.stderr.flush()
-    # Everything is said. A thread that is stuck in a library, or in a store that does not answer, must not keep the pod.
-    os._exit(code)
+        outcome, code = await run_attempt(task, settings=loaded, started=STARTED, last_resort=end)
+    end(outcome, code)
 
 
 async def _search(options: argparse.Namespace, loaded: "Settings") -> int:

@@ -5,7 +5,7 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +21,8 @@ from job_runner.pipeline import DocumentPipeline, Done
 from job_runner.progress import Progress, RedisProgress, SilentProgress
 from job_runner.settings import Settings, revealed
 from job_runner.stores import opener
-from task_contract.errors import AttemptTimeout, HandedBack, InvalidTask, TaskError
+from job_runner.watchdog import Pulse, Watchdog
+from task_contract.errors import AttemptStalled, AttemptTimeout, HandedBack, InvalidTask, TaskError
 from task_contract.lifecycle import ExitCode, exit_code
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.models import Action, ProcessingTask, Stage, TaskType, format_duration, parse_manifest
@@ -77,13 +78,31 @@ def identity(task: ProcessingTask) -> tuple[UUID, datetime]:
     return uid, created_at if created_at.tzinfo else created_at.replace(tzinfo=UTC)
 
 
+class _Reported:
+    """Progress whose reports are signs of work."""
+
+    def __init__(self, progress: Progress, pulse: Pulse) -> None:
+        self._progress = progress
+        self._pulse = pulse
+
+    def report(self, stage: Stage, percent: int) -> None:
+        self._pulse.beat(stage)
+        self._progress.report(stage, percent)
+
+
 async def run_attempt(
-    task: ProcessingTask, *, settings: Settings, started: float, make: Callable[..., Embedder] = make_embedder
+    task: ProcessingTask,
+    *,
+    settings: Settings,
+    started: float,
+    make: Callable[..., Embedder] = make_embedder,
+    last_resort: Callable[[AttemptOutcome, ExitCode], None] | None = None,
 ) -> tuple[AttemptOutcome, ExitCode]:
     """Carry out a task; ``started`` is the monotonic time at which the process started.
 
     Never raises for anything that a task, a store or a signal can do: the outcome says it. The result row is written; the
-    caller writes the termination message.
+    caller writes the termination message. ``last_resort`` is called from another thread when the attempt hangs and the event
+    loop with it: it ends the process. Without it nothing does.
     """
     uid, created_at = identity(task)
     structlog.contextvars.bind_contextvars(
@@ -93,11 +112,13 @@ async def run_attempt(
     ledger = Ledger(settings.postgres_url.get_secret_value())
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(ledger.aclose)
+        pulse = Pulse()
         progress: Progress = SilentProgress()
         if (redis_url := revealed(settings.redis_url)) is not None:
             progress = await stack.enter_async_context(
                 RedisProgress(redis_url, task=task, uid=str(uid), attempt=settings.attempt)
             )
+        progress = _Reported(progress, pulse)
 
         async def work() -> AttemptOutcome:
             if deletes:
@@ -138,7 +159,9 @@ async def run_attempt(
             )
 
         timeout = task.spec.effective_timeout.total_seconds()
-        outcome, code = await _ended(work, until=started + timeout, attempt=settings.attempt, task=task)
+        outcome, code = await _ended(
+            work, until=started + timeout, pulse=pulse, last_resort=last_resort, task=task, attempt=settings.attempt
+        )
         try:
             async with asyncio.timeout(_RECORD_SECONDS):
                 await ledger.record(outcome, task_uid=uid, holder=settings.holder)
@@ -148,38 +171,66 @@ async def run_attempt(
 
 
 async def _ended(
-    work: Callable[[], Any], *, until: float, attempt: int, task: ProcessingTask
+    work: Callable[[], Coroutine[Any, Any, AttemptOutcome]],
+    *,
+    until: float,
+    pulse: Pulse,
+    last_resort: Callable[[AttemptOutcome, ExitCode], None] | None,
+    task: ProcessingTask,
+    attempt: int,
 ) -> tuple[AttemptOutcome, ExitCode]:
-    """Do the work within its time and until SIGTERM; return how it ended."""
+    """Do the work within its time, while it makes progress and until SIGTERM; return how it ended."""
     loop = asyncio.get_running_loop()
-    current = asyncio.ensure_future(work())
-    stopped = False
+    limit = task.spec.effective_stall_timeout
+    why: TaskError | None = None
+    current: asyncio.Task[AttemptOutcome]
 
-    def end() -> None:
+    def end(error: TaskError) -> None:
         """Cancel, and again each second: a library may swallow a cancellation that meets its own timeout."""
+        nonlocal why
+        why = error if isinstance(error, HandedBack) else why or error
         if not current.done():
             current.cancel()
-            loop.call_later(1, end)
+            loop.call_later(1, end, error)
 
     def stop() -> None:
-        nonlocal stopped
-        stopped = True
         log.info("asked to stop: the attempt is handed back")
-        end()
+        end(HandedBack("cannot go on: the process was asked to stop; the attempt is handed back"))
+
+    def late() -> None:
+        most = format_duration(task.spec.effective_timeout)
+        end(AttemptTimeout(f"cannot finish within {most}; raise spec.timeout or split the document"))
+
+    def stalled() -> AttemptStalled:
+        at = "" if pulse.stage is None else f" in stage {pulse.stage}"
+        return AttemptStalled(
+            f"cannot go on: no progress{at} for {format_duration(limit)}; the stacks in the pod's log say what it hangs in, "
+            "raise spec.stallTimeout if it may take so long",
+            stage=pulse.stage,
+        )
+
+    def end_all() -> None:
+        assert last_resort is not None  # noqa: S101 - for the type checker: it is called only then
+        last_resort(AttemptOutcome.of_error(error := stalled(), attempt=attempt), exit_code(error))
 
     # They stay until the loop is closed: a signal that comes while the outcome is being written must not cut it off.
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     # Monotonic clocks of Linux are one clock: loop.time() and time.monotonic() agree.
-    timer = loop.call_at(until, end)
+    timer = loop.call_at(until, late)
+    watchdog = Watchdog(
+        pulse,
+        limit=limit.total_seconds(),
+        on_stall=lambda: end(stalled()),
+        in_loop=loop.call_soon_threadsafe,
+        last_resort=last_resort and end_all,
+    )
     try:
-        outcome: AttemptOutcome = await current
+        with watchdog:
+            current = asyncio.create_task(work())
+            outcome = await current
     except asyncio.CancelledError:
-        if stopped:
-            error: TaskError = HandedBack("cannot go on: the process was asked to stop; the attempt is handed back")
-        else:
-            limit = format_duration(task.spec.effective_timeout)
-            error = AttemptTimeout(f"cannot finish within {limit}; raise spec.timeout or split the document")
+        error = why or TaskError("cannot go on: the work was canceled; this is an error of the runner, see its log")
     except TaskError as raised:
         error = raised
     except Exception as raised:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
+from job_runner.watchdog import asking
 from task_contract.errors import StoreUnavailable
 
 R = TypeVar("R")
@@ -39,12 +40,13 @@ async def patiently(
     """
     deadline = clock() + seconds
     pause = _FIRST
-    while True:
-        try:
-            return await call()
-        except Busy as busy:
-            wait = max(busy.after, pause * random.uniform(0.5, 1))  # noqa: S311 - it spreads load, it hides nothing
-            if clock() + wait > deadline:
-                raise
-        await sleep(wait)
-        pause = min(2 * pause, _LONGEST)
+    with asking():  # pauses too: the store's silence, not the attempt's
+        while True:
+            try:
+                return await call()
+            except Busy as busy:
+                wait = max(busy.after, pause * random.uniform(0.5, 1))  # noqa: S311 - it spreads load, it hides nothing
+                if clock() + wait > deadline:
+                    raise
+            await sleep(wait)
+            pause = min(2 * pause, _LONGEST)

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from job_runner.backoff import Busy, patiently
 from job_runner.index import ADDED, HIT_FIELDS, STORED_FIELDS, Generation, Hit, Label, Row, Stale, Stored, alike
+from job_runner.watchdog import asking, beat
 from task_contract.errors import RetryableError, StoreCapacity, StoreRefused, StoresDisagree, StoreUnavailable, TaskError
 from task_contract.names import KNOWLEDGE_BASE_PREFIX
 
@@ -139,6 +140,7 @@ class ElasticsearchIndex:
                     track_total_hits=False,
                     **({} if after is None else {"search_after": after}),
                 )
+                beat()
                 hits = _complete(answer)
                 found |= {hit["_id"]: hit["fields"]["content_hash"][0] for hit in hits}
                 if len(hits) < _PAGE:
@@ -401,7 +403,8 @@ async def _guarded(action: str) -> AsyncIterator[None]:
     # The first import of the client takes half a second and more: in a thread, so as not to hold up the event loop.
     client = await asyncio.to_thread(_load) if _loaded is None else _loaded
     try:
-        yield
+        with asking():
+            yield
     except client.ApiError as error:
         raise _refused(action, error.meta.status, error.body, after=_retry_after(error.meta.headers)) from error
     except client.TransportError as error:

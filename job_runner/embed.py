@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from job_runner.watchdog import beat
 from task_contract.errors import InvalidTask, ModelUnavailable
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ def embedded(texts: Sequence[str], embedder: Embedder) -> "npt.NDArray[np.float3
     vectors = np.empty((len(texts), embedder.dimension), dtype=np.float32)
     for batch in batches([embedder.count_tokens(text) for text in texts], budget=embedder.batch_tokens):
         vectors[batch] = embedder.embed([texts[index] for index in batch])
+        beat()
     return vectors
 
 

@@ -17,6 +17,7 @@ from typing import Final
 from job_runner.document import Kind
 from job_runner.kinds import kind_of
 from job_runner.readers.failure import ReadingFailed
+from job_runner.watchdog import beat
 from task_contract.errors import (
     DocumentChanged,
     DocumentEmpty,
@@ -29,6 +30,7 @@ from task_contract.errors import (
 from task_contract.names import DOCUMENT_ROOT
 
 _FAILURES: Final[Mapping[str, type[TaskError]]] = {error.reason: error for error in (DocumentRefused, DocumentUnreadable)}
+_HASH_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +166,19 @@ def _inspect(descriptor: int, *, name: str, max_bytes: int) -> Source:
         with open(descriptor, "rb", closefd=False) as file:
             kind = kind_of(file, name=name)
             file.seek(0)
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            hashed = hashlib.sha256()
+            while data := file.read(_HASH_BYTES):
+                hashed.update(data)
+                beat()
     except ReadingFailed as failure:
         raise _FAILURES[failure.reason](failure.message) from failure
     except OSError as error:
         raise _failed(name, error) from error
     return Source(
-        name=name, descriptor=descriptor, size=state.st_size, sha256=sha256, kind=kind, modified_ns=state.st_mtime_ns
+        name=name,
+        descriptor=descriptor,
+        size=state.st_size,
+        sha256=hashed.hexdigest(),
+        kind=kind,
+        modified_ns=state.st_mtime_ns,
     )

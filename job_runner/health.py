@@ -11,6 +11,7 @@ from typing import Final
 from job_runner.embed import Embedder
 from job_runner.ledger import Ledger
 from job_runner.settings import Settings, revealed
+from job_runner.watchdog import beat
 from task_contract.errors import TaskError, Unhealthy
 from task_contract.models import Component, ComponentHealth, Result
 
@@ -39,6 +40,7 @@ async def warm_up(components: Iterable[Component], *, embedder: Embedder) -> Non
             # A model that does not load is reported by its check.
             with contextlib.suppress(Exception):
                 await asyncio.to_thread(embedder.warm_up)
+        beat()
 
 
 async def check(components: Mapping[Component, Check], *, deadline: float = DEADLINE) -> Result:

@@ -39,6 +39,7 @@ from uuid import UUID
 import asyncpg
 
 from job_runner.index import Generation, Label, Stale
+from job_runner.watchdog import asking
 from task_contract.errors import Fenced, InvalidTask, ModelMismatch, StoreUnavailable
 from task_contract.messages import AttemptOutcome
 
@@ -234,11 +235,12 @@ class Ledger:
 
     @contextlib.asynccontextmanager
     async def _connection(self, action: str) -> AsyncIterator[Any]:
-        await self.warm_up()
-        assert self._pool is not None  # noqa: S101 - for the type checker: warm_up() has set it
-        with _guarded(action):
-            async with self._pool.acquire(timeout=TIMEOUT) as connection:
-                yield connection
+        with asking():
+            await self.warm_up()
+            assert self._pool is not None  # noqa: S101 - for the type checker: warm_up() has set it
+            with _guarded(action):
+                async with self._pool.acquire(timeout=TIMEOUT) as connection:
+                    yield connection
 
     async def check(self) -> str:
         """Return what a health check says of the server."""

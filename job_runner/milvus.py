@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 from job_runner.backoff import Busy, patiently
 from job_runner.index import ADDED, FIELDS, HIT_FIELDS, STORED_FIELDS, Generation, Hit, Label, Row, Stale, Stored, alike
+from job_runner.watchdog import asking, beat
 from task_contract.errors import RetryableError, StoreCapacity, StoreRefused, StoresDisagree, StoreUnavailable, TaskError
 from task_contract.names import KNOWLEDGE_BASE_PREFIX
 
@@ -131,6 +132,7 @@ class MilvusIndex:
             timeout=TIMEOUT,
             **limit,
         )
+        beat()  # of a large version there are many answers
         return list(answer)
 
     async def scan(self) -> AsyncIterator[list[Stored]]:
@@ -267,9 +269,10 @@ class MilvusIndex:
 
     async def _run(self, action: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the client in a thread; turn its exceptions into ours."""
-        await self.warm_up()
-        guarded = partial(call, *args, **kwargs)
-        return await asyncio.to_thread(_guarded, f"{action} in {self._name}", guarded)
+        with asking():
+            await self.warm_up()
+            guarded = partial(call, *args, **kwargs)
+            return await asyncio.to_thread(_guarded, f"{action} in {self._name}", guarded)
 
 
 def _guarded(action: str, call: Callable[[], R]) -> R:
@@ -328,7 +331,7 @@ def _converted(action: str, error: Exception) -> TaskError:
     if code in _BUSY_CODES:
         return Busy(f"{text}; check the server's load, memory and disk")
     transport = callable(code) or code in _CONNECTION_CODES or "unavailable" in lowered or "deadline" in lowered
-    if transport or "timeout" in lowered or "auth" in lowered or "connect" in lowered or "not loaded" in lowered:
+    if transport or "timeout" in lowered or "auth" in lowered or "connect" in lowered or "not loaded" in lowered or "not ready" in lowered:
         return StoreUnavailable(f"{text}; check TASKS_MILVUS_URL and the server")
     return RetryableError(text)
 

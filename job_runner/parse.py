@@ -22,6 +22,7 @@ from job_runner.fetch import Source
 from job_runner.readers.ocr import PICTURED
 from job_runner.readers.ocr import version as ocr_version
 from job_runner.settings import Settings
+from job_runner.watchdog import beat
 from task_contract.errors import (
     DocumentEmpty,
     DocumentRefused,
@@ -141,6 +142,7 @@ async def _answer(
     size = 0
     while data := await child.stdout.read(_READ_BYTES):
         size += len(data)
+        beat()
         if size > limits.output_bytes:
             raise DocumentRefused(
                 f"cannot parse {name}: its text is larger than {limits.output_bytes} bytes; "

@@ -42,6 +42,7 @@ from job_runner.readers import parser_version
 from job_runner.settings import Settings
 from job_runner.split import SPLITTER_VERSION, SplitSettings, split
 from job_runner.stores import OpenStores, Stores
+from job_runner.watchdog import beat
 from task_contract.errors import DocumentRefused, InvalidTask, StoresDisagree, TaskError
 from task_contract.location import is_url
 from task_contract.models import ProcessingMode, ProcessingTask, Result, Stage
@@ -280,7 +281,7 @@ class DocumentPipeline:
     def _split(self, document: ParsedDocument) -> tuple[Chunk, ...]:
         limit = self._settings.max_chunks
         embed = partial(embedded, embedder=self._embedder)
-        chunks = tuple(islice(split(document, self._splitting, embed=embed), limit + 1))
+        chunks = tuple(_beating(islice(split(document, self._splitting, embed=embed), limit + 1)))
         if len(chunks) > limit:
             raise DocumentRefused(
                 f"cannot index {self._file_path}: it has more than {limit} chunks; "
@@ -539,6 +540,13 @@ async def to_the_end(publishing: Coroutine[Any, Any, R]) -> R:
         except asyncio.CancelledError:
             if task.cancelled():
                 raise
+
+
+def _beating(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Pass chunks on, each a sign of work: of a large document it takes a minute to make them all."""
+    for chunk in chunks:
+        beat()
+        yield chunk
 
 
 def _facts(read: _Read) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from yarl import URL
 
 from job_runner.guard import Address, AllowList, Guard, Resolve, Target, resolve
 from job_runner.settings import Settings, revealed
+from job_runner.watchdog import asking, beat
 from task_contract.errors import DocumentNotFound, DocumentRefused, SourceUnavailable, StoreUnavailable, TaskError
 from task_contract.location import bucket_and_key
 
@@ -96,7 +97,7 @@ async def download(location: str, *, settings: Settings, resolve: Resolve = reso
     folder = tempfile.gettempdir()
     try:
         async with asyncio.timeout(settings.source_seconds):
-            with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            with asking(), tempfile.TemporaryFile(dir=folder, buffering=0) as file:
                 await _fetch(location, origin, into=file, settings=settings)
                 file.seek(0)
                 return os.dup(file.fileno())
@@ -203,6 +204,7 @@ async def _keep(location: str, response: aiohttp.ClientResponse, *, into: "IO[by
     size = 0
     async for chunk in response.content.iter_chunked(_CHUNK):
         size += len(chunk)
+        beat()
         if size > max_bytes:
             raise too_large
         await asyncio.to_thread(_write, into, chunk)

@@ -103,6 +103,7 @@ def _duration_rules() -> list[Rule]:
 
     return [
         between("timeout", "1s", "168h", optional=True),
+        between("stallTimeout", "10s", "168h", optional=True),
         between("deadline", "1s", "8760h", optional=True),
         between("retry.initialDelay", "0s", "24h", optional=False),
         between("retry.maxDelay", "0s", "24h", optional=False),

@@ -15,6 +15,7 @@
     │   └── StoreRefused          a store does not take these rows: a value too long, columns of another kind
     ├── RetryableError            another attempt may succeed: counted against spec.retry.limit
     │   ├── AttemptTimeout
+    │   ├── AttemptStalled        no progress for spec.stallTimeout
     │   ├── ParserCrashed         killed for memory or time, or a crash of the child process
     │   ├── StoresDisagree        read-back of the two stores did not find the expected chunks
     │   ├── DocumentChanged       the file was written to while it was read
@@ -115,6 +116,12 @@ class AttemptTimeout(RetryableError):
     """The attempt took longer than ``spec.timeout``."""
 
     reason = "Timeout"
+
+
+class AttemptStalled(RetryableError):
+    """No progress for ``spec.stallTimeout``. The reason is not Stalled, which is a condition of every failed task."""
+
+    reason = "NoProgress"
 
 
 class ParserCrashed(RetryableError):

@@ -286,6 +286,8 @@ class Spec(Model):
     """When and how often a failed attempt is tried again."""
     timeout: Duration | None = None
     """Longest time of one attempt, from the start of its container. Default by type: 30m, health_check 2m."""
+    stall_timeout: Duration | None = None
+    """Longest time of an attempt without progress: a page, a batch, rows. Default by type: 15m, health_check 1m."""
     deadline: Duration | None = None
     """Longest time of the whole task, from its creation. Default: none."""
     executor: Executor = Executor.AUTO
@@ -303,6 +305,16 @@ class Spec(Model):
     def effective_timeout(self) -> timedelta:
         """``timeout``, or the default of the type."""
         return self.timeout or (timedelta(minutes=2) if self.type is TaskType.HEALTH_CHECK else timedelta(minutes=30))
+
+    @property
+    def effective_stall_timeout(self) -> timedelta:
+        """``stallTimeout``, or the default of the type: longer than the longest silence that has a limit of its own.
+
+        That is a document which the parser has ten minutes for and whose format has no pages to report (the runner's
+        TASKS_PARSER_SECONDS), and of a health check the loading of a model. Never longer than the attempt itself.
+        """
+        default = timedelta(minutes=1) if self.type is TaskType.HEALTH_CHECK else timedelta(minutes=15)
+        return self.stall_timeout or min(default, self.effective_timeout)
 
 
 # -------------------------------------------------------------------------------------------------------------- status

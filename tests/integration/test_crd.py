@@ -146,6 +146,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("timeout of zero", spec(timeout="0s"), "spec.timeout: must be between 1s and 168h"),
     ("timeout of a month", spec(timeout="720h"), "spec.timeout: must be between 1s and 168h"),
     ("timeout in words", spec(timeout="ten minutes"), "spec.timeout"),
+    ("stall timeout of a second", spec(stallTimeout="1s"), "spec.stallTimeout: must be between 10s and 168h"),
+    ("stall timeout of a month", spec(stallTimeout="720h"), "spec.stallTimeout: must be between 10s and 168h"),
     ("deadline of zero", spec(deadline="0s"), "spec.deadline: must be between 1s and 8760h"),
     ("executor pool", spec(executor="pool"), "spec.executor: pool is not available"),
     ("unknown executor", spec(executor="cloud"), "spec.executor: Unsupported value"),
@@ -218,6 +220,7 @@ IMMUTABLE: list[tuple[str, dict[str, Any], str]] = [
     ("payload extended", {"payload": {"chunkSize": 500}}, "spec.payload: immutable"),
     ("retry", {"retry": {"limit": 9}}, "spec.retry: immutable"),
     ("timeout", {"timeout": "5m"}, "spec.timeout: immutable"),
+    ("stallTimeout", {"stallTimeout": "5m"}, "spec.stallTimeout: immutable"),
     ("deadline", {"deadline": "5m"}, "spec.deadline: immutable"),
     ("executor", {"executor": "job"}, "spec.executor: immutable"),
 ]

@@ -189,7 +189,14 @@ class Lab:
         return Settings.model_validate({**given, "holder": uuid.uuid4().hex, "log_level": "warning", **changes})
 
     def task(
-        self, file: str = "a.txt", *, uid: UUID | None = None, at: int = 0, timeout: str | None = None, **payload: object
+        self,
+        file: str = "a.txt",
+        *,
+        uid: UUID | None = None,
+        at: int = 0,
+        timeout: str | None = None,
+        stall_timeout: str | None = None,
+        **payload: object,
     ) -> ProcessingTask:
         """Return a task; ``at`` is its creation in seconds after noon."""
         payload["documentId"] = self.document_id(str(payload.get("documentId", file)))
@@ -200,6 +207,8 @@ class Lab:
         }
         if timeout is not None:
             spec["timeout"] = timeout
+        if stall_timeout is not None:
+            spec["stallTimeout"] = stall_timeout
         return self._of(spec, uid=uid, at=at)
 
     def deletion(self, document: str = "a.txt", *, uid: UUID | None = None, at: int = 0) -> ProcessingTask:

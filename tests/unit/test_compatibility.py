@@ -40,6 +40,10 @@ REVIEWED: dict[str, str] = {
     f"{_ACTION} != 'delete_knowledge_base' || !(has(self.filePath) || has(self.documentId))": _NEW_FIELD,
     f"{_ACTION} == 'upsert' || !(has(self.chunkSize) || has(self.chunkOverlap) || has(self.processingMode)"
     " || has(self.embeddingModel) || has(self.metadata))": _NEW_FIELD,
+    ".spec: a new rule: !has(self.stallTimeout)"
+    " || (duration(self.stallTimeout) >= duration('10s') && duration(self.stallTimeout) <= duration('168h'))": _NEW_FIELD,
+    ".spec: a new rule: has(self.stallTimeout) == has(oldSelf.stallTimeout)"
+    " && (!has(self.stallTimeout) || self.stallTimeout == oldSelf.stallTimeout)": _NEW_FIELD,
     ".spec.payload: a new rule: !has(self.confirm)"
     " || has(self.action) && self.action == 'delete_knowledge_base'": _NEW_FIELD,
 }

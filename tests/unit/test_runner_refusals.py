@@ -162,6 +162,7 @@ class Down(grpc.RpcError):  # type: ignore[misc]  # grpc has no types
         (MilvusException(1, "exceed the limit number of collections"), StoreCapacity),
         (MilvusException(2, "Fail connecting to server"), StoreUnavailable),
         (MilvusException(101, "collection not loaded"), StoreUnavailable),
+        (MilvusException(1, "service not ready[standalone=1]: Abnormal"), StoreUnavailable),
         (Down(), StoreUnavailable),
         (MilvusException(65535, "something unexpected"), RetryableError),
     ],

@@ -1,0 +1,173 @@
+"""An attempt that makes no progress is ended, whatever it hangs in: a library, a lock, the event loop itself.
+
+Whatever works says so (:func:`beat`), in any thread, and a thread of its own looks how long it has been silent. After
+``spec.stallTimeout`` it ends the attempt in three steps, each for what the one before cannot end:
+
+1. *The event loop is told*: it cancels the work and ends the attempt as it does at a timeout, with a result row.
+2. Where that takes more than :data:`LOOP_SECONDS` the loop hangs itself: the thread writes the termination message and
+   ends the process.
+3. Where no thread can run, since a library holds the interpreter's lock, :mod:`faulthandler`'s thread, which needs no
+   interpreter, ends the process :data:`LOCK_SECONDS` later with exit code 1. It writes the stacks and nothing else, and
+   :func:`task_contract.messages.hung` knows them again.
+
+The stacks of all threads go to standard error in each case. A wait for a store is no stall: it has deadlines of its own,
+at whose end the attempt is given back, uncounted (:func:`asking`). Redis is not involved.
+"""
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar, copy_context
+from types import TracebackType
+from typing import Final, Self
+
+import structlog
+
+from task_contract.models import Stage
+
+STORE_SECONDS: Final = 300.0
+"""So long a call to a store may be silent, even where ``stallTimeout`` is shorter: longer than any takes to give up. The
+longest are four requests of 15 s to Elasticsearch, and three of a minute that create a collection in Milvus."""
+LOOP_SECONDS: Final = 10.0
+"""The event loop's time to end the attempt: a store call that is canceled, and 5 s for the result row."""
+LOCK_SECONDS: Final = 5.0
+_LOOK_SECONDS: Final = (0.5, 10.0)
+"""Between two looks: a twentieth of the limit within these bounds. Each look costs a thread that faulthandler starts, some
+0.1 ms of CPU."""
+
+log = structlog.get_logger(__name__)
+
+
+class Pulse:
+    """Signs of work of one attempt. Given from any thread; reading a clock is all that one costs."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._at = self._turned_at = clock()
+        self._asking = 0
+        self._lock = threading.Lock()
+        self.stage: Stage | None = None
+        """The stage that was entered last."""
+
+    def beat(self, stage: Stage | None = None) -> None:
+        """Say that something has been done."""
+        self._at = self._clock()
+        self.stage = stage or self.stage
+
+    @contextlib.contextmanager
+    def asking(self) -> Iterator[None]:
+        """Say that a store is being asked. Its answer, good or bad, is a sign of work."""
+        with self._lock:
+            self._asking += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._asking -= 1
+            self.beat()
+
+    def loop_turned(self) -> None:
+        """Say that the event loop goes on."""
+        self._turned_at = self._clock()
+
+    def left(self, limit: float) -> float:
+        """Return after how many seconds of further silence it has lasted for ``limit``; negative: it has for longer."""
+        now = self._clock()
+        patient = self._asking and now - self._turned_at < limit  # a loop that hangs hears no answer, and no deadline
+        return self._at + (max(limit, STORE_SECONDS) if patient else limit) - now
+
+
+_pulse: ContextVar[Pulse] = ContextVar("pulse")
+
+
+def beat() -> None:
+    """Say that something has been done, in the attempt that this task or thread works for, if any."""
+    if (pulse := _pulse.get(None)) is not None:
+        pulse.beat()
+
+
+def asking() -> contextlib.AbstractContextManager[None]:
+    """Say that a store is being asked, in the attempt that this task or thread works for, if any."""
+    pulse = _pulse.get(None)
+    return contextlib.nullcontext() if pulse is None else pulse.asking()
+
+
+class Watchdog:
+    """Watches over an attempt while it is entered; what is called in it (tasks and threads too) finds the pulse."""
+
+    def __init__(
+        self,
+        pulse: Pulse,
+        *,
+        limit: float,
+        on_stall: Callable[[], None],
+        in_loop: Callable[[Callable[[], None]], object],
+        last_resort: Callable[[], None] | None = None,
+    ) -> None:
+        """``limit`` in seconds. ``in_loop`` has something called by the event loop, such as ``on_stall``, once.
+
+        ``last_resort`` is called by the watching thread and ends the process. Without it the process is not this attempt's
+        alone, and goes on.
+        """
+        self._pulse = pulse
+        self._limit = limit
+        self._on_stall = on_stall
+        self._in_loop = in_loop
+        self._last_resort = last_resort
+        self._ended = threading.Event()
+        self._arming = threading.Lock()
+        shortest, longest = _LOOK_SECONDS
+        self._pause = min(max(limit / 20, shortest), longest)
+
+    def __enter__(self) -> Self:
+        self._token = _pulse.set(self._pulse)
+        self._arm()
+        threading.Thread(target=copy_context().run, args=(self._watch,), name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _pulse.reset(self._token)
+        with self._arming:
+            self._ended.set()
+            if self._last_resort is not None:
+                faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while (left := self._pulse.left(self._limit)) > 0:
+            self._arm()
+            self._call(self._pulse.loop_turned)
+            if self._ended.wait(min(left, self._pause)):
+                return
+        # The threads of this moment: a loop that is told ends what hangs in it.
+        log.error("no progress: the attempt is ended", stage=self._pulse.stage, seconds=self._limit)
+        stacks = stacks_of_all_threads()
+        self._call(self._on_stall)
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(stacks)
+            sys.stderr.flush()
+        if not self._ended.wait(LOOP_SECONDS) and self._last_resort is not None:
+            self._last_resort()
+
+    def _call(self, function: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the attempt has ended meanwhile
+            self._in_loop(function)
+
+    def _arm(self) -> None:
+        """Have the process ended from outside of the interpreter, should this thread not come to arm it anew in time."""
+        if self._last_resort is None:
+            return
+        with self._arming:
+            if not self._ended.is_set():
+                faulthandler.dump_traceback_later(self._limit + LOOP_SECONDS + LOCK_SECONDS, exit=True)
+
+
+def stacks_of_all_threads() -> str:
+    """Return what :mod:`faulthandler` writes: no source line is read, which might hang as well."""
+    with open(os.memfd_create("stacks"), "w+", errors="replace") as file:  # noqa: PTH123 - it has no path
+        faulthandler.dump_traceback(file)
+        file.seek(0)
+        return file.read()
