@@ -47,6 +47,9 @@ _BAD_ROW_CODES: Final = frozenset({6, 1100, 1101, 1102})
 _BAD_ROWS: Final = re.compile("exceeds? max|divide the dim|expected dim|not a number|larger than max")
 """Refusals that Milvus 2.3 gives the code of every unexpected error."""
 
+_PASSING: Final = ("unavailable", "deadline", "timeout", "auth", "connect", "not loaded", "not ready")
+"""Words of errors that waiting, or an administrator, cures."""
+
 
 class MilvusIndex:
     """One collection. Construct it cheaply; the first call connects."""
@@ -330,8 +333,7 @@ def _converted(action: str, error: Exception) -> TaskError:
         return StoreRefused(f"{text}; correct the task, or rebuild a knowledge base whose collection has other columns")
     if code in _BUSY_CODES:
         return Busy(f"{text}; check the server's load, memory and disk")
-    transport = callable(code) or code in _CONNECTION_CODES or "unavailable" in lowered or "deadline" in lowered
-    if transport or "timeout" in lowered or "auth" in lowered or "connect" in lowered or "not loaded" in lowered or "not ready" in lowered:
+    if callable(code) or code in _CONNECTION_CODES or any(words in lowered for words in _PASSING):  # callable: gRPC's own
         return StoreUnavailable(f"{text}; check TASKS_MILVUS_URL and the server")
     return RetryableError(text)
 
