@@ -283,7 +283,8 @@ class ElasticsearchIndex:
 _loaded: Any = None
 
 
-def _load() -> Any:
+def load() -> Any:
+    """Import the client, and return its module; blocking."""
     global _loaded
     import elasticsearch
 
@@ -401,7 +402,7 @@ def _complete(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
 async def _guarded(action: str) -> AsyncIterator[None]:
     """Turn exceptions of the client into ours."""
     # The first import of the client takes half a second and more: in a thread, so as not to hold up the event loop.
-    client = await asyncio.to_thread(_load) if _loaded is None else _loaded
+    client = await asyncio.to_thread(load) if _loaded is None else _loaded
     try:
         with asking():
             yield

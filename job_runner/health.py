@@ -24,19 +24,20 @@ Check = Callable[[], Awaitable[str]]
 """Returns what is there; raises if it does not work."""
 
 
-_CLIENTS: Final = {
-    Component.REDIS: "redis.asyncio",
-    Component.MILVUS: "job_runner.milvus",
-    Component.ELASTICSEARCH: "job_runner.elasticsearch",
-}
+def _load(component: Component) -> None:
+    """Import the client of a component."""
+    match component:
+        case Component.REDIS:
+            importlib.import_module("redis.asyncio")
+        case Component.MILVUS | Component.ELASTICSEARCH:
+            importlib.import_module(f"job_runner.{component}").load()
 
 
 async def warm_up(components: Iterable[Component], *, embedder: Embedder) -> None:
     """Import the clients and load the model. On a busy node that takes seconds that say nothing about a component."""
     for component in components:
-        if (module := _CLIENTS.get(component)) is not None:
-            await asyncio.to_thread(importlib.import_module, module)
-        elif component is Component.MODEL:
+        await asyncio.to_thread(_load, component)
+        if component is Component.MODEL:
             # A model that does not load is reported by its check.
             with contextlib.suppress(Exception):
                 await asyncio.to_thread(embedder.warm_up)

@@ -1,8 +1,9 @@
 """From the bytes of a file to :class:`~job_runner.document.ParsedDocument`: one module for each kind of file.
 
 These functions run in the child process of :mod:`job_runner.parse_child`, because a file may crash a library or ask for
-any amount of memory. They import nothing of the contract, so that the child starts in a fraction of a second; what goes
-wrong is a :class:`ReadingFailed` whose ``reason`` names an error of :mod:`task_contract.errors`.
+any amount of memory. They import nothing of the contract, and each is imported for its own kind alone, so that the child
+starts in a fraction of a second; what goes wrong is a :class:`ReadingFailed` whose ``reason`` names an error of
+:mod:`task_contract.errors`.
 """
 
 from functools import partial
@@ -10,20 +11,9 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 
 from job_runner.document import Kind, ParsedDocument
 from job_runner.readers.charset import decode
-from job_runner.readers.delimited import read_delimited
-from job_runner.readers.docx import read_docx
-from job_runner.readers.epub import read_epub
 from job_runner.readers.failure import OnProgress, ReadingFailed
-from job_runner.readers.html import read_html
-from job_runner.readers.image import read_image
-from job_runner.readers.json_data import read_json, read_json_lines
 from job_runner.readers.ocr import PICTURED, Recognize
 from job_runner.readers.ocr import version as ocr_version
-from job_runner.readers.ods import read_ods
-from job_runner.readers.pdf import read_pdf
-from job_runner.readers.pptx import read_pptx
-from job_runner.readers.text import read_markdown, read_plain
-from job_runner.readers.xlsx import read_xls, read_xlsx
 
 if TYPE_CHECKING:
     from job_runner.readers.mail import Allowance
@@ -61,38 +51,66 @@ def read(
     """
     match kind:
         case Kind.PDF:
+            from job_runner.readers.pdf import read_pdf
+
             document = read_pdf(file, name=name, on_progress=on_progress, recognize=recognize)
         case Kind.MARKDOWN:
+            from job_runner.readers.text import read_markdown
+
             document = read_markdown(decode(file.read(), name=name))
         case Kind.TEXT:
+            from job_runner.readers.text import read_plain
+
             document = read_plain(decode(file.read(), name=name))
         case Kind.DOCX:
+            from job_runner.readers.docx import read_docx
+
             document = read_docx(file, name=name)
         case Kind.HTML:
+            from job_runner.readers.html import read_html
+
             document = read_html(file.read(), name=name)
         case Kind.XLSX:
+            from job_runner.readers.xlsx import read_xlsx
+
             document = read_xlsx(file, name=name, on_progress=on_progress)
         case Kind.XLS:
+            from job_runner.readers.xlsx import read_xls
+
             document = read_xls(file, name=name, on_progress=on_progress)
         case Kind.ODS:
+            from job_runner.readers.ods import read_ods
+
             document = read_ods(file, name=name, on_progress=on_progress)
         case Kind.CSV:
+            from job_runner.readers.delimited import read_delimited
+
             document = read_delimited(file.read(), name=name)
         case Kind.JSON:
+            from job_runner.readers.json_data import read_json
+
             document = read_json(file.read(), name=name)
         case Kind.JSONL:
+            from job_runner.readers.json_data import read_json_lines
+
             document = read_json_lines(file.read(), name=name)
         case Kind.PPTX:
+            from job_runner.readers.pptx import read_pptx
+
             document = read_pptx(file, name=name, on_progress=on_progress)
         case Kind.EPUB:
+            from job_runner.readers.epub import read_epub
+
             document = read_epub(file, name=name, on_progress=on_progress)
         case Kind.EML:
-            from job_runner.readers.mail import Allowance, read_mail  # the standard library's email is slow to import
+            from job_runner.readers.mail import Allowance, read_mail
 
             document = read_mail(
                 file, name=name, allowance=allowance or Allowance(), read=partial(read, recognize=recognize)
             )
         case Kind.IMAGE:
+            from job_runner.readers.image import read_image
+
             document = read_image(file, name=name, on_progress=on_progress, recognize=recognize)
     if not document.text.strip():
         raise ReadingFailed("DocumentEmpty", f"cannot index {name}: there is no text in it")

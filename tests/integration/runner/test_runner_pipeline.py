@@ -509,6 +509,13 @@ spec:
     code, output, errors = await call("run", str(manifest))
     assert code == 0, errors
     assert all(json.loads(line) for line in errors.splitlines()), "logs are JSON"
+    lab.environment["PYTHONPROFILEIMPORTTIME"] = "1"  # has each import told on standard error
+    code, output, errors = await call("run", str(manifest))
+    del lab.environment["PYTHONPROFILEIMPORTTIME"]
+    assert json.loads(output)["reason"] == "Unchanged"
+    imported = {line.rpartition("|")[2].strip() for line in errors.splitlines() if line.startswith("import time:")}
+    assert {"pymilvus", "elasticsearch"} <= imported
+    assert not {"pandas", "job_runner.readers.text"} & imported, "what an unchanged document does not need"
     where = ("--namespace", NAMESPACE, "--kb-id", lab.kb_id, "--query", "柴油发电机多久启动", "--top-k", "1")
     code, output, errors = await call("search", "--json", *where)
     assert code == 0, errors
