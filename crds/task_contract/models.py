@@ -294,6 +294,9 @@ class Spec(Model):
     """What runs the task: a Job of its own, a warm worker pool, or whichever serves the type best."""
     callback: Callback | None = None
     """Where to tell that the task has finished."""
+    idempotency_key: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")] | None = None
+    """Of the tasks of a namespace with the same key one runs, the first; the others end as Canceled, with its name in
+    status.duplicateOf. For callers that cannot know whether their first request arrived."""
     suspend: bool = False
     """true: do not run; a running attempt is given back, uncounted."""
     cancel: bool = False
@@ -426,6 +429,8 @@ class Status(Model):
     """What runs it: job or pool."""
     queue: QueueStatus | None = None
     """Why it is not running; absent while it runs."""
+    duplicate_of: Annotated[str, Field(max_length=253)] | None = None
+    """Name of the task that has the same idempotencyKey and came first."""
     result: Result | None = None
     """What it has done."""
     error: Failure | None = None

@@ -34,11 +34,23 @@ class CachedTask:
     expires_at: float | None
     """Seconds since the epoch at which a finished task is due to be deleted."""
     body: bytes
+    ended_at: float | None = None
+    """Seconds since the epoch at which it finished."""
+    idempotency_key: str | None = None
+    duplicate: bool = False
+    """It has ended because another one of its idempotency key came first."""
+    created: str = ""
+    """Creation time as the API server writes it: compares as the times do."""
 
     @property
     def finished(self) -> bool:
         """Whether it will never change phase again."""
         return self.phase in FINISHED
+
+    @property
+    def rank(self) -> tuple[bool, bool, str, str]:
+        """Its place among tasks of the same idempotency key."""
+        return self.phase != Phase.COMPLETED, self.duplicate, self.created, self.uid
 
     def manifest(self) -> dict[str, Any]:
         """Return the task; of a finished one only what a decision about it needs."""
@@ -54,6 +66,7 @@ class Cache:
         self._jobs: dict[Key, dict[str, JobState]] = {}
         self._changed: dict[Key, datetime] = {}
         self._gone: dict[str, None] = {}
+        self._by_key: dict[tuple[str, str], set[Key]] = {}
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -98,8 +111,39 @@ class Cache:
         known = self._tasks.get(key)
         if (known is not None and known.resource_version >= version) or metadata["uid"] in self._gone:
             return False
-        self._tasks[key] = _cached(manifest, version)
+        task = _cached(manifest, version)
+        if known is not None:
+            self._unlist(key, known)
+        self._tasks[key] = task
+        if task.idempotency_key is not None:
+            self._by_key.setdefault((key[0], task.idempotency_key), set()).add(key)
         return True
+
+    def same_key(self, key: Key) -> set[Key]:
+        """Return the other tasks that have the idempotency key of this one."""
+        task = self._tasks.get(key)
+        if task is None or task.idempotency_key is None:
+            return set()
+        return self._by_key.get((key[0], task.idempotency_key), set()) - {key}
+
+    def first(self, key: Key) -> str | None:
+        """Return the name of the task that comes before this one under its idempotency key; None: none does.
+
+        The first is the one that was created first, by uid where that was in the same second; but one that has completed
+        comes before all others, or a late arrival would have the work done again.
+        """
+        others = self.same_key(key)
+        if not others:
+            return None
+        first = min((key, *others), key=lambda one: self._tasks[one].rank)
+        return None if first == key else first[1]
+
+    def _unlist(self, key: Key, task: CachedTask) -> None:
+        if task.idempotency_key is not None:
+            same = self._by_key.get((key[0], task.idempotency_key), set())
+            same.discard(key)
+            if not same:
+                self._by_key.pop((key[0], task.idempotency_key), None)
 
     def drop_task(self, key: Key, *, uid: str) -> bool:
         """Forget a task that is gone, unless another one has taken its name; return whether it was known."""
@@ -107,6 +151,7 @@ class Cache:
         if known is None or known.uid != uid:
             return False
         self._bury(uid)
+        self._unlist(key, known)
         del self._tasks[key]
         if key not in self._jobs:
             self._changed.pop(key, None)
@@ -168,7 +213,7 @@ def _cached(manifest: Mapping[str, Any], version: int) -> CachedTask:
         "spec": spec,
         "status": status,
     }
-    expires = None
+    expires = ended = None
     if phase in FINISHED:
         body["spec"] = {key: spec[key] for key in ("type", "kbId", "ttlSecondsAfterFinished") if key in spec}
         kept = ("phase", "attempt", "job", "finishedAt", "observedGeneration", "conditions")
@@ -183,6 +228,10 @@ def _cached(manifest: Mapping[str, Any], version: int) -> CachedTask:
         priority=str(spec.get("priority") or "normal"),
         expires_at=expires,
         body=orjson.dumps(body),
+        ended_at=None if ended is None else ended.timestamp(),
+        idempotency_key=None if spec.get("idempotencyKey") is None else str(spec["idempotencyKey"]),
+        duplicate="duplicateOf" in status,
+        created=str(metadata.get("creationTimestamp") or ""),
     )
 
 

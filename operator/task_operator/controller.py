@@ -22,8 +22,10 @@ place safe, in the order in which the writes of a task come:
   it is deleted, not read, and blocks its name until it is gone.
 - *fence raised → Canceled written → Job deleted*: raising the fence again finds it raised. A Job that still runs when its
   task has ended is deleted; its runner fails at the fence.
-- *end written → task deleted (TTL)*: deletion needs the end to be known to be in PostgreSQL: written by this process, or
-  found there by it.
+- *intents taken from a pod that does not stop → Queued written*: taking them again is harmless, and the pod that takes them
+  up next raises the epoch anyway.
+- *end written → last Job, and in the end the task deleted (TTL)*: deletion needs the end to be known to be in PostgreSQL:
+  written by this process, or found there by it.
 
 Every status write carries the resourceVersion it was decided upon, every deletion the uid: what was decided upon something
 old is refused (409), and looked at again.
@@ -112,6 +114,7 @@ class _Facts:
     pod_refusal: str | None = None
     result: StoredOutcome | None = None
     fence: Fence | None = None
+    release: Fence | None = None
     refusal: Refusal | None = None
 
 
@@ -300,6 +303,8 @@ class Controller:
         if self._cache.put_task(manifest):
             self._project(manifest)
             self._queue.add(key)
+            for other in self._cache.same_key(key):
+                self._queue.add(other)  # which of them is the first may have changed
 
     def on_job(self, kind: str | None, manifest: Mapping[str, Any]) -> None:
         """Take in a Job of ours."""
@@ -390,7 +395,10 @@ class Controller:
         if not cached.finished or cached.expires_at is None or cached.expires_at <= now + self._resync_seconds:
             return True
         jobs = self._cache.jobs(key)
-        return len(jobs) > 1 or any(not job.finished for job in jobs)
+        if len(jobs) > 1 or any(not job.finished for job in jobs):
+            return True
+        until = now + self._resync_seconds - self._policy.job_ttl.total_seconds()
+        return bool(jobs) and (cached.ended_at is None or cached.ended_at <= until)
 
     async def _list_tasks(self, namespace: str | None) -> None:
         """Take in what a list says of tasks: what was known before and is not in it is gone.
@@ -473,7 +481,7 @@ class Controller:
         for job in decision.delete_jobs:
             await self._api.delete_job(job.namespace, job.name, uid=job.uid)
             self._cache.mark_deleting(job)
-            changed = True
+            changed = changed or not job.deleting
         if decision.create_attempt is not None and task.parsed is not None:
             facts.refusal = await self._create(task.parsed, attempt=decision.create_attempt)
             changed = True
@@ -517,6 +525,8 @@ class Controller:
                 pod_refusal=facts.pod_refusal,
                 result=facts.result,
                 fence=facts.fence,
+                release=facts.release,
+                first=self._cache.first(task.key),
             )
             decision = decide(observed, now=self._clock(), random=random, policy=self._policy)
             if not decision.needs:
@@ -548,12 +558,14 @@ class Controller:
                     self.on_job("MODIFIED", await self._api.get_job(namespace, name))
                 except NotFound:
                     return
-            case Need.RESULT | Need.FENCE:
+            case Need.RESULT | Need.FENCE | Need.RELEASE:
                 if self._database is None:
                     return
                 try:
                     if need is Need.RESULT:
                         facts.result = await self._database.result(uid, attempt=attempt)
+                    elif need is Need.RELEASE:
+                        facts.release = await self._database.release(uid)
                     else:
                         facts.fence = await self._database.raise_fence(uid, reason=decision.fence_reason)
                 except DatabaseUnavailable as error:

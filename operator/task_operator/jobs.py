@@ -343,9 +343,13 @@ class JobState:
     created_at: datetime | None = None
     ready: int = 0
     """Pods that run."""
+    ending: str | None = None
+    """Why the Job controller has given it up, while it still waits for a pod to stop: the reason of FailureTarget."""
     suspended: bool = False
     """By somebody else: the operator never suspends a Job."""
     deleting: bool = False
+    deleted_at: datetime | None = None
+    """When its deletion was asked for; it is there until its pods are gone, if whoever deleted it wanted that."""
     complete: bool = False
     failed: bool = False
     failure_reason: str | None = None
@@ -377,6 +381,7 @@ class JobState:
         }
         ended = conditions.get("Complete") or conditions.get("Failed") or {}
         failed = conditions.get("Failed")
+        given_up = conditions.get("FailureTarget")
         return cls(
             name=metadata["name"],
             namespace=metadata["namespace"],
@@ -388,8 +393,10 @@ class JobState:
             queue_stamp=(metadata.get("annotations") or {}).get(QUEUED_AT_ANNOTATION, ""),
             created_at=parse_time(metadata.get("creationTimestamp")),
             ready=status.get("ready") or 0,
+            ending=None if given_up is None else given_up.get("reason"),
             suspended=bool(spec.get("suspend")),
             deleting=metadata.get("deletionTimestamp") is not None,
+            deleted_at=parse_time(metadata.get("deletionTimestamp")),
             complete="Complete" in conditions,
             failed=failed is not None,
             failure_reason=None if failed is None else failed.get("reason"),
@@ -416,9 +423,12 @@ class PodReport:
     name: str
     uid: str
     job_uid: str | None
+    node: str | None = None
     alive: bool = True
     """Neither Succeeded nor Failed: a process may still run in it."""
     running: bool = False
+    stop_by: datetime | None = None
+    """When it was to have stopped: its deletion was asked for, and its grace period is over then."""
     waiting: Waiting | None = None
     started_at: datetime | None = None
     finished_at: datetime | None = None
@@ -473,8 +483,10 @@ def pod_report(manifest: Mapping[str, Any]) -> PodReport:
         name=metadata["name"],
         uid=metadata["uid"],
         job_uid=controller,
+        node=(manifest.get("spec") or {}).get("nodeName"),
         alive=alive,
         running="running" in state and alive,
+        stop_by=parse_time(metadata.get("deletionTimestamp")),
         waiting=_waiting(status, state, conditions) if phase == "Pending" else None,
         started_at=parse_time(started),
         finished_at=parse_time(ended.get("finishedAt")),

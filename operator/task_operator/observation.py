@@ -23,6 +23,9 @@ class Need(StrEnum):
     """The row of the current attempt in ``task_results``."""
     FENCE = "fence"
     """The fence over the whole task, to be raised now unless a commit came first. Raising it twice is raising it once."""
+    RELEASE = "release"
+    """The intents of the task, to be taken now from whichever pod holds them, unless a commit came first: that pod cannot
+    commit any more, the next one of the task can."""
 
 
 class FenceState(StrEnum):
@@ -34,7 +37,7 @@ class FenceState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fence:
-    """The answer to :attr:`Need.FENCE`."""
+    """The answer to :attr:`Need.FENCE` and :attr:`Need.RELEASE`."""
 
     state: FenceState
     outcome: AttemptOutcome | None = None
@@ -87,6 +90,10 @@ class Policy:
     give_back_max_delay: timedelta = timedelta(seconds=60)
     give_back_memory: timedelta = timedelta(minutes=10)
     """An attempt that ran longer than this starts the doubling anew."""
+    stuck_patience: timedelta = timedelta(seconds=60)
+    """So long after its grace period a pod that was told to stop may be there, before its attempt goes elsewhere."""
+    job_ttl: timedelta = timedelta(minutes=5)
+    """So long the last Job of a finished task stays, for the log of its pod."""
     store_patience: timedelta = timedelta(minutes=2)
     """So long an end without a message waits for a PostgreSQL that is down, before it is judged without stored result."""
     progress_interval: timedelta = timedelta(seconds=1)
@@ -107,6 +114,8 @@ class Observed:
     store: Store = Store()
     projected: int | None = None
     """The resourceVersion up to which the task is known to be in PostgreSQL."""
+    first: str | None = None
+    """Name of the task that comes before this one under the same idempotencyKey; None: none does."""
     progress: ProgressEvent | None = None
     last_write: datetime | None = None
     """When the status was last written by this process."""
@@ -119,6 +128,8 @@ class Observed:
     result: StoredOutcome | None = None
     fence: Fence | None = None
     """None although answered: PostgreSQL cannot be reached."""
+    release: Fence | None = None
+    """The same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +156,7 @@ class Ending:
     phase: Phase
     reason: str
     message: str
+    duplicate_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

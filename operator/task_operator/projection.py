@@ -314,6 +314,15 @@ class Database:
         fence: Fence = await self._run(lambda connection: _raise_fence(connection, uid, reason))
         return fence
 
+    async def release(self, uid: str) -> Fence:
+        """Take the intents of a task from the pod that holds them, unless it has committed.
+
+        The pod cannot commit any more; the next one of the task takes them up as ever. May be repeated. Raises
+        :class:`DatabaseUnavailable`.
+        """
+        fence: Fence = await self._run(lambda connection: _release(connection, uid))
+        return fence
+
     # ------------------------------------------------------------------------------------------------------- sweeping
 
     async def intents(self, *, namespaces: Sequence[str]) -> list[Intent]:
@@ -361,23 +370,42 @@ async def _upsert(connection: "asyncpg.Connection[asyncpg.Record]", rows: Sequen
         return {row["uid"] for row in await connection.fetch(_UPSERT, *(list(column) for column in columns))}
 
 
+async def _committed(connection: "asyncpg.Connection[asyncpg.Record]", uid: str) -> Fence | None:
+    """Return what a task has committed, and let nothing be committed until the transaction ends; None: nothing yet."""
+    await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended($1::uuid::text, 0))", uid)
+    row = await connection.fetchrow(
+        "SELECT outcome, holder, created_at FROM task_results "
+        "WHERE task_uid = $1 AND outcome->>'outcome' = 'Succeeded' ORDER BY attempt DESC LIMIT 1",
+        uid,
+    )
+    committed = await connection.fetchval(
+        "SELECT true FROM document_versions "
+        "WHERE task_uid = $1 AND state IN ('published', 'superseded', 'unchanged') "
+        "UNION ALL SELECT true FROM knowledge_base_deletions WHERE task_uid = $1 LIMIT 1",
+        uid,
+    )
+    if row is None and not committed:
+        return None
+    stored = None if row is None else _stored(row)
+    return Fence(state=FenceState.COMMITTED, outcome=None if stored is None else stored.outcome)
+
+
+async def _release(connection: "asyncpg.Connection[asyncpg.Record]", uid: str) -> Fence:
+    async with connection.transaction():
+        if (committed := await _committed(connection, uid)) is not None:
+            return committed
+        await connection.execute(
+            "UPDATE document_versions SET epoch = epoch + 1, holder = '', updated_at = now() "
+            "WHERE task_uid = $1 AND state = 'intent'",
+            uid,
+        )
+    return Fence(state=FenceState.RAISED)
+
+
 async def _raise_fence(connection: "asyncpg.Connection[asyncpg.Record]", uid: str, reason: str) -> Fence:
     async with connection.transaction():
-        await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended($1::uuid::text, 0))", uid)
-        row = await connection.fetchrow(
-            "SELECT outcome, holder, created_at FROM task_results "
-            "WHERE task_uid = $1 AND outcome->>'outcome' = 'Succeeded' ORDER BY attempt DESC LIMIT 1",
-            uid,
-        )
-        committed = await connection.fetchval(
-            "SELECT true FROM document_versions "
-            "WHERE task_uid = $1 AND state IN ('published', 'superseded', 'unchanged') "
-            "UNION ALL SELECT true FROM knowledge_base_deletions WHERE task_uid = $1 LIMIT 1",
-            uid,
-        )
-        if row is not None or committed:
-            stored = None if row is None else _stored(row)
-            return Fence(state=FenceState.COMMITTED, outcome=None if stored is None else stored.outcome)
+        if (committed := await _committed(connection, uid)) is not None:
+            return committed
         await connection.execute(
             "INSERT INTO task_fences (task_uid, reason) VALUES ($1, $2) ON CONFLICT DO NOTHING", uid, reason
         )

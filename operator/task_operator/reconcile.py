@@ -27,7 +27,7 @@ from task_contract.models import (
     Status,
     TaskType,
 )
-from task_operator.jobs import JobState
+from task_operator.jobs import JobState, pods_of
 from task_operator.observation import Decision, Ending, FenceState, Need, Observed, Policy, Refusal, View, view_of
 from task_operator.statuses import (
     clip,
@@ -58,14 +58,14 @@ def decide(observed: Observed, *, now: datetime, random: float, policy: Policy =
     if task.metadata.deletion_timestamp is not None:
         return Decision()  # the garbage collector ends the Job; a missing Job means nothing any more
     if status.phase.finished:
-        return _finished(observed, now=now)
+        return _finished(observed, now=now, policy=policy)
     if problem := _impossible(task):
         failure = Failure(reason="InvalidTask", message=clip(problem), retryable=False)
         return Decision(
             status=failed(task, failure, now=now), delete_jobs=tuple(job for job in observed.jobs if not job.deleting)
         )
     view = view_of(observed)
-    ending = _ending(task, now=now)
+    ending = _ending(observed, now=now)
     if ending is not None:
         return _stop(observed, view, ending, now=now, policy=policy)
     if task.spec.suspend and not (view.job is not None and view.job.finished):
@@ -108,9 +108,13 @@ def _impossible(task: ProcessingTask) -> str | None:
     return None
 
 
-def _ending(task: ProcessingTask, *, now: datetime) -> Ending | None:
+def _ending(observed: Observed, *, now: datetime) -> Ending | None:
+    task = observed.task
     if task.spec.cancel:
         return Ending(phase=Phase.CANCELED, reason="Canceled", message="canceled by spec.cancel")
+    if observed.first is not None:
+        message = f"task {observed.first} has the same spec.idempotencyKey and came first: look there"
+        return Ending(phase=Phase.CANCELED, reason="Duplicate", message=message, duplicate_of=observed.first)
     due = _deadline(task)
     if due is not None and now >= due:
         message = "cannot finish the task within spec.deadline; create a new task with a longer one"
@@ -147,10 +151,17 @@ def _sweep(decision: Decision, view: View) -> Decision:
 # ------------------------------------------------------------------------------------------------------ finished tasks
 
 
-def _finished(observed: Observed, *, now: datetime) -> Decision:
+def _finished(observed: Observed, *, now: datetime, policy: Policy) -> Decision:
     task, status = observed.task, observed.task.status
-    # The last Job stays as long as the task, for its logs, unless it still runs: then a pod works for nobody.
-    delete = tuple(job for job in observed.jobs if not job.deleting and not (job.finished and job.name == status.job))
+    ended = status.finished_at or task.metadata.creation_timestamp
+    version = int(task.metadata.resource_version or 0)
+    archived = not observed.store.configured or (observed.projected is not None and observed.projected >= version)
+    # The last Job stays for a while, for the log of its pod, unless it still runs: then a pod works for nobody.
+    stay = timedelta() if ended is None else ended + policy.job_ttl - now
+    kept = tuple(
+        job for job in observed.jobs if job.finished and job.name == status.job and (stay > timedelta() or not archived)
+    )
+    delete = tuple(job for job in observed.jobs if not job.deleting and job not in kept)
     if status.observed_generation is not None and status.observed_generation < task.metadata.generation:
         seen = status.model_copy(
             update={
@@ -162,15 +173,15 @@ def _finished(observed: Observed, *, now: datetime) -> Decision:
             }
         )
         return Decision(status=seen, delete_jobs=delete)
-    ended = status.finished_at or task.metadata.creation_timestamp
     if ended is None:
         return Decision(delete_jobs=delete)
     left = ended + timedelta(seconds=task.spec.ttl_seconds_after_finished) - now
-    if left > timedelta():
-        return Decision(delete_jobs=delete, after=left)
-    version = int(task.metadata.resource_version or 0)
-    if observed.store.configured and (observed.projected is None or observed.projected < version):
-        return Decision(delete_jobs=delete, after=timedelta(seconds=5))
+    due = min(left, stay) if kept else left
+    if due > timedelta():
+        return Decision(delete_jobs=delete, after=due)
+    if not archived:
+        # Ten thousand of them may wait while PostgreSQL is away.
+        return Decision(delete_jobs=delete, after=timedelta(seconds=5 if observed.store.down_since is None else 60))
     return Decision(delete_jobs=delete, delete_task=True)
 
 
@@ -194,7 +205,9 @@ def _stop(observed: Observed, view: View, ending: Ending, *, now: datetime, poli
         if observed.fence is not None and observed.fence.state is FenceState.RAISED:
             return Decision(status=ended(task, view, ending, now=now), delete_jobs=stoppable)
         if observed.fence is not None:
-            if job is not None and not job.finished and not job.deleting:
+            changed = observed.jobs_changed_at or now
+            silent = job is not None and not job.ready and now - changed > policy.stuck_patience
+            if job is not None and not job.finished and not job.deleting and not silent:
                 return Decision(after=timedelta(seconds=1))  # it has committed and is about to say so
             outcome = observed.fence.outcome or AttemptOutcome(outcome=Outcome.SUCCEEDED, attempt=view.attempt)
             return Decision(status=completed(task, view, outcome, None, now=now))
@@ -203,7 +216,8 @@ def _stop(observed: Observed, view: View, ending: Ending, *, now: datetime, poli
         return Decision(delete_jobs=stoppable, after=timedelta(seconds=1))
     if Need.PODS not in observed.answered:
         return Decision(needs=frozenset({Need.PODS}))
-    if any(pod.alive for pod in observed.pods):
+    # A pod that does not answer for so long is waited for no longer, or a lost node would hold the task for ever.
+    if any(pod.alive and (pod.stop_by is None or now < pod.stop_by + policy.stuck_patience) for pod in observed.pods):
         return Decision(after=timedelta(seconds=1))
     return Decision(status=ended(task, view, ending, now=now))
 
@@ -230,13 +244,59 @@ def _with_job(observed: Observed, view: View, job: JobState, *, now: datetime, r
         if isinstance(verdict, Decision):
             return verdict
         return _judge(observed, view, verdict, now=now, random=random, policy=policy)
+    if job.ready and not job.deleting:
+        return _running(observed, view, job, now=now, policy=policy)
+    stopping = _stopping(observed, view, job, now=now, random=random, policy=policy)
+    if stopping is not None:
+        return stopping
     if job.deleting:
         if ending := overdue(observed.task.status.queue, attempt=view.attempt, now=now, policy=policy):
             return _stop(observed, view, ending, now=now, policy=policy)
         return Decision(after=timedelta(seconds=5))  # by hand; judged when it is gone
-    if job.ready:
-        return _running(observed, view, job, now=now, policy=policy)
     return _starting(observed, view, job, now=now, policy=policy)
+
+
+def _stopping(
+    observed: Observed, view: View, job: JobState, *, now: datetime, random: float, policy: Policy
+) -> Decision | None:
+    """Take the attempt from a pod that was told to stop and does not: its node is lost, or hangs.
+
+    The Job controller makes no other pod before that one has stopped, which may be never. None: no such pod.
+    """
+    changed = observed.jobs_changed_at or job.created_at or now
+    if job.suspended or now - changed < policy.pod_patience:
+        return None
+    if Need.PODS not in observed.answered:
+        return Decision(needs=frozenset({Need.PODS}))
+    alive = [pod for pod in pods_of(job, observed.pods) if pod.alive]
+    ends = [pod.stop_by for pod in alive if pod.stop_by is not None]
+    if not alive or len(ends) < len(alive):
+        return None
+    due = max(ends) + policy.stuck_patience
+    if now < due:
+        return Decision(after=min(due - now, policy.pod_look_interval))
+    if observed.store.configured:
+        if Need.RESULT not in observed.answered:
+            return Decision(needs=frozenset({Need.RESULT}))
+        if observed.result is not None and observed.result.outcome.outcome is Outcome.SUCCEEDED:
+            verdict = verdict_of(observed.result.outcome, alive[-1].started_at)
+            return _judge(observed, view, verdict, now=now, random=random, policy=policy)
+        if Need.RELEASE not in observed.answered:
+            return Decision(needs=frozenset({Need.RELEASE}))
+        if observed.release is None:
+            return Decision(after=timedelta(seconds=5))  # nor can the pod commit while PostgreSQL is away
+        if observed.release.state is FenceState.COMMITTED:
+            outcome = observed.release.outcome or AttemptOutcome(outcome=Outcome.SUCCEEDED, attempt=view.attempt)
+            return Decision(status=completed(observed.task, view, outcome, None, now=now), delete_jobs=(job,))
+    pod = alive[-1]
+    where = "" if pod.node is None else f" on node {pod.node}"
+    message = f"pod {pod.name}{where} was told to stop and does not answer: is the node lost? Another pod takes the attempt"
+    if job.ending == "DeadlineExceeded":
+        failure = Failure(reason="Timeout", message=clip(message), retryable=True)
+        verdict = Verdict(failure=failure, started_at=pod.started_at)
+    else:
+        verdict = Verdict(given_back=QueueStatus(reason="NodeLost", message=clip(message)), started_at=pod.started_at)
+    return _judge(observed, view, verdict, now=now, random=random, policy=policy)
 
 
 def _running(observed: Observed, view: View, job: JobState, *, now: datetime, policy: Policy) -> Decision:
@@ -357,9 +417,11 @@ def _without_job(observed: Observed, view: View, *, now: datetime, random: float
     if ending := overdue(status.queue, attempt=view.attempt, now=now, policy=policy):
         return _stop(observed, view, ending, now=now, policy=policy)
     if view.blocker is not None:
-        # Given back before; its name is free once it is gone.
-        delete = () if view.blocker.deleting else (view.blocker,)
-        return Decision(delete_jobs=delete, after=timedelta(seconds=5))
+        # Given back before; its name is free once it is gone. Whoever deleted it may have wanted it to outlast its pods:
+        # deleted once more, as we delete, it waits for them no longer.
+        at = view.blocker.deleted_at
+        waits = view.blocker.deleting if at is None else now - at < policy.stuck_patience
+        return Decision(delete_jobs=() if waits else (view.blocker,), after=timedelta(seconds=5))
     if status.phase is Phase.PROCESSING:
         return _lost(observed, view, now=now, random=random, policy=policy)
     resumed = None

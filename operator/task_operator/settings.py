@@ -95,6 +95,10 @@ class Settings(DatabaseSettings):
     """So long a pod may fail to start for reasons of its own (image, configuration) before its task fails; 0: for ever."""
     capacity_deadline_seconds: Annotated[float, Field(ge=0)] = 86_400
     """So long a task may wait for a node or for quota before it fails; 0: for ever."""
+    job_ttl_seconds: Annotated[float, Field(ge=0, le=86_400)] = 300
+    """So long the last Job of a finished task stays, for the log of its pod."""
+    stuck_seconds: Annotated[float, Field(ge=0, le=3600)] = 60
+    """So long after its grace period a pod that was told to stop may be there, before its attempt goes elsewhere."""
     instance: Annotated[str, Field(pattern=_LABEL_VALUE)] = "processing-tasks"
     """Name of the installation, for the label app.kubernetes.io/instance of what the operator makes."""
     listen: Annotated[str, AfterValidator(_address)] = "0.0.0.0:8081"
@@ -127,6 +131,8 @@ class Settings(DatabaseSettings):
         return Policy(
             pending_deadline=timedelta(seconds=self.pending_deadline_seconds),
             capacity_deadline=timedelta(seconds=self.capacity_deadline_seconds),
+            job_ttl=timedelta(seconds=self.job_ttl_seconds),
+            stuck_patience=timedelta(seconds=self.stuck_seconds),
         )
 
 

@@ -145,6 +145,7 @@ def ended(task: ProcessingTask, view: View, ending: Ending, *, now: datetime) ->
         stage=None,
         queue=None,
         retry_at=None,
+        duplicate_of=ending.duplicate_of,
         finished_at=to_second(now),
         **changes,
     )

@@ -27,7 +27,9 @@ PENDING_DEADLINE_EXCEEDED: Final = "PendingDeadlineExceeded"
 _QUOTA: Final = "QuotaExceeded"
 _FORBIDDEN: Final = "PodForbidden"
 _ROOM: Final = frozenset({"Unschedulable", "SchedulingGated", _QUOTA})
-_WANTED: Final = frozenset({"Suspended", "JobSuspended", "HandedBack", "StoreUnavailable", "SourceUnavailable", "Evicted"})
+_WANTED: Final = frozenset(
+    {"Suspended", "JobSuspended", "HandedBack", "StoreUnavailable", "SourceUnavailable", "Evicted", "NodeLost"}
+)
 _REMEDIES: Final = {
     "Unschedulable": "add a node that fits, or look at node selector, tolerations and resources of the runner",
     _QUOTA: "raise the ResourceQuota of the namespace, or lower the resources of the runner",

@@ -20,7 +20,7 @@ from task_operator.jobs import RunnerTemplate
 from task_operator.metrics import Metrics
 from task_operator.observation import Fence, FenceState, StoredOutcome
 from task_operator.projection import DatabaseUnavailable, Held
-from tests.support.operator_values import T0, failure, handed_back, manifest, success
+from tests.support.operator_values import T0, UID, failure, handed_back, manifest, success
 
 KEY = ("knowledge", "handbook")
 
@@ -45,6 +45,10 @@ class World:
     results: dict[tuple[str, int], StoredOutcome] = field(default_factory=dict)
     rows: dict[str, Held] = field(default_factory=dict)
     fences: set[str] = field(default_factory=set)
+    holders: dict[str, str] = field(default_factory=dict)
+    """Name of the pod that holds the intents of a task."""
+    lost: set[str] = field(default_factory=set)
+    """Names of pods on a node that does not answer: told to stop, and there."""
     published: set[str] = field(default_factory=set)
     database_up: bool = True
     down_since: datetime | None = None
@@ -160,7 +164,7 @@ class World:
         self._touch("job", "DELETED", job)
         uid = job["metadata"]["uid"]
         for pod_name, pod in list(self.pods.items()):
-            if pod["metadata"]["ownerReferences"][0]["uid"] == uid:
+            if pod["metadata"]["ownerReferences"][0]["uid"] == uid and pod_name not in self.lost:
                 if pod["status"]["phase"] == "Running":
                     self.results.setdefault(_attempt(job), self._stored(handed_back("HandedBack"), pod))
                 del self.pods[pod_name]
@@ -173,9 +177,11 @@ class World:
             uid = job["metadata"]["uid"]
             owners = {pod["metadata"]["ownerReferences"][0]["uid"] for pod in self.pods.values()}
             if uid not in owners and not job["status"].get("conditions"):
-                self.pods[name] = {
+                pod_name = f"{name}-{uid}"
+                self.holders[_attempt(job)[0]] = pod_name
+                self.pods[pod_name] = {
                     "metadata": {
-                        "name": name,
+                        "name": pod_name,
                         "uid": f"pod-of-{uid}",
                         "ownerReferences": [{"kind": "Job", "uid": uid, "controller": True}],
                     },
@@ -192,16 +198,12 @@ class World:
     def end_pod(self, outcome: AttemptOutcome, *, message: bool = True) -> bool:
         """End a running pod as its runner would: a success is a commit, which the fence may refuse."""
         for name, pod in self.pods.items():
-            job = self.jobs.get(name)
-            if pod["status"]["phase"] != "Running" or job is None:
+            job = self._job_of(pod)
+            if pod["status"]["phase"] != "Running" or job is None or name in self.lost:
                 continue
             task_uid, attempt = _attempt(job)
-            if outcome.outcome is Outcome.SUCCEEDED:
-                if task_uid in self.fences:
-                    outcome = AttemptOutcome(outcome=Outcome.FENCED, attempt=attempt, reason="Fenced")
-                else:
-                    self.commits += task_uid not in self.published
-                    self.published.add(task_uid)
+            if outcome.outcome is Outcome.SUCCEEDED and not self._committed(name, task_uid):
+                outcome = AttemptOutcome(outcome=Outcome.FENCED, attempt=attempt, reason="Fenced")
             outcome = outcome.model_copy(update={"attempt": attempt})
             self.results[(task_uid, attempt)] = self._stored(outcome, pod)
             good = outcome.outcome is Outcome.SUCCEEDED
@@ -223,10 +225,46 @@ class World:
     def commit(self) -> None:
         """Have a running pod commit, without an end yet."""
         for name, pod in self.pods.items():
-            job = self.jobs.get(name)
-            if pod["status"]["phase"] == "Running" and job is not None and _attempt(job)[0] not in self.fences:
-                self.commits += _attempt(job)[0] not in self.published
-                self.published.add(_attempt(job)[0])
+            job = self._job_of(pod)
+            if pod["status"]["phase"] == "Running" and job is not None and name not in self.lost:
+                self._committed(name, _attempt(job)[0])
+
+    def lose_node(self) -> None:
+        """Lose the node of a running pod: the pod is told to stop, and nobody hears it."""
+        for name, pod in self.pods.items():
+            job = self._job_of(pod)
+            if pod["status"]["phase"] == "Running" and job is not None and name not in self.lost:
+                self.lost.add(name)
+                pod["metadata"]["deletionTimestamp"] = _stamp(self.now + timedelta(seconds=30))
+                job["status"] = {"terminating": 1}
+                self._touch("job", "MODIFIED", job)
+
+    def return_node(self) -> None:
+        """Have lost pods answer again: they commit what they have, if they may, and stop."""
+        for name in sorted(self.lost & self.pods.keys()):
+            pod = self.pods.pop(name)
+            job = self._job_of(pod)
+            uid = UID if job is None else _attempt(job)[0]
+            good = self._committed(name, uid)
+            if job is not None and not job["status"].get("conditions"):
+                kind = "Complete" if good else "Failed"
+                condition = {"type": kind, "status": "True", "reason": kind, "lastTransitionTime": _stamp(self.now)}
+                job["status"] = {"conditions": [condition]}
+                self._touch("job", "MODIFIED", job)
+        self.lost.clear()
+
+    def _committed(self, pod: str, task_uid: str) -> bool:
+        """Commit, unless the fence is up or another pod has taken the intents; return whether the task is published."""
+        if task_uid not in self.published:
+            if task_uid in self.fences or self.holders.get(task_uid) != pod:
+                return False
+            self.commits += 1
+            self.published.add(task_uid)
+        return True
+
+    def _job_of(self, pod: Mapping[str, Any]) -> dict[str, Any] | None:
+        uid = pod["metadata"]["ownerReferences"][0]["uid"]
+        return next((job for job in self.jobs.values() if job["metadata"]["uid"] == uid), None)
 
     def _stored(self, outcome: AttemptOutcome, pod: Mapping[str, Any]) -> StoredOutcome:
         return StoredOutcome(outcome=outcome, holder=pod["metadata"]["uid"], created_at=self.now)
@@ -264,6 +302,16 @@ class World:
             return Fence(FenceState.COMMITTED, next((one for one in found if one.outcome is Outcome.SUCCEEDED), None))
         self.fences.add(uid)
         self._half_write("raised fence")
+        return Fence(FenceState.RAISED)
+
+    async def release(self, uid: str) -> Fence:
+        self._half_write("release intents")
+        self._ask_database()
+        if uid in self.published:
+            found = [one.outcome for (of, _), one in self.results.items() if of == uid]
+            return Fence(FenceState.COMMITTED, next((one for one in found if one.outcome is Outcome.SUCCEEDED), None))
+        self.holders.pop(uid, None)
+        self._half_write("released intents")
         return Fence(FenceState.RAISED)
 
     async def held(self, **_: Any) -> dict[str, Held]:

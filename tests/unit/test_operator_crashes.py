@@ -21,6 +21,7 @@ STEPS = st.one_of(
     st.tuples(st.just("end silently"), st.sampled_from(sorted(OUTCOMES))),
     st.tuples(st.sampled_from(["run", "lose events", "resync", "suspend", "resume", "restart", "restore"]), st.none()),
     st.tuples(st.sampled_from(["run", "commit", "delete Job", "cancel", "database down", "database up"]), st.none()),
+    st.tuples(st.sampled_from(["lose node", "return node"]), st.none()),
     st.tuples(st.just("wait"), st.sampled_from([1, 4, 15, 90, 400])),
 )
 
@@ -35,6 +36,8 @@ BEGINNINGS: list[list[tuple[str, Any]]] = [
     [*RUNS, ("end", "failure"), LOOK, ("suspend", None), LOOK],
     [*RUNS, ("commit", None)],
     [*RUNS, ("commit", None), ("cancel", None)],
+    [*RUNS, ("lose node", None), LOOK, ("wait", 90), LOOK],
+    [*RUNS, ("commit", None), ("lose node", None), LOOK, ("wait", 90), LOOK],
 ]
 """Where histories become interesting; a random walk would seldom get there."""
 
@@ -65,6 +68,10 @@ async def _play(world: World, operator: Operator, steps: list[tuple[str, Any]]) 
             case "delete Job":
                 for name in list(world.jobs)[:1]:
                     world.remove_job(name)
+            case "lose node":
+                world.lose_node()
+            case "return node":
+                world.return_node()
             case "suspend" | "resume":
                 world.edit(suspend=step == "suspend")
             case "cancel":
@@ -153,6 +160,21 @@ async def _give_back_path(world: World, operator: Operator) -> None:
     await operator.settle()
 
 
+async def _lost_node_path(world: World, operator: Operator) -> None:
+    await operator.settle()
+    world.run_pod()
+    await operator.settle()
+    world.lose_node()
+    for _ in range(3):
+        world.now += timedelta(seconds=60)
+        await operator.settle()
+    world.run_pod()
+    await operator.settle()
+    world.return_node()
+    world.end_pod(success())
+    await operator.settle()
+
+
 async def _cancel_path(world: World, operator: Operator) -> None:
     await operator.settle()
     world.run_pod()
@@ -161,7 +183,13 @@ async def _cancel_path(world: World, operator: Operator) -> None:
     await operator.settle()
 
 
-PATHS = {"success": _success_path, "retry": _retry_path, "give back": _give_back_path, "cancel": _cancel_path}
+PATHS = {
+    "success": _success_path,
+    "retry": _retry_path,
+    "give back": _give_back_path,
+    "lost node": _lost_node_path,
+    "cancel": _cancel_path,
+}
 
 
 def _end(world: World) -> dict[str, Any]:

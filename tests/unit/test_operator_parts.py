@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
 from typing import Any
@@ -22,7 +23,7 @@ from task_operator.health import Health
 from task_operator.metrics import Metrics
 from task_operator.settings import Settings, SettingsError, load_settings
 from task_operator.workqueue import WorkQueue
-from tests.support.operator_values import at, complete, finished, job, manifest, name_of, processing
+from tests.support.operator_values import at, complete, finished, job, manifest, name_of, processing, stamp
 from tests.support.servers import free_port
 
 KEY = ("knowledge", "handbook")
@@ -117,6 +118,59 @@ def test_what_is_known_of_a_finished_task_is_little() -> None:
     assert cached.manifest()["spec"] == {"type": "document_processing", "kbId": "kb-42"}
     assert "managedFields" not in cached.manifest()["metadata"]
     assert len(cached.body) < 700
+
+
+@dataclass(frozen=True)
+class Rival:
+    name: str
+    created: float = 0
+    uid: str = "b"
+    phase: str = "Queued"
+    key: str | None = "k"
+    namespace: str = "knowledge"
+    duplicate_of: str | None = None
+
+
+@pytest.mark.parametrize(
+    ("why", "rivals", "first"),
+    [
+        ("alone", [], None),
+        ("the other was created later", [Rival("later", created=20)], None),
+        ("the other was created earlier", [Rival("earlier", created=5)], "earlier"),
+        ("in the same second the uid decides", [Rival("same", created=10, uid="a")], "same"),
+        ("and the other way round", [Rival("same", created=10, uid="z")], None),
+        ("one that has failed keeps the key", [Rival("earlier", created=5, phase="Failed")], "earlier"),
+        ("one that has completed comes before all", [Rival("later", created=20, phase="Completed")], "later"),
+        ("a duplicate has no key to give", [Rival("earlier", created=5, phase="Canceled", duplicate_of="gone")], None),
+        ("another key", [Rival("earlier", created=5, key="other")], None),
+        ("no key", [Rival("earlier", created=5, key=None)], None),
+        ("another namespace", [Rival("earlier", created=5, namespace="elsewhere")], None),
+        ("of several the very first", [Rival("second", created=5), Rival("first", created=4)], "first"),
+    ],
+)
+def test_of_tasks_with_one_key_the_first_has_it(why: str, rivals: list[Rival], first: str | None) -> None:
+    cache = Cache()
+    for version, one in enumerate([Rival("handbook", created=10), *rivals], 10):
+        spec = {} if one.key is None else {"idempotencyKey": one.key}
+        status = {"phase": one.phase, "attempt": 0}
+        if one.duplicate_of is not None:
+            status["duplicateOf"] = one.duplicate_of
+        cache.put_task(
+            _task(
+                version,
+                name=one.name,
+                namespace=one.namespace,
+                uid=one.uid,
+                creationTimestamp=stamp(one.created),
+                spec=spec,
+                status=status,
+            )
+        )
+    assert cache.first(KEY) == first
+    for one in rivals:
+        cache.drop_task((one.namespace, one.name), uid=one.uid)
+    assert cache.first(KEY) is None
+    assert cache.same_key(KEY) == set()
 
 
 def test_a_late_deletion_does_not_take_the_next_task_of_that_name() -> None:

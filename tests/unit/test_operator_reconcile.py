@@ -77,6 +77,8 @@ def waits_since(reason: str, since: float) -> ProcessingTask:
 
 
 QUEUED = task()
+STOPPING = pod(running=True, stop_by=at(70))
+STUCK = 131  # seconds: a minute after the grace of that pod
 CANCEL = {"cancel": True}
 SUSPEND = {"suspend": True}
 
@@ -240,7 +242,7 @@ ROWS = [
     ),
     Row(
         "and is waited for",
-        Observed(task=waits_since("ImagePullBackOff", 10), jobs=(job(deleting=True),)),
+        Observed(task=waits_since("ImagePullBackOff", 10), jobs=(job(deleting=True),), answered=PODS),
         after=1,
         now=3610,
     ),
@@ -751,8 +753,176 @@ ROWS = [
     ),
     Row(
         "a Job that is being deleted is waited for",
-        Observed(task=task(status=processing()), jobs=(job(deleting=True),)),
+        Observed(task=task(status=processing()), jobs=(job(deleting=True),), answered=PODS),
         after=5,
+    ),
+    # ------------------------------------------------------------------------------------------- pods that do not stop
+    Row(
+        "a pod that was told to stop is given its grace and a minute",
+        Observed(task=task(status=processing()), jobs=(job(),), answered=PODS, pods=(STOPPING,), store=POSTGRES),
+        after=60,
+    ),
+    Row(
+        "a pod beside it that runs has the attempt",
+        Observed(
+            task=task(status=processing()),
+            jobs=(job(),),
+            answered=PODS,
+            pods=(STOPPING, pod(running=True, name="pod-2", uid="pod-2")),
+            store=POSTGRES,
+        ),
+        now=STUCK,
+        after=1,
+    ),
+    Row(
+        "a pod that does not stop has its result looked for",
+        Observed(task=task(status=processing()), jobs=(job(),), answered=PODS, pods=(STOPPING,), store=POSTGRES),
+        now=STUCK,
+        needs=frozenset({Need.RESULT}),
+    ),
+    Row(
+        "a pod that stored a success before it got stuck has succeeded",
+        Observed(
+            task=task(status=processing()),
+            jobs=(job(),),
+            answered=PODS | {Need.RESULT},
+            pods=(STOPPING,),
+            store=POSTGRES,
+            result=stored(success()),
+        ),
+        now=STUCK,
+        status={"phase": "Completed", "result.chunks": 87},
+    ),
+    Row(
+        "a pod that does not stop has its intents taken",
+        Observed(
+            task=task(status=processing()),
+            jobs=(job(),),
+            answered=PODS | {Need.RESULT},
+            pods=(STOPPING,),
+            store=POSTGRES,
+        ),
+        now=STUCK,
+        needs=frozenset({Need.RELEASE}),
+    ),
+    Row(
+        "and the attempt goes elsewhere, uncounted",
+        Observed(
+            task=task(status=processing(2)),
+            jobs=(job(2),),
+            answered=ALL,
+            pods=(pod(2, running=True, stop_by=at(70), node="worker-7"),),
+            store=POSTGRES,
+            release=Fence(FenceState.RAISED),
+        ),
+        now=STUCK,
+        status={"phase": "Queued", "attempt": 2, "queue.reason": "NodeLost", "attempts": [ended_attempt(1)]},
+        delete=[name_of(2)],
+        after=5,
+    ),
+    Row(
+        "but not while PostgreSQL is away: the pod might commit when it is back",
+        Observed(task=task(status=processing()), jobs=(job(),), answered=ALL, pods=(STOPPING,), store=POSTGRES_DOWN),
+        now=STUCK,
+        after=5,
+    ),
+    Row(
+        "a commit that came first counts",
+        Observed(
+            task=task(status=processing()),
+            jobs=(job(),),
+            answered=ALL,
+            pods=(STOPPING,),
+            store=POSTGRES,
+            release=Fence(FenceState.COMMITTED, success()),
+        ),
+        now=STUCK,
+        status={"phase": "Completed", "result.chunks": 87},
+        delete=[name_of(1)],
+    ),
+    Row(
+        "without PostgreSQL nothing can be committed",
+        Observed(task=task(status=processing()), jobs=(job(),), answered=PODS, pods=(STOPPING,)),
+        now=STUCK,
+        status={"phase": "Queued", "queue.reason": "NodeLost"},
+        delete=[name_of(1)],
+        after=5,
+    ),
+    Row(
+        "a pod that does not stop after its time is over is counted",
+        Observed(task=task(status=processing()), jobs=(job(ending="DeadlineExceeded"),), answered=PODS, pods=(STOPPING,)),
+        now=STUCK,
+        status={"phase": "Retrying", "error.reason": "Timeout"},
+        after=10,
+    ),
+    Row(
+        "nor is a Job waited for that was deleted by hand and waits for such a pod",
+        Observed(
+            task=task(status=processing()), jobs=(job(deleting=True, deleted_at=at(30)),), answered=PODS, pods=(STOPPING,)
+        ),
+        now=STUCK,
+        status={"phase": "Queued", "queue.reason": "NodeLost"},
+        delete=[name_of(1)],
+        after=5,
+    ),
+    Row(
+        "a Job that was given back and outlives its deletion is deleted once more",
+        Observed(task=task(status=given_back()), jobs=(job(deleting=True, deleted_at=at(30)),)),
+        now=95,
+        delete=[name_of(1)],
+        after=5,
+    ),
+    Row(
+        "a Job that was given back is given time to go",
+        Observed(task=task(status=given_back()), jobs=(job(deleting=True, deleted_at=at(30)),)),
+        now=85,
+        after=5,
+    ),
+    # ------------------------------------------------------------------------------------------------------ duplicates
+    Row(
+        "a task whose idempotency key another one had first never runs",
+        Observed(task=QUEUED, first="original"),
+        needs=PODS,
+    ),
+    Row(
+        "and says which",
+        Observed(task=QUEUED, first="original", answered=PODS),
+        status={
+            "phase": "Canceled",
+            "duplicateOf": "original",
+            "conditions.Ready": "False/Duplicate",
+            "conditions.Stalled": "True/Duplicate",
+        },
+    ),
+    Row(
+        "a duplicate that runs already is fenced",
+        Observed(task=task(status=processing()), first="original", jobs=(job(ready=1),), store=POSTGRES),
+        needs=frozenset({Need.FENCE}),
+    ),
+    Row(
+        "and ended",
+        Observed(
+            task=task(status=processing()),
+            first="original",
+            jobs=(job(ready=1),),
+            store=POSTGRES,
+            answered=ALL,
+            fence=Fence(FenceState.RAISED),
+        ),
+        status={"phase": "Canceled", "duplicateOf": "original"},
+        delete=[name_of(1)],
+    ),
+    Row(
+        "unless it has published before",
+        Observed(
+            task=task(status=processing()),
+            first="original",
+            jobs=(job(),),
+            store=POSTGRES,
+            answered=ALL,
+            fence=Fence(FenceState.COMMITTED, success()),
+        ),
+        after=1,
     ),
     # ---------------------------------------------------------------------------------------------------------- cancel
     Row(
@@ -946,7 +1116,27 @@ ROWS = [
         status={"phase": "Failed", "error.reason": "InvalidTask"},
     ),
     # -------------------------------------------------------------------------------------------------------- finished
-    Row("a finished task rests until its TTL", Observed(task=task(status=finished()), jobs=(complete(),)), after=86_420),
+    Row("a finished task rests until its TTL", Observed(task=task(status=finished())), after=86_420),
+    Row("its last Job stays for five minutes", Observed(task=task(status=finished()), jobs=(complete(),)), now=359, after=1),
+    Row(
+        "and goes then",
+        Observed(task=task(status=finished()), jobs=(complete(),)),
+        now=360,
+        delete=[name_of(1)],
+        after=86_100,
+    ),
+    Row(
+        "but not before PostgreSQL has what it said",
+        Observed(task=task(status=finished()), jobs=(complete(),), store=POSTGRES, projected=99),
+        now=360,
+        after=5,
+    ),
+    Row(
+        "a task with a shorter TTL takes its Job along",
+        Observed(task=task(spec={"ttlSecondsAfterFinished": 0}, status=finished()), jobs=(complete(),)),
+        now=60,
+        delete_task=True,
+    ),
     Row(
         "a Job that still runs for a finished task is ended",
         Observed(task=task(status=finished("Canceled")), jobs=(job(ready=1),)),
@@ -957,7 +1147,7 @@ ROWS = [
         "of a finished task only the last Job stays",
         Observed(task=task(status=finished(job=name_of(2))), jobs=(failed(1), complete(2))),
         delete=[name_of(1)],
-        after=86_420,
+        after=320,
     ),
     Row("its TTL over, a finished task is deleted", Observed(task=task(status=finished())), now=86_461, delete_task=True),
     Row(
@@ -980,7 +1170,7 @@ ROWS = [
     Row(
         "a cancel that comes too late changes nothing",
         Observed(task=task(spec=CANCEL, status=finished()), jobs=(complete(),)),
-        after=86_420,
+        after=320,
     ),
     Row(
         "a task that is being deleted is left to the garbage collector",

@@ -14,6 +14,9 @@ from job_runner.index import Stale
 from job_runner.ledger import Claim, Commit, Ledger, Standing
 from task_contract.errors import Fenced, ModelMismatch, StoreUnavailable
 from task_contract.messages import AttemptOutcome, Outcome
+from task_operator.metrics import Metrics
+from task_operator.observation import FenceState
+from task_operator.projection import Database
 
 pytestmark = pytest.mark.integration
 
@@ -166,6 +169,26 @@ async def test_a_version_that_the_operator_canceled_is_fenced(ledger: Ledger, sq
         await ledger.commit(intent, chunk_count=1)
     with pytest.raises(Fenced):
         await ledger.begin(first)
+
+
+async def test_the_operator_takes_an_intent_from_a_pod_that_does_not_stop(ledger: Ledger, database: str) -> None:
+    operator = Database(database, metrics=Metrics())
+    await operator.warm_up()
+    first = claim()
+    uid = str(first.task_uid)
+    lost = await ledger.begin(first)
+    assert (await operator.release(uid)).state is FenceState.RAISED
+    assert (await operator.release(uid)).state is FenceState.RAISED
+
+    with pytest.raises(Fenced):
+        await ledger.commit(lost, chunk_count=3)
+    elsewhere = await ledger.begin(replace(first, holder="pod-elsewhere"))
+    assert elsewhere.version == lost.version
+    assert await ledger.commit(elsewhere, chunk_count=3) is Commit.DONE
+
+    assert (await operator.release(uid)).state is FenceState.COMMITTED
+    assert await published(ledger, first) == 1
+    await operator.aclose()
 
 
 async def test_an_older_task_is_superseded_at_its_begin(ledger: Ledger) -> None:
