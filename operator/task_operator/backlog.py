@@ -58,6 +58,7 @@ class Backlog:
         self._rows: dict[str, Row] = {}
         self._since: dict[str, float] = {}
         self._stored: dict[str, int] = {}
+        self._newest = -1
         self.size = 0
         """Bytes of the rows that wait."""
         self.incomplete = False
@@ -75,7 +76,7 @@ class Backlog:
     def newest(self) -> int:
         """Return the highest version of all; -1 without any."""
         waiting = max((row.version for row in self._rows.values()), default=-1)
-        return max(waiting, max(self._stored.values(), default=-1))
+        return max(waiting, max(self._stored.values(), default=-1), self._newest)
 
     def wants(self, uid: str, version: int, *, lost: int = -1) -> bool:
         """Whether a version of a task is news. Cheap: to be asked before its row is made."""
@@ -137,9 +138,13 @@ class Backlog:
         if self._rows.get(row.uid) is row:
             self._drop(row.uid)
 
-    def restart(self, stored: Mapping[str, int]) -> None:
-        """Take what the table holds for all that is known to be stored. What was dropped is to be listed now."""
+    def restart(self, stored: Mapping[str, int], *, newest: int = -1) -> None:
+        """Take what the table holds for all that is known to be stored. What was dropped is to be listed now.
+
+        ``newest`` is the highest version in the table, those included that are not to be taken for stored.
+        """
         self._stored = dict(stored)
+        self._newest = newest
         self.incomplete = False
 
     def forget(self, uid: str) -> None:

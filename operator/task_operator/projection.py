@@ -4,15 +4,20 @@ Rows of ``tasks`` are a copy of what the API server holds and can be made again 
 holds up a task. They wait in a :class:`~task_operator.backlog.Backlog` until PostgreSQL has taken them, in batches; a row is
 never replaced by one of a lower resourceVersion, so writing twice, late or out of order is harmless.
 
+With a row its task's history is written, in the same transaction: what happened since the last event in ``task_events``
+(:mod:`task_operator.transitions`), and the attempts. Events are numbered by one writer at a time, in the order in which they
+become visible. Both tables are primary data, as rows of deleted tasks are: they cannot be made again.
+
 Every full list begins with what the table holds (:meth:`Database.held`), and that is then all that is known of it: rows that
 somebody removed, that were dropped while PostgreSQL was away, or that are of a history that the API server has lost to a
 restored backup, are written from the list.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final
 
 import asyncpg
@@ -25,6 +30,7 @@ from task_operator.backlog import LIMIT, Backlog, Row
 from task_operator.jobs import parse_time
 from task_operator.metrics import Metrics
 from task_operator.observation import Fence, FenceState, StoredOutcome
+from task_operator.transitions import Attempt, Seen, Transition, transitions, withdrawn
 
 _log = structlog.get_logger(__name__)
 
@@ -56,6 +62,9 @@ _COLUMNS: Final[tuple[tuple[str, str], ...]] = (
     ("error", "jsonb"),
     ("queue", "jsonb"),
     ("attempts", "jsonb"),
+    ("reason", "text"),
+    ("message", "text"),
+    ("duplicate_of", "text"),
     ("created_at", "timestamptz"),
     ("queued_at", "timestamptz"),
     ("started_at", "timestamptz"),
@@ -64,12 +73,55 @@ _COLUMNS: Final[tuple[tuple[str, str], ...]] = (
     ("generation", "bigint"),
     ("resource_version", "bigint"),
 )
+_NAMES: Final = ", ".join(name for name, _ in _COLUMNS)
+_PLACE: Final = {name: place for place, (name, _) in enumerate(_COLUMNS)}
+
+# One writer at a time, from before the first number of an event is drawn until the commit: so events become visible in the
+# order of their numbers. The lock has a statement of its own, for the next one is to see what the last holder has committed.
+# A process that stands still in between (its node is lost) loses its connection, and the lock with it.
+_ALONE: Final = (
+    "SELECT set_config('idle_in_transaction_session_timeout', '20s', true), "
+    f"pg_advisory_xact_lock({0x7074_6576_656E_7473})"  # "ptevents" in ASCII
+)
+_LAST_EVENTS: Final = (
+    "LEFT JOIN LATERAL (SELECT phase, attempt, reason, queued_at FROM task_events "
+    "WHERE task_uid = written.uid ORDER BY number DESC LIMIT 1) AS last ON true"
+)
 _UPSERT: Final = (
-    f"INSERT INTO tasks ({', '.join(name for name, _ in _COLUMNS)}) "  # noqa: S608 - made of constants only
-    f"SELECT * FROM unnest({', '.join(f'${number}::{kind}[]' for number, (_, kind) in enumerate(_COLUMNS, 1))}) "
-    "ON CONFLICT (uid) DO UPDATE SET "
-    f"{', '.join(f'{name} = excluded.{name}' for name, _ in _COLUMNS if name != 'uid')}, updated_at = now() "
-    "WHERE tasks.resource_version <= excluded.resource_version RETURNING uid::text AS uid"
+    f"WITH written AS (INSERT INTO tasks ({_NAMES}, told_version) "  # noqa: S608 - made of constants only
+    "SELECT *, resource_version "
+    f"FROM unnest({', '.join(f'${place}::{kind}[]' for place, (_, kind) in enumerate(_COLUMNS, 1))}) "
+    f"AS given ({_NAMES}) ON CONFLICT (uid) DO UPDATE SET "
+    f"{', '.join(f'{name} = excluded.{name}' for name, _ in _COLUMNS if name != 'uid')}, "
+    "told_version = excluded.told_version, updated_at = now() "
+    "WHERE tasks.resource_version <= excluded.resource_version RETURNING uid) "
+    f"SELECT uid::text AS uid, last.* FROM written {_LAST_EVENTS}"
+)
+_MARK_DELETED: Final = (
+    "WITH written AS (UPDATE tasks SET deleted_at = now(), updated_at = now(), told_version = resource_version "  # noqa: S608
+    f"WHERE uid = ANY($1::uuid[]) AND deleted_at IS NULL RETURNING {_NAMES}) "
+    f"SELECT {', '.join(f'written.{name} AS of_{name}' for name, _ in _COLUMNS)}, last.* FROM written {_LAST_EVENTS}"
+)
+_ADD_EVENTS: Final = (
+    "WITH told AS (INSERT INTO task_events "
+    "(task_uid, namespace, name, kb_id, type, phase, attempt, reason, message, queued_at, at) "
+    "SELECT uid, namespace, name, kb_id, type, event.phase, event.attempt, event.reason, event.message, event.queued_at, "
+    "coalesce(event.at, now()) FROM unnest("
+    "$1::uuid[], $2::text[], $3::smallint[], $4::timestamptz[], $5::text[], $6::text[], $7::timestamptz[]) "
+    "WITH ORDINALITY AS event (uid, phase, attempt, queued_at, reason, message, at, place) "
+    "JOIN tasks USING (uid) ORDER BY event.place RETURNING number) "
+    "SELECT pg_notify('task_events', max(number)::text) FROM told"
+)
+_PUT_ATTEMPTS: Final = (
+    "INSERT INTO attempts (task_uid, number, job, started_at, finished_at, reason, error) "
+    "SELECT * FROM unnest("
+    "$1::uuid[], $2::smallint[], $3::text[], $4::timestamptz[], $5::timestamptz[], $6::text[], $7::jsonb[]) "
+    "ON CONFLICT (task_uid, number) DO UPDATE SET job = excluded.job, started_at = excluded.started_at, "
+    "finished_at = excluded.finished_at, reason = excluded.reason, error = coalesce(excluded.error, attempts.error)"
+)
+_WITHDRAW_ATTEMPTS: Final = (
+    "DELETE FROM attempts USING unnest($1::uuid[], $2::smallint[]) AS gone (uid, number) "
+    "WHERE task_uid = gone.uid AND attempts.number >= gone.number"
 )
 
 
@@ -88,6 +140,8 @@ class Held:
 
     version: int
     finished: bool
+    told: bool = True
+    """Whether ``task_events`` tells of it up to this version; False: a release has written the row that tells nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,27 +300,24 @@ class Database:
         scope = "AND namespace = ANY($1::text[])" if namespaces else "AND $1::text[] IS NOT NULL"
         rows = await self._run(
             lambda connection: connection.fetch(
-                "SELECT uid::text AS uid, resource_version, finished_at IS NOT NULL AS finished "  # noqa: S608 - constants
-                f"FROM tasks WHERE deleted_at IS NULL {scope}",
+                "SELECT uid::text AS uid, resource_version AS version, finished_at IS NOT NULL AS finished, "  # noqa: S608
+                f"told_version IS NOT DISTINCT FROM resource_version AS told FROM tasks WHERE deleted_at IS NULL {scope}",
                 list(namespaces),
             )
         )
-        held = {row["uid"]: Held(version=row["resource_version"], finished=row["finished"]) for row in rows}
-        self._backlog.restart({uid: one.version for uid, one in held.items()})
+        held = {row["uid"]: Held(version=row["version"], finished=row["finished"], told=row["told"]) for row in rows}
+        newest = max((one.version for one in held.values()), default=-1)
+        self._backlog.restart({uid: one.version for uid, one in held.items() if one.told}, newest=newest)
         return held
 
     async def mark_deleted(self, gone: Mapping[str, Held]) -> None:
         """Mark rows of tasks that are gone without having been seen to go, and fence what they left unfinished."""
-        await self._run(
-            lambda connection: connection.execute(
-                "UPDATE tasks SET deleted_at = now(), updated_at = now() WHERE uid = ANY($1::uuid[]) AND deleted_at IS NULL",
-                list(gone),
-            )
-        )
-        for uid, one in gone.items():
-            self._backlog.forget(uid)
-            if not one.finished:
-                self.fence_later(uid, reason="Deleted")
+        for uids in _batches(list(gone)):
+            await self._run(partial(_mark_deleted, uids=uids))
+            for uid in uids:
+                self._backlog.forget(uid)
+                if not gone[uid].finished:
+                    self.fence_later(uid, reason="Deleted")
 
     async def _flush(self) -> None:
         rows = self._backlog.batch(_BATCH)
@@ -291,7 +342,8 @@ class Database:
                 # Held back it would block its neighbours for ever, and the task could never be deleted.
                 _log.error("cannot project a task: PostgreSQL refuses its row", uid=rows[0].uid, error=str(error))
                 return {rows[0].uid}
-            return {uid for row in rows for uid in await self._write([row])}
+            half = len(rows) // 2
+            return await self._write(rows[:half]) | await self._write(rows[half:])
         return written
 
     # ------------------------------------------------------------------------------------------- results and fence
@@ -362,12 +414,104 @@ class Database:
 
 
 async def _upsert(connection: "asyncpg.Connection[asyncpg.Record]", rows: Sequence[Row]) -> set[str]:
+    """Write rows that are newer than the table's, and what they tell; return the uids of those."""
     listed = [(row.uid, row.version, row.lost) for row in rows if row.listed]
     async with connection.transaction():
+        await connection.execute(_ALONE)
         if listed:
-            await connection.execute(_GIVE_WAY, *(list(column) for column in zip(*listed, strict=True)))
-        columns = zip(*(row.values for row in rows), strict=True)
-        return {row["uid"] for row in await connection.fetch(_UPSERT, *(list(column) for column in columns))}
+            await connection.execute(_GIVE_WAY, *_columns(listed))
+        written = await connection.fetch(_UPSERT, *_columns([row.values for row in rows]))
+        last = {record["uid"]: record for record in written}
+        await _tell(connection, [(_told(last[row.uid]), row.values) for row in rows if row.uid in last])
+    return set(last)
+
+
+async def _mark_deleted(connection: "asyncpg.Connection[asyncpg.Record]", *, uids: Sequence[str]) -> None:
+    async with connection.transaction():
+        await connection.execute(_ALONE)
+        written = await connection.fetch(_MARK_DELETED, uids)
+        await _tell(connection, [(_told(record), tuple(record)[: len(_COLUMNS)]) for record in written])
+
+
+async def _tell(
+    connection: "asyncpg.Connection[asyncpg.Record]", written: Sequence[tuple[Transition | None, Sequence[Any]]]
+) -> None:
+    """Add the events from the last one of each task to the row that was just written, and what is new of its attempts."""
+    events: list[tuple[Any, ...]] = []
+    attempts: list[tuple[Any, ...]] = []
+    gone: list[tuple[Any, ...]] = []
+    for told, values in written:
+        seen = _seen(values)
+        uid = values[0]
+        story = transitions(told, seen)
+        if not story:
+            continue
+        events += [(uid, one.phase, one.attempt, one.queued_at, one.reason, one.message, one.at) for one in story]
+        known = 0 if told is None else told.attempt
+        attempts += [(uid, *one, _error_of(one, values)) for one in seen.attempts if one.number >= known]
+        if (number := withdrawn(told, seen)) is not None:
+            gone.append((uid, number))
+    if gone:
+        await connection.execute(_WITHDRAW_ATTEMPTS, *_columns(gone))
+    if attempts:
+        await connection.execute(_PUT_ATTEMPTS, *_columns(attempts))
+    if events:
+        await connection.execute(_ADD_EVENTS, *_columns(events))
+
+
+def _columns(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def _batches(uids: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (uids[start : start + _BATCH] for start in range(0, len(uids), _BATCH))
+
+
+def _told(record: asyncpg.Record) -> Transition | None:
+    """Return the last event of a task that was just written."""
+    if record["phase"] is None:
+        return None
+    return Transition(record["phase"], record["attempt"], record["queued_at"], record["reason"])
+
+
+def _seen(values: Sequence[Any]) -> Seen:
+    """Return what a row says of its task."""
+
+    def of(name: str) -> Any:
+        return values[_PLACE[name]]
+
+    queue = of("queue")
+    return Seen(
+        phase=of("phase"),
+        attempt=of("attempt"),
+        created_at=of("created_at"),
+        queued_at=of("queued_at") or of("created_at"),
+        started_at=of("started_at"),
+        finished_at=of("finished_at"),
+        deleted_at=of("deleted_at"),
+        attempts=_attempts(of("attempts")),
+        reason=of("reason") or "",
+        message=of("message"),
+        waits_since=None if queue is None else _time(orjson.loads(queue).get("since")),
+    )
+
+
+def _attempts(text: str) -> list[Attempt]:
+    """Read ``status.attempts``; what has no number is left out."""
+    return [
+        Attempt(
+            number, _text(one.get("job")) or "", _time(one.get("startedAt")), _time(one.get("finishedAt")), one.get("reason")
+        )
+        for one in orjson.loads(text)
+        if (number := _small(one.get("number"))) is not None
+    ]
+
+
+def _error_of(attempt: Attempt, values: Sequence[Any]) -> str | None:
+    """Return ``status.error`` if it is that of an attempt: of the last one, when it has failed."""
+    last = attempt.number == values[_PLACE["attempt"]] and attempt.finished_at is not None
+    error: str | None = values[_PLACE["error"]] if last else None
+    return error
 
 
 async def _committed(connection: "asyncpg.Connection[asyncpg.Record]", uid: str) -> Fence | None:
@@ -431,6 +575,7 @@ def _values(manifest: Mapping[str, Any], *, deleted_at: datetime | None, now: da
     metadata: Mapping[str, Any] = manifest["metadata"]
     spec: Mapping[str, Any] = manifest.get("spec") or {}
     status: Mapping[str, Any] = manifest.get("status") or {}
+    ready: Mapping[str, Any] = next((one for one in status.get("conditions") or () if one.get("type") == "Ready"), {})
     return (
         metadata["uid"],
         metadata["namespace"],
@@ -448,6 +593,9 @@ def _values(manifest: Mapping[str, Any], *, deleted_at: datetime | None, now: da
         _json(status.get("error")),
         _json(status.get("queue")),
         _json(status.get("attempts") or []),
+        _text(ready.get("reason")),
+        _text(ready.get("message")) or None,
+        _text(status.get("duplicateOf")),
         _time(metadata.get("creationTimestamp")) or now,
         _time(status.get("queuedAt")),
         _time(status.get("startedAt")),

@@ -230,11 +230,11 @@ async def test_two_that_migrate_at_once_apply_each_migration_once(database: str)
 
 
 async def test_a_migration_that_fails_leaves_the_tables_as_they_were(sql: "asyncpg.Connection[Any]", database: str) -> None:
-    await sql.execute("CREATE VIEW knowledge_base_states AS SELECT 1")  # in the way of the last one
-    with pytest.raises(asyncpg.PostgresError, match="knowledge_base_states"):
+    await sql.execute("CREATE VIEW task_events AS SELECT 1")  # in the way of the last one
+    with pytest.raises(asyncpg.PostgresError, match="task_events"):
         await migrate(database)
     assert await sql.fetchval("SELECT to_regclass('tasks') IS NULL AND to_regclass('alembic_version') IS NULL")
-    await sql.execute("DROP VIEW knowledge_base_states")
+    await sql.execute("DROP VIEW task_events")
     assert await migrate(database) == len(migrations())
 
 

@@ -42,7 +42,7 @@ BEGINNINGS: list[list[tuple[str, Any]]] = [
 """Where histories become interesting; a random walk would seldom get there."""
 
 
-async def _play(world: World, operator: Operator, steps: list[tuple[str, Any]]) -> None:
+async def play(world: World, operator: Operator, steps: list[tuple[str, Any]]) -> None:
     ended: dict[str, Any] | None = None
     for step, argument in steps:
         match step:
@@ -104,7 +104,7 @@ def test_every_history_converges(begin: list[tuple[str, Any]], steps: list[tuple
     world.add_task()
     operator = Operator(world, database=database)
 
-    asyncio.run(_play(world, operator, begin + steps))
+    asyncio.run(play(world, operator, begin + steps))
 
     status = world.status
     phase = Phase(status["phase"])

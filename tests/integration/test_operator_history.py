@@ -1,0 +1,285 @@
+"""What PostgreSQL keeps of tasks beyond their rows: events in order, attempts, the archive. On a real server."""
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import asyncpg
+import pytest
+
+from devstack import Endpoints
+from devstack.stores import postgres
+from task_operator.backlog import Row
+from task_operator.metrics import Metrics
+from task_operator.projection import _ALONE, Database, _upsert, _values
+from task_operator.schema import migrate
+from tests.docs.blocks import ROOT, blocks
+from tests.support.operator_lab import until
+from tests.support.operator_values import at, ended_attempt, finished, given_back, manifest, processing, retrying, stamp
+
+pytestmark = pytest.mark.integration
+
+UID = manifest()["metadata"]["uid"]
+Sql = "asyncpg.Connection[Any]"
+
+
+@pytest.fixture
+async def url(stores: Endpoints) -> AsyncIterator[str]:
+    name = f"history_{uuid.uuid4().hex[:10]}"
+    url = await asyncio.to_thread(postgres.create_database, name)
+    await migrate(url)
+    yield url
+    await asyncio.to_thread(postgres.drop_database, name)
+
+
+@pytest.fixture
+async def sql(url: str) -> "AsyncIterator[asyncpg.Connection[Any]]":
+    connection = await asyncpg.connect(url)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+async def database(url: str) -> AsyncIterator[Database]:
+    database = Database(url, metrics=Metrics())
+    await database.warm_up()
+    work = asyncio.create_task(database.run())
+    yield database
+    work.cancel()
+    await asyncio.wait([work])
+    await database.aclose()
+
+
+def _task(version: int, *, uid: str = UID, **parts: Any) -> dict[str, Any]:
+    made = manifest(**parts)
+    made["metadata"] |= {"resourceVersion": str(version), "uid": uid}
+    return made
+
+
+async def _written(database: Database, version: int, *, uid: str = UID) -> None:
+    async def look() -> bool:
+        return (database.acknowledged(uid) or 0) >= version
+
+    await until(f"version {version} is in PostgreSQL", look, seconds=20)
+
+
+async def _story(sql: "asyncpg.Connection[Any]", uid: str = UID) -> list[tuple[str, int, str]]:
+    rows = await sql.fetch("SELECT phase, attempt, reason FROM task_events WHERE task_uid = $1 ORDER BY number", uid)
+    return [(row["phase"], row["attempt"], row["reason"]) for row in rows]
+
+
+async def _attempts(sql: "asyncpg.Connection[Any]", uid: str = UID) -> list[tuple[int, str | None, bool]]:
+    rows = await sql.fetch(
+        "SELECT number, reason, finished_at IS NOT NULL AS ended FROM attempts WHERE task_uid = $1 ORDER BY 1", uid
+    )
+    return [(row["number"], row["reason"], row["ended"]) for row in rows]
+
+
+async def _eventually(what: str, expected: Any, look: Callable[[], Any]) -> None:
+    found: list[Any] = [None]
+
+    async def same() -> bool:
+        found[0] = await look()
+        return bool(found[0] == expected)
+
+    try:
+        await until(what, same, seconds=20)
+    except AssertionError:
+        assert found[0] == expected
+
+
+QUEUED = ("Queued", 1, "Queued")
+RUNS = ("Processing", 1, "Processing")
+DONE = ("Completed", 1, "Completed")
+
+
+# --------------------------------------------------------------------------------------------------------------- events
+
+
+async def test_the_statements_of_the_page_tell_the_history_of_a_task(
+    database: Database, sql: "asyncpg.Connection[Any]"
+) -> None:
+    database.submit(_task(1, status=retrying()))
+    await _written(database, 1)
+    [block] = [block for block in blocks(ROOT / "docs/operator.md") if block.language == "sql"]
+    events, attempts = [await sql.fetch(statement) for statement in block.text.strip().rstrip(";").split(";")]
+    assert [row["phase"] for row in events] == ["Queued", "Processing", "Retrying"]
+    assert [(row["number"], row["message"]) for row in attempts] == [(1, "cannot verify")]
+
+
+async def test_events_and_attempts_are_written_with_the_row(database: Database, sql: "asyncpg.Connection[Any]") -> None:
+    database.submit(_task(1))
+    await _written(database, 1)
+    error = {"reason": "StoresDisagree", "message": "cannot verify", "retryable": True, "log": "the end of it"}
+    database.submit(_task(2, status=retrying(error=error)))
+    await _written(database, 2)
+    database.submit(_task(3, status=processing(2)))
+    await _written(database, 3)
+    database.submit(_task(4, status=finished(attempt=2, attempts=[ended_attempt(1), ended_attempt(2, "Succeeded")])))
+    await _written(database, 4)
+    assert await _story(sql) == [
+        QUEUED,
+        RUNS,
+        ("Retrying", 1, "StoresDisagree"),
+        ("Processing", 2, "Processing"),
+        ("Completed", 2, "Completed"),
+    ]
+    first = await sql.fetchrow("SELECT * FROM task_events ORDER BY number LIMIT 1")
+    assert first is not None
+    assert {key: first[key] for key in ("namespace", "name", "kb_id", "type", "queued_at", "at")} == {
+        "namespace": "knowledge",
+        "name": "handbook",
+        "kb_id": "kb-42",
+        "type": "document_processing",
+        "queued_at": at(0),
+        "at": at(0),
+    }
+    assert await _attempts(sql) == [(1, "StoresDisagree", True), (2, "Succeeded", True)]
+    assert json.loads(await sql.fetchval("SELECT error FROM attempts WHERE number = 1")) == error
+    assert await sql.fetchval("SELECT reason FROM tasks") == "Completed"
+
+
+async def test_versions_that_were_skipped_are_told_all_the_same_and_none_twice(
+    database: Database, url: str, sql: "asyncpg.Connection[Any]"
+) -> None:
+    database.submit(_task(5, status=finished()))
+    await _written(database, 5)
+    assert await _story(sql) == [QUEUED, RUNS, DONE]
+    await sql.execute("TRUNCATE tasks")  # rows come back; what was told stays told
+    await database.held(namespaces=[])
+    database.submit(_task(5, status=finished()), lost=database.newest())
+    await _written(database, 5)
+    database.submit(_task(6, status=finished()), deleted=True)
+
+    async def archived() -> bool:
+        return bool(await sql.fetchval("SELECT deleted_at IS NOT NULL FROM tasks"))
+
+    await until("its deletion is in PostgreSQL", archived)
+    late = Database(url, metrics=Metrics())
+    await late.warm_up()
+    late.submit(_task(2, status=processing()))
+    await late.aclose()
+    assert await _story(sql) == [QUEUED, RUNS, DONE]
+
+
+async def test_an_attempt_that_was_given_back_is_told_and_does_not_count(
+    database: Database, sql: "asyncpg.Connection[Any]"
+) -> None:
+    for version, status in enumerate([processing(), given_back(reason="StoreUnavailable")], 1):
+        database.submit(_task(version, status=status))
+        await _written(database, version)
+        assert await _attempts(sql) == ([(1, None, False)] if version == 1 else [])
+    database.submit(_task(3, status=processing(queuedAt=stamp(20))))
+    await _written(database, 3)
+    assert await _story(sql) == [QUEUED, RUNS, ("Queued", 1, "StoreUnavailable"), RUNS]
+    assert await _attempts(sql) == [(1, None, False)]
+
+
+async def test_tasks_that_go_unfinished_are_told_to_be_deleted_seen_or_unseen(
+    database: Database, sql: "asyncpg.Connection[Any]"
+) -> None:
+    seen, unseen, done = (str(uuid.uuid4()) for _ in range(3))
+    for version, uid in enumerate((seen, unseen), 1):
+        database.submit(_task(version, uid=uid, status=processing()))
+    database.submit(_task(3, uid=done, status=finished()))
+    await _written(database, 3, uid=done)
+    database.submit(_task(4, uid=seen, status=processing()), deleted=True)
+    deleted = [QUEUED, RUNS, ("Deleted", 1, "Deleted")]
+    await _eventually("the deletion is told", deleted, lambda: _story(sql, seen))
+    held = await database.held(namespaces=[])
+    for _ in range(2):
+        await database.mark_deleted({uid: held[uid] for uid in (unseen, done)})
+    assert await _story(sql, unseen) == deleted
+    assert await _story(sql, done) == [QUEUED, RUNS, DONE]
+
+
+async def test_a_row_that_a_release_without_events_wrote_is_told_from_the_next_list(
+    database: Database, sql: "asyncpg.Connection[Any]"
+) -> None:
+    other = str(uuid.uuid4())
+    database.submit(_task(3))
+    database.submit(_task(4, uid=other, status=processing()))
+    await _written(database, 4, uid=other)
+    # After a rollback the release before goes on with the rows, with its own statement, and knows of no events.
+    await sql.execute(
+        "UPDATE tasks SET resource_version = 7, phase = 'Completed', started_at = $1, finished_at = $2 WHERE uid = $3",
+        at(5),
+        at(60),
+        UID,
+    )
+    held = await database.held(namespaces=[])
+    assert {uid: one.told for uid, one in held.items()} == {UID: False, other: True}
+    assert database.acknowledged(UID) is None
+    database.submit(_task(7, status=finished()), lost=database.newest())
+    database.submit(_task(4, uid=other, status=processing()), lost=database.newest())
+    await _written(database, 7)
+    assert await _story(sql) == [QUEUED, RUNS, DONE]
+    assert await _story(sql, other) == [QUEUED, RUNS]
+
+
+async def test_numbers_become_visible_in_order_whoever_writes(url: str, sql: "asyncpg.Connection[Any]") -> None:
+    """Two operators at once, as in a rolling update, and a reader that asks for what comes after the last it has seen."""
+    writers = [await asyncpg.connect(url) for _ in range(2)]
+    tasks, missed, seen = 150, [], set[int]()
+    ended = asyncio.Event()
+
+    async def write(connection: "asyncpg.Connection[Any]", part: int) -> None:
+        for number in range(tasks):
+            made = _task(1, uid=str(uuid.uuid4()), status=finished())
+            made["metadata"]["name"] = f"task-{part}-{number}"
+            values = _values(made, deleted_at=None, now=at(0))
+            await _upsert(connection, [Row(uid=made["metadata"]["uid"], version=1, values=values)])
+
+    async def read() -> None:
+        last = 0
+        while True:
+            done = ended.is_set()
+            found = [row["number"] for row in await sql.fetch("SELECT number FROM task_events WHERE number > $1", last)]
+            seen.update(found)
+            last = max([last, *found])
+            if done:
+                return
+
+    reading = asyncio.create_task(read())
+    await asyncio.gather(*(write(connection, part) for part, connection in enumerate(writers)))
+    ended.set()
+    await reading
+    missed = [row["number"] for row in await sql.fetch("SELECT number FROM task_events") if row["number"] not in seen]
+    assert missed == []
+    assert len(seen) == 3 * 2 * tasks
+    for connection in writers:
+        await connection.close()
+
+
+async def test_a_writer_that_stands_still_holds_the_others_up_for_seconds_only(
+    database: Database, url: str, sql: "asyncpg.Connection[Any]"
+) -> None:
+    frozen = await asyncpg.connect(url)
+    transaction = frozen.transaction()
+    await transaction.start()
+    await frozen.execute(_ALONE)
+    assert await frozen.fetchval("SHOW idle_in_transaction_session_timeout") == "20s"
+    await frozen.execute("SET LOCAL idle_in_transaction_session_timeout = '1s'")  # the test's own patience
+    database.submit(_task(1))
+    await _written(database, 1)
+    assert await _story(sql) == [QUEUED]
+    assert frozen.is_closed()
+
+
+async def test_whoever_listens_is_told_the_highest_number(database: Database, sql: "asyncpg.Connection[Any]") -> None:
+    heard: list[str] = []
+    await sql.add_listener("task_events", lambda *call: heard.append(str(call[-1])))
+    database.submit(_task(1, status=processing()))
+    await _written(database, 1)
+
+    async def told() -> bool:
+        return heard == [str(await sql.fetchval("SELECT max(number) FROM task_events"))]
+
+    await until("the number is heard", told)
+    database.submit(_task(2, status=processing(progress=30)))
+    await _written(database, 2)
+    database.submit(_task(3, status=finished()))
+    await _written(database, 3)
+    await _eventually("an event, and no progress, is heard", 2, lambda: asyncio.sleep(0, len(heard)))
