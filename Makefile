@@ -55,8 +55,8 @@ test-torch: $(READY) ## Tests of sentence-transformers, in an environment of its
 test-ocr: $(READY) ## Tests of scanned pages and pictures, in an environment of its own (0.5 GB, kept in the cache)
 	@$(BIN)/python -m tests.ocr
 
-bench: $(READY) ## Measure; writes build/bench/NAME.json (make bench NAME=operator for one)
-	@$(BIN)/python -m tests.bench $(NAME)
+bench: $(READY) ## Measure; writes build/bench/NAME.json (make bench NAME=operator for one, ONLY=restart for a part of it)
+	@$(BIN)/python -m tests.bench $(NAME) $(if $(ONLY),--only $(ONLY))
 
 lint: $(READY) ## ruff, mypy strict, import-linter, generated files in sync
 	@$(BIN)/ruff check --quiet .

@@ -53,7 +53,7 @@ def environment(address: str) -> dict[str, str]:
 
 def up() -> None:
     """Start the server and make the product's role and database; what is there already is kept."""
-    programs = _programs()
+    programs = programs_folder()
     user = _user()
     folder = common.folder(NAME)
     if user is not None:
@@ -118,8 +118,8 @@ def newest(folders: Sequence[Path]) -> Path | None:
     return max(folders, key=version, default=None)
 
 
-def _programs() -> Path:
-    """Return the folder with initdb, postgres and psql."""
+def programs_folder() -> Path:
+    """Return the folder with initdb, postgres and psql; what this machine lacks is downloaded once."""
     complete = [
         f for f in Path("/usr/lib/postgresql").glob("*/bin") if all((f / p).exists() for p in ("initdb", "postgres", "psql"))
     ]
@@ -230,7 +230,14 @@ def _answers() -> bool:
 
 def _query(statement: str) -> list[str]:
     """Run one statement as superuser and return the first column's values."""
-    command = [str(_programs() / "psql"), "--no-psqlrc", "--quiet", "--tuples-only", "--no-align", "--set=ON_ERROR_STOP=1"]
+    command = [
+        str(programs_folder() / "psql"),
+        "--no-psqlrc",
+        "--quiet",
+        "--tuples-only",
+        "--no-align",
+        "--set=ON_ERROR_STOP=1",
+    ]
     done = subprocess.run(
         [*command, "--file=-", f"postgresql://postgres@{common.HOST}:{port()}/postgres"],
         input=statement,  # not an argument, which every user of this machine could read: it may hold a password

@@ -1,9 +1,11 @@
 """``python -m tests.bench [NAME]``: run the benchmarks, write ``build/bench/NAME.json``, print a table.
 
 A benchmark is a module here with a function ``run() -> list[Measurement]``. Figures of a shared machine are noisy: CPU time
-and ratios within one run say more than wall time. ``--help`` lists what each of them measures.
+and ratios within one run say more than wall time. ``--help`` lists what each of them measures. ``--only PART`` runs parts of
+one benchmark that has parts (comma separated), and writes ``build/bench/NAME-PART.json``.
 """
 
+import argparse
 import importlib
 import json
 import os
@@ -17,30 +19,42 @@ BENCHMARKS = ("devstack", "document", "operator", "pipeline")
 RESULTS = Path(__file__).resolve().parents[2] / "build/bench"
 
 
-def main(names: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Run the benchmarks named, or all; return the exit status: 1 when one could not be run. A missed target is no error."""
     # One thread of linear algebra, as in the runner (job_runner.__main__); numpy reads it when it is imported.
     for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
-    if "--help" in names:
-        print("python -m tests.bench [NAME ...]: writes build/bench/NAME.json; a missed target is no error\n")
-        for name in BENCHMARKS:
-            print(f"  {name:<10} {str(importlib.import_module(f'tests.bench.{name}_bench').__doc__).splitlines()[0]}")
-        return 0
-    unknown = [name for name in names if name not in BENCHMARKS]
-    if unknown:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Write build/bench/NAME.json; a missed target is no error.",
+        epilog="\n".join(
+            f"  {name:<10} {str(importlib.import_module(f'tests.bench.{name}_bench').__doc__).splitlines()[0]}"
+            for name in BENCHMARKS
+        )
+        if "--help" in arguments
+        else None,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHMARKS)}; none: all")
+    parser.add_argument("--only", metavar="PART", help="parts of the operator's benchmark, comma separated")
+    given = parser.parse_args(arguments)
+    names, parts = given.names or list(BENCHMARKS), [part for part in (given.only or "").split(",") if part]
+    if unknown := [name for name in names if name not in BENCHMARKS]:
         print(f"cannot run {', '.join(unknown)}: the benchmarks are {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 1
+    if parts and names != ["operator"]:
+        print("cannot run parts of these: --only is for the benchmark operator", file=sys.stderr)
+        return 1
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for name in names or BENCHMARKS:
+    for name in names:
         print(f"{name}: running", flush=True)
         began = time.monotonic()
         try:
-            measurements = importlib.import_module(f"tests.bench.{name}_bench").run()
+            measurements = importlib.import_module(f"tests.bench.{name}_bench").run(*([parts] if parts else []))
         except DevstackError as error:
             print(f"cannot measure {name}: {error}", file=sys.stderr)
             return 1
-        path = RESULTS / f"{name}.json"
+        path = RESULTS / f"{'-'.join([name, *parts])}.json"
         path.write_text(json.dumps([measurement.record() for measurement in measurements], indent=2) + "\n")
         for one in measurements:
             target = "" if one.target is None else f"target {one.target:g}, {'met' if one.met else 'MISSED'}"

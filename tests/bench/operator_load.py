@@ -1,33 +1,36 @@
-"""Load for an operator: tasks at a steady rate, a hand that plays Job controller and kubelet, and an eye on what happens.
+"""Load for an operator: tasks at a rate or at once, hands that play what an operator does not do, and an eye on all of it.
 
-All three are one process on one event loop. Times are those at which this process sees a watch event, so each holds the way
-through the API server; that is the same for every operator.
+All of it is one process on one event loop, whose own CPU time is measured too. Times are those at which this process sees a
+watch event, so each holds the way through the API server; that is the same for every operator.
 """
 
 import asyncio
+import resource
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import aiohttp
+import asyncpg
 import orjson
 from prometheus_client.parser import text_string_to_metric_families
 
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.models import Result
-from task_contract.names import TASK_NAME_ANNOTATION
+from task_contract.names import TASK_NAME_ANNOTATION, TASK_UID_LABEL
 from task_operator.cluster import Access, open_session
-from tests.support.operator_lab import JOBS, TASKS, ended
+from tests.support.operator_lab import JOBS, MERGE, TASKS, ended, running
 
-WORK: Final = 0.3  # seconds for which a pod "runs"
-_STRATEGIC: Final = "application/strategic-merge-patch+json"
 OUTCOME: Final = AttemptOutcome(
     outcome=Outcome.SUCCEEDED,
     attempt=1,
     result=Result(documents=1, pages=10, chunks=42, embedded=42, milvus_count=42, elasticsearch_count=42, version=1),
 )
+_STRATEGIC: Final = "application/strategic-merge-patch+json"
+_AT_ONCE: Final = 32  # requests that create tasks, of a burst
+_KINDS: Final = frozenset({"processingtasks", "jobs", "pods", "events"})
 
 
 @dataclass(slots=True)
@@ -77,98 +80,184 @@ class Server:
                     version = event["object"]["metadata"]["resourceVersion"]
                     yield event
 
-    async def requests(self) -> Counter[tuple[str, str]]:
-        """Return how many requests the API server has served, by verb and resource, of the kinds that matter here."""
+    async def requests(self) -> "Counter[tuple[str, str, str]]":
+        """Return how many requests were answered, by verb, resource and status code, of the kinds that matter."""
         text = (await self.send("GET", "/metrics")).decode()
         wanted = "\n".join(line for line in text.splitlines() if line.startswith("apiserver_request_total{"))
-        counts: Counter[tuple[str, str]] = Counter()
+        counts: Counter[tuple[str, str, str]] = Counter()
         for family in text_string_to_metric_families(wanted + "\n"):
             for sample in family.samples:
                 labels = sample.labels
-                if labels["resource"] in {"processingtasks", "jobs", "pods", "events"} and labels["code"] != "0":
+                if labels["resource"] in _KINDS and labels["code"] != "0":
                     name = "/".join(filter(None, (labels["resource"], labels["subresource"])))
-                    counts[labels["verb"], name] += int(sample.value)
+                    counts[labels["verb"], name, labels["code"]] += int(sample.value)
         return counts
+
+
+class Hand(Protocol):
+    """Plays what ends a Job: the Job controller with the pods of its own, or the pods alone."""
+
+    async def run(self) -> None:
+        """Be at it until cancelled."""
+
+    def made(self, job: Mapping[str, Any]) -> None:
+        """Take note of a Job that has appeared."""
+
+
+class Results:
+    """Stores outcomes as runners do before they exit: a row of ``task_results``, many in one statement."""
+
+    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record] | None") -> None:
+        self._pool = pool
+
+    async def store(self, uids: Sequence[str]) -> None:
+        """Store that the first attempts of tasks have succeeded; nothing without a database."""
+        if self._pool is not None:
+            await self._pool.execute(
+                "INSERT INTO task_results (task_uid, attempt, holder, outcome) "
+                "SELECT uid, 1, 'load', $2::jsonb FROM unnest($1::uuid[]) AS uid ON CONFLICT DO NOTHING",
+                list(uids),
+                OUTCOME.termination_message(),
+            )
+
+
+class StatusHand:
+    """The cheapest end of a Job: its outcome is stored, and one patch says that it is complete. There is no pod.
+
+    Job controller, scheduler and kubelet are away, so what is measured is an operator and what it asks of the API server.
+    """
+
+    def __init__(self, server: Server, namespace: str, results: Results) -> None:
+        self._server = server
+        self._namespace = namespace
+        self._results = results
+        self._waiting: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+
+    def made(self, job: Mapping[str, Any]) -> None:
+        self._waiting.put_nowait((job["metadata"]["name"], job["metadata"]["labels"][TASK_UID_LABEL]))
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            while True:
+                due = [await self._waiting.get()]
+                while not self._waiting.empty():
+                    due.append(self._waiting.get_nowait())
+                await self._results.store([uid for _, uid in due])
+                for name, _ in due:
+                    group.create_task(self._end(name))
+
+    async def _end(self, name: str) -> None:
+        path = f"{JOBS}/namespaces/{self._namespace}/jobs/{name}/status"
+        await self._server.send("PATCH", path, complete(), content_type=MERGE)
+
+
+class PodHand:
+    """The kubelet of pods without work: each runs, stores its outcome, and ends with a termination message."""
+
+    def __init__(self, server: Server, namespace: str, results: Results) -> None:
+        self._server = server
+        self._namespace = namespace
+        self._results = results
+
+    def made(self, job: Mapping[str, Any]) -> None:
+        """Nothing: the Job controller makes its pod."""
+
+    async def run(self) -> None:
+        pods = f"/api/v1/namespaces/{self._namespace}/pods"
+        async with asyncio.TaskGroup() as group:
+            async for event in self._server.watch(pods):
+                if event["type"] == "ADDED":
+                    group.create_task(self._live(f"{pods}/{event['object']['metadata']['name']}/status", event["object"]))
+
+    async def _live(self, path: str, pod: Mapping[str, Any]) -> None:
+        await self._server.send("PATCH", path, {"status": running()}, content_type=_STRATEGIC)
+        await self._results.store([pod["metadata"]["labels"][TASK_UID_LABEL]])
+        await self._server.send("PATCH", path, {"status": ended(OUTCOME)}, content_type=_STRATEGIC)
 
 
 @dataclass
 class Load:
-    """One round of load in a namespace."""
+    """Tasks of one namespace, and what becomes of them."""
 
     server: Server
     namespace: str
+    hand: Hand
+    type: str = "document_processing"
     records: dict[str, Record] = field(default_factory=dict)
-    _pods: set[asyncio.Task[None]] = field(default_factory=set)
+    completed: int = 0
 
-    @property
-    def finished(self) -> int:
-        """How many tasks have completed."""
-        return sum(record.completed is not None for record in self.records.values())
-
-    async def run(self, *, name: str, rate: float, seconds: float, patience: float) -> None:
-        """Create tasks at a rate for some seconds; then wait, at most so long, until all have completed."""
+    async def run(self, *, name: str, count: int, rate: float | None, patience: float) -> None:
+        """Create tasks at a rate, or all at once; then wait, at most so many seconds, until all have completed."""
         began = time.monotonic()
+        slots = asyncio.Semaphore(_AT_ONCE)
         creating: set[asyncio.Task[None]] = set()
-        for number in range(round(rate * seconds)):
-            if (wait := began + number / rate - time.monotonic()) > 0:
+        for number in range(count):
+            if rate is not None and (wait := began + number / rate - time.monotonic()) > 0:
                 await asyncio.sleep(wait)
+            await slots.acquire()
             creating.add(one := asyncio.create_task(self._create(f"{name}-{number:05d}")))
             one.add_done_callback(creating.discard)
-        deadline = began + seconds + patience
-        while (creating or self.finished < len(self.records)) and time.monotonic() < deadline:  # noqa: ASYNC110 - see below
+            one.add_done_callback(lambda _: slots.release())
+        deadline = time.monotonic() + patience
+        while (creating or self.completed < len(self.records)) and time.monotonic() < deadline:  # noqa: ASYNC110 - see below
             await asyncio.sleep(0.02)  # a deadline and what others count: there is no one event to wait for
 
+    def forget(self) -> None:
+        """Begin anew, with other tasks."""
+        self.records.clear()
+        self.completed = 0
+
     async def follow(self) -> None:
-        """Watch tasks and Jobs, and play the pods, until cancelled."""
+        """Watch tasks and Jobs, and end the Jobs, until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._follow_tasks())
-            group.create_task(self._follow_jobs(group))
+            group.create_task(self._follow_jobs())
+            group.create_task(self.hand.run())
 
     async def _create(self, name: str) -> None:
         self.records[name] = Record(posted=time.monotonic())
-        spec = {"type": "document_processing", "kbId": "kb-42", "payload": {"filePath": f"/data/manuals/{name}.pdf"}}
-        body = {"apiVersion": "tasks.zzdsj.io/v1", "kind": "ProcessingTask", "metadata": {"name": name}, "spec": spec}
-        await self.server.send("POST", f"{TASKS}/namespaces/{self.namespace}/processingtasks", body)
+        await self.server.send("POST", f"{TASKS}/namespaces/{self.namespace}/processingtasks", task(name, self.type))
 
     async def _follow_tasks(self) -> None:
         async for event in self.server.watch(f"{TASKS}/namespaces/{self.namespace}/processingtasks"):
             record = self.records.get(event["object"]["metadata"]["name"])
             if record is not None and record.completed is None and event["object"]["status"].get("phase") == "Completed":
                 record.completed = time.monotonic()
+                self.completed += 1
 
-    async def _follow_jobs(self, group: asyncio.TaskGroup) -> None:
+    async def _follow_jobs(self) -> None:
         async for event in self.server.watch(f"{JOBS}/namespaces/{self.namespace}/jobs"):
             job = event["object"]
-            record = self.records[job["metadata"]["annotations"][TASK_NAME_ANNOTATION]]
+            record = self.records.get(job["metadata"]["annotations"][TASK_NAME_ANNOTATION])
+            if record is None:
+                continue
             if event["type"] == "ADDED":
                 record.job_made = time.monotonic()
-                group.create_task(self._play(job))
+                self.hand.made(job)
             elif record.job_done is None and job["status"].get("completionTime"):
                 record.job_done = time.monotonic()
 
-    async def _play(self, job: Mapping[str, Any]) -> None:
-        """Do what Job controller and kubelet do that an operator can see: the Job runs, its pod ends, the Job is done."""
-        name, template = job["metadata"]["name"], job["spec"]["template"]
-        owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": job["metadata"]["uid"], "controller": True}
-        metadata = {"name": f"{name}-pod", "ownerReferences": [owner]}
-        metadata |= {key: template["metadata"][key] for key in ("labels", "annotations")}
-        job_path = f"{JOBS}/namespaces/{self.namespace}/jobs/{name}/status"
-        pods = f"/api/v1/namespaces/{self.namespace}/pods"
-        await self.server.send("POST", pods, {"metadata": metadata, "spec": template["spec"]})
-        started = _now()
-        await self._status(job_path, {"startTime": started, "active": 1, "ready": 1})
-        await asyncio.sleep(WORK)
-        await self._status(f"{pods}/{name}-pod/status", ended(OUTCOME))
-        conditions = [
-            {"type": kind, "status": "True", "reason": "CompletionsReached", "lastTransitionTime": _now()}
-            for kind in ("SuccessCriteriaMet", "Complete")
-        ]
-        done = {"active": 0, "ready": 0, "succeeded": 1, "completionTime": _now(), "conditions": conditions}
-        await self._status(job_path, done)
 
-    async def _status(self, path: str, status: Mapping[str, Any]) -> None:
-        await self.server.send("PATCH", path, {"status": status}, content_type=_STRATEGIC)
+def task(name: str, kind: str = "document_processing") -> dict[str, Any]:
+    """Return a task as the load creates it."""
+    spec: dict[str, Any] = {"type": kind}
+    if kind == "document_processing":
+        spec |= {"kbId": "kb-42", "payload": {"filePath": f"/data/manuals/{name}.pdf"}}
+    return {"apiVersion": "tasks.zzdsj.io/v1", "kind": "ProcessingTask", "metadata": {"name": name}, "spec": spec}
 
 
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+def complete() -> dict[str, Any]:
+    """Return the patch that says of a Job that it is complete."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    conditions = [
+        {"type": kind, "status": "True", "reason": "CompletionsReached", "lastTransitionTime": now, "lastProbeTime": now}
+        for kind in ("SuccessCriteriaMet", "Complete")
+    ]
+    status = {"startTime": now, "completionTime": now, "succeeded": 1, "conditions": conditions}
+    return {"status": status}
+
+
+def own_cpu() -> float:
+    """Return the CPU seconds of this process: the load's."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime

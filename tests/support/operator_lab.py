@@ -266,10 +266,12 @@ class OperatorProcess:
         namespaces: Sequence[str],
         folder: Path,
         command: Sequence[str] = ("task_operator", "run"),
+        python: str = sys.executable,
         **environment: str,
     ) -> None:
+        """``python``: an interpreter of another environment than this one's."""
         self.port = free_port()
-        self._command = [sys.executable, "-m", *command]
+        self._command = [python, "-m", *command]
         self.log = folder / f"operator-{uuid.uuid4().hex[:8]}.log"
         self._environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("OPERATOR_", "TASKS_"))},
@@ -322,14 +324,14 @@ class OperatorProcess:
         except (aiohttp.ClientError, OSError, TimeoutError):
             return 0, ""
 
-    async def ready(self) -> None:
-        """Wait until it has listed everything."""
+    async def ready(self, *, interval: float = 0.1) -> None:
+        """Wait until it has listed everything; asked each so many seconds."""
 
         async def look() -> bool:
             assert self.exit_code() is None, f"the operator has ended:\n{self.log.read_text()}"
             return (await self.get("/readyz"))[0] == 200
 
-        await until("the operator is ready", look, seconds=30)
+        await until("the operator is ready", look, seconds=30, interval=interval)
 
     @contextlib.asynccontextmanager
     async def at_work(self) -> AsyncIterator["OperatorProcess"]:
