@@ -33,6 +33,10 @@ class CachedTask:
     priority: str
     expires_at: float | None
     """Seconds since the epoch at which a finished task is due to be deleted."""
+    settled: bool
+    """Whether it has finished, and its status says so of the spec as it is now."""
+    job: str | None
+    """Name of the Job of its last attempt."""
     body: bytes
     ended_at: float | None = None
     """Seconds since the epoch at which it finished."""
@@ -227,6 +231,8 @@ def _cached(manifest: Mapping[str, Any], version: int) -> CachedTask:
         phase=phase,
         priority=str(spec.get("priority") or "normal"),
         expires_at=expires,
+        settled=phase in FINISHED and status.get("observedGeneration") == metadata.get("generation"),
+        job=status.get("job"),
         body=orjson.dumps(body),
         ended_at=None if ended is None else ended.timestamp(),
         idempotency_key=None if spec.get("idempotencyKey") is None else str(spec["idempotencyKey"]),

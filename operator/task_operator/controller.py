@@ -38,6 +38,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final, Protocol
 
 import structlog
@@ -381,24 +382,28 @@ class Controller:
             await self._list_jobs(namespace)
         if held is not None:
             await self._mark_deleted(held)
-        now = self._clock().timestamp()
+        soon = self._clock().timestamp() + self._resync_seconds
         for key, cached in self._cache.tasks():
-            if self._needs_look(key, cached, now=now):
+            if (self._idle_until(key, cached) or 0) <= soon:
                 self._queue.add(key)
         for key in self._cache.job_keys():
             if self._cache.task(key) is None:
                 self._queue.add(key)
         self._metrics.resyncs.labels("done").inc()
 
-    def _needs_look(self, key: Key, cached: CachedTask, *, now: float) -> bool:
-        """Whether a task may have something to do: of ten thousand that have finished, hardly any."""
-        if not cached.finished or cached.expires_at is None or cached.expires_at <= now + self._resync_seconds:
-            return True
+    def _idle_until(self, key: Key, cached: CachedTask) -> float | None:
+        """Return when there is next something to do about a task that has finished, in seconds since the epoch; None: now.
+
+        Of ten thousand that have finished hardly any has something to do, so this is told without reading them.
+        """
+        if not cached.settled or cached.expires_at is None:
+            return None
         jobs = self._cache.jobs(key)
-        if len(jobs) > 1 or any(not job.finished for job in jobs):
-            return True
-        until = now + self._resync_seconds - self._policy.job_ttl.total_seconds()
-        return bool(jobs) and (cached.ended_at is None or cached.ended_at <= until)
+        if not jobs:
+            return cached.expires_at
+        if cached.ended_at is None or any(not job.finished or job.name != cached.job for job in jobs):
+            return None
+        return min(cached.expires_at, cached.ended_at + self._policy.job_ttl.total_seconds())
 
     async def _list_tasks(self, namespace: str | None) -> None:
         """Take in what a list says of tasks: what was known before and is not in it is gone.
@@ -472,6 +477,9 @@ class Controller:
         await self._delete_orphans(key, None if cached is None else cached.uid)
         if cached is None:
             return
+        if (idle := (self._idle_until(key, cached) or 0) - self._clock().timestamp()) > 0:
+            self._look_after(key, idle)
+            return
         task = _read(key, cached)
         facts = _Facts()
         decision = await self._decide(task, facts)
@@ -501,8 +509,12 @@ class Controller:
         self._announce_wait(task)
         if changed:
             self._queue.add(key)  # whether that was all, a look at what is there now tells
-        elif decision.after is not None and decision.after.total_seconds() <= self._resync_seconds:
-            self._queue.add_after(key, max(decision.after.total_seconds(), 0.05))
+        elif decision.after is not None:
+            self._look_after(key, decision.after.total_seconds())
+
+    def _look_after(self, key: Key, seconds: float) -> None:
+        if seconds <= self._resync_seconds:  # else the resync comes first
+            self._queue.add_after(key, max(seconds, 0.05))
 
     async def _decide(self, task: _Task, facts: _Facts) -> Decision:
         if task.parsed is None:
@@ -675,6 +687,7 @@ def merge_patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str
     return dict(sorted(patch.items()))
 
 
+@lru_cache(maxsize=256)  # what was just read is read again after a write that did not change it; 6 KB each
 def _read(key: Key, cached: CachedTask) -> _Task:
     """Parse a cached task. One that cannot be parsed keeps what can be read of it: enough to say so in its status."""
     manifest = cached.manifest()

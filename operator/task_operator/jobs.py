@@ -341,6 +341,8 @@ class JobState:
     queue_stamp: str
     """See :data:`QUEUED_AT_ANNOTATION`."""
     created_at: datetime | None = None
+    started_at: datetime | None = None
+    """When the Job controller took it up: the pod runs soon after, unless it has to wait for a node or an image."""
     ready: int = 0
     """Pods that run."""
     ending: str | None = None
@@ -392,6 +394,7 @@ class JobState:
             attempt=_number((metadata.get("labels") or {}).get(ATTEMPT_LABEL)),
             queue_stamp=(metadata.get("annotations") or {}).get(QUEUED_AT_ANNOTATION, ""),
             created_at=parse_time(metadata.get("creationTimestamp")),
+            started_at=parse_time(status.get("startTime")),
             ready=status.get("ready") or 0,
             ending=None if given_up is None else given_up.get("reason"),
             suspended=bool(spec.get("suspend")),

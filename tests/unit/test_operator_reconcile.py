@@ -40,6 +40,7 @@ from tests.support.operator_values import (
 
 NOW = 40  # seconds after creation, unless a row says otherwise
 PODS = frozenset({Need.PODS})
+RESULT = frozenset({Need.RESULT})
 ALL = frozenset(Need)
 POSTGRES = Store(configured=True)
 POSTGRES_DOWN = Store(configured=True, down_since=at(NOW - 10))
@@ -450,6 +451,42 @@ ROWS = [
         "without a message the stored result is looked for",
         Observed(task=task(status=processing()), jobs=(complete(),), store=POSTGRES, answered=PODS),
         needs=frozenset({Need.RESULT}),
+    ),
+    Row(
+        "a Job that has completed has its stored result read, which costs less than its pods",
+        Observed(task=task(status=processing()), jobs=(complete(),), store=POSTGRES),
+        needs=RESULT,
+    ),
+    Row(
+        "a stored success needs no pods",
+        Observed(task=QUEUED, jobs=(complete(started_at=at(3)),), store=POSTGRES, answered=RESULT, result=stored(success())),
+        status={"phase": "Completed", "result.chunks": 87, "startedAt": stamp(3)},
+    ),
+    Row(
+        "when an attempt began that was seen to run, its status tells best",
+        Observed(
+            task=task(status=processing()),
+            jobs=(complete(started_at=at(3)),),
+            store=POSTGRES,
+            answered=RESULT,
+            result=stored(success()),
+        ),
+        status={"attempts": [ended_attempt(1, "Succeeded") | {"finishedAt": stamp(NOW)}]},
+    ),
+    Row(
+        "a Job that has completed without a stored success has its pods read",
+        Observed(task=QUEUED, jobs=(complete(),), store=POSTGRES, answered=RESULT, result=stored(failure())),
+        needs=PODS,
+    ),
+    Row(
+        "a PostgreSQL that is down is not asked first",
+        Observed(task=QUEUED, jobs=(complete(),), store=POSTGRES_DOWN),
+        needs=PODS,
+    ),
+    Row(
+        "a Job that has failed has its pods read first",
+        Observed(task=task(status=processing()), jobs=(failed(),), store=POSTGRES),
+        needs=PODS,
     ),
     Row(
         "the stored result completes a task whose pod is gone",
