@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import faulthandler
 import json
 import os
 import sys
@@ -314,4 +315,5 @@ def as_table(answers: "Answers") -> str:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a crash in a library leaves the stacks at the end of the log, which outlives the pod
     sys.exit(main())

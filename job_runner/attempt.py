@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 
 import structlog
 
-from job_runner import health
+from job_runner import health, logs
 from job_runner.deletion import Deletion
 from job_runner.embed import Embedder, make_embedder
 from job_runner.ledger import Ledger
@@ -160,8 +160,9 @@ async def run_attempt(
 
         timeout = task.spec.effective_timeout.total_seconds()
         outcome, code = await _ended(
-            work, until=started + timeout, pulse=pulse, last_resort=last_resort, task=task, attempt=settings.attempt
+            work, until=started + timeout, pulse=pulse, last_resort=last_resort, task=task, settings=settings
         )
+        outcome = _with_log(outcome, settings)
         try:
             async with asyncio.timeout(_RECORD_SECONDS):
                 await ledger.record(outcome, task_uid=uid, holder=settings.holder)
@@ -177,7 +178,7 @@ async def _ended(
     pulse: Pulse,
     last_resort: Callable[[AttemptOutcome, ExitCode], None] | None,
     task: ProcessingTask,
-    attempt: int,
+    settings: Settings,
 ) -> tuple[AttemptOutcome, ExitCode]:
     """Do the work within its time, while it makes progress and until SIGTERM; return how it ended."""
     loop = asyncio.get_running_loop()
@@ -211,7 +212,8 @@ async def _ended(
 
     def end_all() -> None:
         assert last_resort is not None  # noqa: S101 - for the type checker: it is called only then
-        last_resort(AttemptOutcome.of_error(error := stalled(), attempt=attempt), exit_code(error))
+        outcome = AttemptOutcome.of_error(error := stalled(), attempt=settings.attempt)
+        last_resort(_with_log(outcome, settings), exit_code(error))
 
     # They stay until the loop is closed: a signal that comes while the outcome is being written must not cut it off.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -240,7 +242,14 @@ async def _ended(
         return outcome, ExitCode.SUCCEEDED if outcome.error is None else ExitCode.RETRYABLE
     finally:
         timer.cancel()
-    return AttemptOutcome.of_error(error, attempt=attempt), exit_code(error)
+    return AttemptOutcome.of_error(error, attempt=settings.attempt), exit_code(error)
+
+
+def _with_log(outcome: AttemptOutcome, settings: Settings) -> AttemptOutcome:
+    """Add the last lines of the log to a failure: they outlive the pod."""
+    if outcome.outcome not in {Outcome.FAILED, Outcome.FENCED}:
+        return outcome
+    return outcome.model_copy(update={"log": logs.tail(secrets=settings.secrets)})
 
 
 async def _health_check(

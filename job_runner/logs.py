@@ -1,9 +1,41 @@
-"""Logs on standard error: JSON, one object a line, and readable text on a terminal."""
+"""Logs on standard error: JSON, one object a line, and readable text on a terminal. Their end is kept for the outcome."""
 
 import logging
 import sys
+from collections.abc import Iterable
+from typing import Final, TextIO, cast
 
 import structlog
+
+from task_contract.messages import LOG_LIMIT, last_lines
+
+_KEPT: Final = 4 * LOG_LIMIT
+"""Characters, so that there is something left when secrets and colours are taken out."""
+
+
+class _Kept:
+    """Standard error, whose end is kept."""
+
+    def __init__(self) -> None:
+        self.end = ""
+
+    def write(self, text: str) -> int:
+        self.end = (self.end + text)[-_KEPT:]
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+_kept = _Kept()
+
+
+def tail(*, secrets: Iterable[str] = ()) -> str | None:
+    """Return the last lines that were logged by this process, without the secrets; None when there are none."""
+    text = _kept.end
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return last_lines(text) or None
 
 
 def configure(level: str) -> None:
@@ -26,9 +58,9 @@ def configure(level: str) -> None:
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _kept)),
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(_kept)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=shared))
     # Clients of stores repeat calls by themselves and say so; what matters of it comes as an error of ours.
     logging.basicConfig(level=max(number, logging.ERROR), handlers=[handler], force=True)

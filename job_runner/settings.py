@@ -8,6 +8,7 @@ import ssl
 import uuid
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
+from urllib.parse import unquote
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -131,10 +132,24 @@ class Settings(BaseSettings):
         return self.embedding_threads or cpu_limit() or 1
 
     @property
+    def secrets(self) -> frozenset[str]:
+        """What no message may show: secret values, and passwords in URLs, also as they are encoded there."""
+        fields = (getattr(self, name) for name in type(self).model_fields)
+        values = {field.get_secret_value() for field in fields if isinstance(field, SecretStr)}
+        passwords = {_password(value) for value in values}
+        return frozenset({*values, *passwords, *map(unquote, passwords)} - {""})
+
+    @property
     def document_stores_missing(self) -> list[str]:
         """Names of the variables that document_processing needs and that are not set."""
         needed = {"milvus_url": self.milvus_url, "elasticsearch_url": self.elasticsearch_url}
         return [PREFIX + name.upper() for name, value in needed.items() if value is None]
+
+
+def _password(secret: str) -> str:
+    """Return the password in ``scheme://user:password@host`` or ``user:password``; empty if there is none."""
+    scheme, separator, rest = secret.partition("://")
+    return (rest.rpartition("@")[0] if separator else scheme).partition(":")[2]
 
 
 def revealed(secret: SecretStr | None) -> str | None:

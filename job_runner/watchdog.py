@@ -20,8 +20,10 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar, copy_context
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
@@ -38,6 +40,10 @@ LOCK_SECONDS: Final = 5.0
 _LOOK_SECONDS: Final = (0.5, 10.0)
 """Between two looks: a twentieth of the limit within these bounds. Each look costs a thread that faulthandler starts, some
 0.1 ms of CPU."""
+_FRAMES: Final = 4
+_THREADS: Final = 6
+_IDLE: Final = "_worker"
+"""Innermost function of a thread of an executor that waits for work."""
 
 log = structlog.get_logger(__name__)
 
@@ -143,8 +149,8 @@ class Watchdog:
             if self._ended.wait(min(left, self._pause)):
                 return
         # The threads of this moment: a loop that is told ends what hangs in it.
-        log.error("no progress: the attempt is ended", stage=self._pulse.stage, seconds=self._limit)
         stacks = stacks_of_all_threads()
+        log.error("no progress: the attempt is ended", seconds=self._limit, threads=innermost_frames())
         self._call(self._on_stall)
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.write(stacks)
@@ -163,6 +169,18 @@ class Watchdog:
         with self._arming:
             if not self._ended.is_set():
                 faulthandler.dump_traceback_later(self._limit + LOOP_SECONDS + LOCK_SECONDS, exit=True)
+
+
+def innermost_frames() -> dict[str, str]:
+    """Return where each other thread is that does something, shortly: this gets into ``status.error.log``."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    found = {}
+    for ident, frame in sys._current_frames().items():  # noqa: SLF001 - that is what it is called
+        frames = [entry for entry, _ in zip(traceback.walk_stack(frame), range(_FRAMES), strict=False)]
+        if ident != threading.get_ident() and frames[0][0].f_code.co_name != _IDLE:
+            said = (f"{Path(one.f_code.co_filename).name}:{line} {one.f_code.co_name}" for one, line in frames)
+            found[names.get(ident, str(ident))] = " < ".join(said)
+    return dict(list(found.items())[:_THREADS])
 
 
 def stacks_of_all_threads() -> str:

@@ -384,6 +384,8 @@ class Failure(Model):
     message: Text = ""
     retryable: bool
     stage: Annotated[str, Field(max_length=32)] | None = None
+    log: Text | None = None
+    """Last lines of the pod's log: they outlive the pod."""
 
 
 class Attempt(Model):

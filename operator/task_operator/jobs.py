@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from task_contract.lifecycle import ExitCode
-from task_contract.messages import AttemptOutcome
+from task_contract.messages import AttemptOutcome, last_lines
 from task_contract.models import Priority, ProcessingTask, Status
 from task_contract.names import (
     API_VERSION,
@@ -301,7 +301,7 @@ def _pod(
                 **({"env": list(env)} if env else {}),
                 "envFrom": [{"secretRef": {"name": template.stores_secret}}],
                 "resources": dict(resources),
-                "terminationMessagePolicy": "File",
+                "terminationMessagePolicy": "FallbackToLogsOnError",
                 "securityContext": {
                     "allowPrivilegeEscalation": False,
                     "readOnlyRootFilesystem": True,
@@ -443,6 +443,8 @@ class PodReport:
     """What Kubernetes says about the end."""
     outcome: AttemptOutcome | None = None
     """The termination message, if the runner wrote one."""
+    log: str = ""
+    """Else the last lines of its log, which the kubelet hands over: of at most 80 lines and 2 KiB."""
 
 
 _NO_NEWS: Final = frozenset({"ContainerCreating", "PodInitializing", ""})
@@ -482,6 +484,8 @@ def pod_report(manifest: Mapping[str, Any]) -> PodReport:
         disrupted = status["reason"]
     alive = phase not in {"Succeeded", "Failed"}
     started = (state.get("running") or ended).get("startedAt")
+    said = ended.get("message") or ""
+    outcome = AttemptOutcome.parse(said)
     return PodReport(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -497,7 +501,8 @@ def pod_report(manifest: Mapping[str, Any]) -> PodReport:
         oom_killed=ended.get("reason") == OOM_KILLED,
         disrupted=disrupted,
         message=disruption.get("message") or status.get("message") or "",
-        outcome=AttemptOutcome.parse(ended.get("message")),
+        outcome=outcome,
+        log="" if outcome is not None else last_lines(said),
     )
 
 

@@ -1,11 +1,13 @@
 """How an attempt ended: what the pod said, else what the runner stored, else what Kubernetes saw. Pure functions."""
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
+from task_contract.errors import AttemptStalled
 from task_contract.lifecycle import ExitCode
-from task_contract.messages import AttemptOutcome, Outcome
+from task_contract.messages import AttemptOutcome, Outcome, hung, last_lines
 from task_contract.models import Failure, Phase, QueueStatus, Result
 from task_operator.jobs import JobState, PodReport, pods_of
 from task_operator.observation import Decision, Need, Observed, Policy, Store, StoredOutcome
@@ -68,6 +70,7 @@ def judge_job(observed: Observed, job: JobState, *, now: datetime, policy: Polic
                 reason="Timeout",
                 message="cannot finish the attempt within spec.timeout: the runner did not stop by itself",
                 retryable=True,
+                log=_log_of(last),
             ),
             started_at=started,
         )
@@ -77,6 +80,8 @@ def judge_job(observed: Observed, job: JobState, *, now: datetime, policy: Polic
 def verdict_of(outcome: AttemptOutcome, started: datetime | None) -> Verdict:
     """Return what an outcome means for the attempt."""
     error = outcome.error or Failure(reason=outcome.reason, retryable=True)
+    if outcome.log:
+        error = error.model_copy(update={"log": last_lines(outcome.log)})
     match outcome.outcome:
         case Outcome.SUCCEEDED:
             return Verdict(success=outcome, started_at=started)
@@ -94,7 +99,7 @@ def _verdict_of_kubernetes(job: JobState, pod: PodReport | None) -> Verdict:
     """Judge by what Kubernetes saw of a runner that said nothing."""
 
     def counted(reason: str, message: str, *, retryable: bool = True) -> Verdict:
-        return Verdict(failure=Failure(reason=reason, message=clip(message), retryable=retryable))
+        return Verdict(failure=Failure(reason=reason, message=clip(message), retryable=retryable, log=_log_of(pod)))
 
     if job.complete:
         return counted("ResultLost", f"cannot find the result of Job {job.name}: neither its pod nor PostgreSQL has it")
@@ -115,8 +120,26 @@ def _verdict_of_kubernetes(job: JobState, pod: PodReport | None) -> Verdict:
             return counted("PermanentError", "the runner reported a permanent error without saying which", retryable=False)
         case None:
             return counted("PodFailed", f"cannot run the pod of Job {job.name}: {pod.message or job.failure_message}")
+        case 1 if hung(pod.log):
+            message = (
+                "cannot go on: no progress for spec.stallTimeout, and no thread of the runner could run; "
+                "the stacks in its log say in which library it hangs"
+            )
+            return counted(AttemptStalled.reason, message)
         case code:
-            return counted("ContainerFailed", f"the runner ended with exit code {code} without saying why; see its log")
+            return counted("ContainerFailed", f"the runner ended with {_how(code)} without saying why; see its last lines")
+
+
+def _how(code: int) -> str:
+    """Return an exit code for people; above 128 it is a signal, as shells and the kubelet report it."""
+    try:
+        return f"exit code {code} ({signal.Signals(code - 128).name})"
+    except ValueError:
+        return f"exit code {code}"
+
+
+def _log_of(pod: PodReport | None) -> str | None:
+    return pod.log or None if pod is not None else None
 
 
 def _succeeded(outcome: AttemptOutcome) -> bool:

@@ -22,7 +22,7 @@ from task_contract.errors import (
     TaskError,
 )
 from task_contract.lifecycle import ARROWS, ExitCode, conditions, exit_code, retry_delay, stores_consistent
-from task_contract.messages import TERMINATION_LIMIT, AttemptOutcome, Outcome
+from task_contract.messages import LOG_LIMIT, TERMINATION_LIMIT, AttemptOutcome, Outcome, hung, last_lines
 from task_contract.migrations import migrations
 from task_contract.models import (
     Component,
@@ -245,6 +245,64 @@ def test_a_termination_message_never_exceeds_what_the_kubelet_keeps() -> None:
     assert read.reason == "ParserCrashed"
     assert read.result is not None
     assert read.result.chunks == 3
+
+
+@pytest.mark.parametrize("message", ["short", "坏" * 1024, "坏" * 700])
+@pytest.mark.parametrize("log", ["l" * 1024, "志" * 1024, '{"event": "a"}\n' * 68, "x"])
+def test_the_log_gets_the_room_that_is_left_in_a_termination_message(message: str, log: str) -> None:
+    outcome = AttemptOutcome.of_error(ParserCrashed(message), attempt=1).model_copy(update={"log": log})
+    text = outcome.termination_message()
+    read = AttemptOutcome.parse(text)
+    assert len(text.encode()) <= TERMINATION_LIMIT
+    assert read is not None
+    assert read.error is not None
+    assert len((read.log or "").encode()) <= LOG_LIMIT
+    if message == "short":
+        assert read.error.message == message
+        assert read.log
+        assert log.endswith(read.log.lstrip("…"))
+        assert len(read.log.encode()) > min(500, len(log) - 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "lines"),
+    [
+        ("", 10, ""),
+        ("one\ntwo\n", 10, "one\ntwo"),
+        ("one\ntwo\nthree\n", 9, "two\nthree"),
+        ("one\ntwo\nthree\n", 8, "three"),
+        ("one\ntwo\nthree\n", 5, "three"),
+        ("one\ntwo\nthree\n", 4, "…ree"),
+        ("one\n", 1, ""),
+        ("a\x00b\x1b[31mred\x1b[0m\r\nc\td\x07", 99, "abred\nc\td"),
+        ("知识\ud800库", 99, "知识库"),
+        ("  indented\n  too\n\n", 99, "  indented\n  too"),
+    ],
+)
+def test_the_last_lines_of_a_log_are_whole_and_printable(text: str, limit: int, lines: str) -> None:
+    assert last_lines(text, limit=limit) == lines
+
+
+STACKS = """Timeout (0:00:03)!
+Thread 0x00007f2a5d7fa640 (most recent call first):
+  File "/usr/lib/python3.11/re/__init__.py", line 166 in match
+  File "/app/main.py", line 12 in <module>
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        (STACKS, True),
+        (STACKS[-60:], True),
+        ("", False),
+        (STACKS + "killed", False),
+        ('Traceback (most recent call last):\n  File "a.py", line 1, in f\nModuleNotFoundError: No module', False),
+        ("Fatal Python error: Segmentation fault\n" + STACKS + "\nExtension modules: numpy (total: 1)", False),
+    ],
+)
+def test_a_runner_that_hung_is_known_by_the_end_of_its_log(log: str, expected: bool) -> None:
+    assert hung(log) is expected
 
 
 @pytest.mark.parametrize("text", [None, "", "Killed", '{"outcome": "Succ', "[]", '{"outcome": "Nonsense", "attempt": 1}'])

@@ -217,8 +217,14 @@ DISRUPTED = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionBy
         ),
         pytest.param(
             _pod_manifest("Failed", state=_terminated(exitCode=1, message="Traceback (most recent call last):")),
-            pod(alive=False, started_at=at(5), finished_at=at(29), exit_code=1),
-            id="its message is none of ours",
+            pod(
+                alive=False,
+                started_at=at(5),
+                finished_at=at(29),
+                exit_code=1,
+                log="Traceback (most recent call last):",
+            ),
+            id="its message is the end of its log",
         ),
         pytest.param(
             _pod_manifest("Failed", state=_terminated(exitCode=137, reason="OOMKilled")),

@@ -570,10 +570,52 @@ ROWS = [
         after=10,
     ),
     Row(
-        "a runner that crashes says its exit code",
-        Observed(task=task(status=processing()), jobs=(failed(),), answered=PODS, pods=(ended_pod(exit_code=139),)),
-        status={"phase": "Retrying", "error.reason": "ContainerFailed"},
+        "a runner that crashes says its exit code, and the last lines of its log are kept",
+        Observed(
+            task=task(status=processing()),
+            jobs=(failed(),),
+            answered=PODS,
+            pods=(ended_pod(exit_code=139, log="Fatal Python error: Segmentation fault"),),
+        ),
+        status={
+            "phase": "Retrying",
+            "error.reason": "ContainerFailed",
+            "error.message": "the runner ended with exit code 139 (SIGSEGV) without saying why; see its last lines",
+            "error.log": "Fatal Python error: Segmentation fault",
+        },
         after=10,
+    ),
+    Row(
+        "a runner that ran out of memory leaves its last lines too",
+        Observed(
+            task=task(status=processing()),
+            jobs=(failed(),),
+            answered=PODS,
+            pods=(ended_pod(oom_killed=True, exit_code=137, log="embedding"),),
+        ),
+        status={"phase": "Retrying", "error.reason": "OOMKilled", "error.log": "embedding"},
+        after=10,
+    ),
+    Row(
+        "a runner that no thread could end in time is known by the stacks at the end of its log",
+        Observed(
+            task=task(status=processing()),
+            jobs=(failed(),),
+            answered=PODS,
+            pods=(ended_pod(exit_code=1, log='Thread 0x01:\n  File "/re.py", line 7 in match\n'),),
+        ),
+        status={"phase": "Retrying", "error.reason": "NoProgress"},
+        after=10,
+    ),
+    Row(
+        "a runner that a thread could end in time is one more failed attempt",
+        Observed(
+            task=task(status=processing(), spec={"retry": {"limit": 0}}),
+            jobs=(failed(),),
+            answered=PODS,
+            pods=(ended_pod(exit_code=75, outcome=failure("NoProgress").model_copy(update={"log": "one\ntwo"})),),
+        ),
+        status={"phase": "Failed", "error.reason": "NoProgress", "error.log": "one\ntwo"},
     ),
     Row(
         "a permanent exit code without a message is permanent",

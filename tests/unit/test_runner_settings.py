@@ -139,6 +139,45 @@ except ValueError:
     assert "secret-1" not in str(lines)
 
 
+def test_the_end_of_the_log_is_kept_without_secrets() -> None:
+    code = """
+import sys, structlog
+from job_runner import logs, settings
+loaded = settings.load()
+logs.configure("info")
+log = structlog.get_logger()
+assert logs.tail() is None
+for number in range(100):
+    log.info("step", number=number)
+log.error("cannot connect to postgresql://tasks:p%40ss@host/db as tasks with p@ss, token Milvus-1")
+print(logs.tail(secrets=loaded.secrets))
+"""
+    done = run_command(
+        "-c", code, TASKS_POSTGRES_URL="postgresql://tasks:p%40ss@host/db", TASKS_MILVUS_TOKEN="root:Milvus-1"
+    )
+    *before, last = done.stdout.splitlines()
+    assert json.loads(last)["event"] == "cannot connect to *** as tasks with ***, token ***"
+    assert [json.loads(line)["number"] for line in before] == list(range(100 - len(before), 100))
+    assert 512 < len(done.stdout) <= 1025
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "secrets"),
+    [
+        ("postgres_url", "postgresql://user:p%40ss@host:5432/db", {"p%40ss", "p@ss"}),
+        ("postgres_url", "postgresql://user@host:5432/db", set()),
+        ("postgres_url", "postgresql://host/db", set()),
+        ("redis_url", "redis://:pw@host:6379/0", {"pw"}),
+        ("elasticsearch_url", "https://host:9200", set()),
+        ("milvus_token", "root:Mil:vus", {"Mil:vus"}),
+        ("s3_secret_access_key", "abc", set()),
+    ],
+)
+def test_secrets_are_the_values_and_the_passwords_in_them(name: str, value: str, secrets: set[str]) -> None:
+    given = {"postgres_url": "postgresql://h/d", name: value}
+    assert settings.Settings.model_validate(given).secrets == {*given.values(), *secrets}
+
+
 def test_help_explains_every_variable(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])

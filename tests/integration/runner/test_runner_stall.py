@@ -9,7 +9,7 @@ import pytest
 
 from job_runner import elasticsearch, ledger, milvus
 from task_contract.lifecycle import ExitCode
-from task_contract.messages import AttemptOutcome, Outcome
+from task_contract.messages import AttemptOutcome, Outcome, hung
 from task_contract.models import Stage
 from tests.support.runner_lab import Lab
 
@@ -31,6 +31,8 @@ async def test_an_attempt_without_progress_ends_and_says_where(lab: Lab, where: 
     assert (outcome.outcome, outcome.reason, outcome.error.stage) == (Outcome.FAILED, "NoProgress", Stage.EMBED)
     assert outcome.error.retryable
     assert outcome.error.message.startswith("cannot go on: no progress in stage embed for 2s; ")
+    assert outcome.log is not None
+    assert f"hang_in_{'a_thread' if where == 'thread' else 'the_loop'} < " in outcome.log
     assert f"in hang_in_{'a_thread' if where == 'thread' else 'the_loop'}" in errors
     # The kubelet is told the same; PostgreSQL too, where the event loop could.
     assert AttemptOutcome.parse((lab.folder / "termination-log").read_text()) == outcome
@@ -44,6 +46,7 @@ async def test_an_attempt_that_holds_the_interpreters_lock_ends_with_its_stacks_
     output, errors = await asyncio.to_thread(process.communicate, timeout=60)
     assert (process.returncode, output) == (1, ""), errors
     assert "in hang_in_c" in errors
+    assert hung(errors[-2048:])  # that is what the kubelet hands over
     assert (lab.folder / "termination-log").read_text() == ""
 
 
