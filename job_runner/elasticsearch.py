@@ -8,16 +8,19 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from email.utils import parsedate_to_datetime
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeVar
 
 from job_runner.backoff import Busy, patiently
 from job_runner.index import ADDED, HIT_FIELDS, STORED_FIELDS, Generation, Hit, Label, Row, Stale, Stored, alike
-from job_runner.watchdog import asking, beat
+from job_runner.watchdog import beat
 from task_contract.errors import RetryableError, StoreCapacity, StoreRefused, StoresDisagree, StoreUnavailable, TaskError
 from task_contract.names import KNOWLEDGE_BASE_PREFIX
+
+R = TypeVar("R")
 
 TIMEOUT: Final = 15.0
 _PAGE: Final = 5_000
@@ -78,98 +81,119 @@ class ElasticsearchIndex:
 
     async def ensure(self) -> None:
         """Create the index with its alias, in one step, where it is missing; add columns that an earlier release's lacks."""
-        async with _guarded(f"create the index {self._name}"):
-            alias = self._generation.alias
-            # An alias that serves another generation stays: switching generations is a step of its own.
-            aliases: dict[str, Any] = {} if await self._client.indices.exists_alias(name=alias) else {alias: {}}
-            if await self._client.indices.exists(index=self._name):
-                if aliases:  # it served a generation that has been dropped
-                    await self._client.indices.put_alias(index=self._name, name=alias)
-                await self._add_columns()
-                return
+        action, alias = f"create the index {self._name}", self._generation.alias
+        # An alias that serves another generation stays: switching generations is a step of its own.
+        served = await _ask(action, lambda: self._client.indices.exists_alias(name=alias))
+        if await self._exists(action):
+            if not served:  # it was that of a generation that has been dropped
+                await _ask(action, lambda: self._client.indices.put_alias(index=self._name, name=alias))
+            await self._add_columns(action)
+            return
+        analyzer = self._analyzer or await self._detect_analyzer(action)
+
+        async def create() -> bool:
             from elasticsearch import BadRequestError
 
             try:
                 await self._client.indices.create(
                     index=self._name,
                     settings={"number_of_shards": 1, "number_of_replicas": self._replicas},
-                    mappings=_mappings(self._analyzer or await self._detect_analyzer()) | {"_meta": {_LABEL: self._label}},
-                    aliases=aliases,
+                    mappings=_mappings(analyzer) | {"_meta": {_LABEL: self._label}},
+                    aliases={} if served else {alias: {}},
                     wait_for_active_shards="1",
                 )
             except BadRequestError as error:
                 if error.error != "resource_already_exists_exception":
                     raise
-                await self._add_columns()  # another pod was first, perhaps one of an earlier release
+                return False
+            return True
 
-    async def _add_columns(self) -> None:
+        if not await _ask(action, create):
+            await self._add_columns(action)  # another pod was first, perhaps one of an earlier release
+
+    async def _add_columns(self, action: str) -> None:
         """Add those of ADDED that the index has not."""
-        answer = await self._client.indices.get_mapping(index=self._name)
+        answer = await _ask(action, lambda: self._client.indices.get_mapping(index=self._name))
         there = next(iter(answer.values()))["mappings"]["properties"]
         if missing := ADDED.keys() - there.keys():
             columns = _mappings(_ANALYZERS[-1])["properties"]
-            await self._client.indices.put_mapping(index=self._name, properties={name: columns[name] for name in missing})
+            added = {name: columns[name] for name in missing}
+            await _ask(action, lambda: self._client.indices.put_mapping(index=self._name, properties=added))
 
-    async def _detect_analyzer(self) -> str:
-        from elasticsearch import ApiError
+    async def _detect_analyzer(self, action: str) -> str:
+        async def knows(analyzer: str) -> bool:
+            from elasticsearch import ApiError
 
-        for analyzer in _ANALYZERS[:-1]:
             try:
                 await self._client.indices.analyze(analyzer=analyzer, text="知识库")
             except ApiError as error:
                 if error.meta.status not in {400, 404}:
                     raise
-            else:
+                return False
+            return True
+
+        for analyzer in _ANALYZERS[:-1]:
+            if await _ask(action, partial(knows, analyzer)):
                 return analyzer
         return _ANALYZERS[-1]
 
     async def stored(self, document_id: str, version: int) -> dict[str, str]:
         """Return chunk id → content hash, after a refresh that makes all writes visible."""
-        async with _guarded(f"read {self._name}"):
-            await self._client.indices.refresh(index=self._name)
-            found: dict[str, str] = {}
-            after: list[Any] | None = None
-            while True:
-                answer = await self._client.search(
-                    index=self._name,
-                    query=_version(document_id, version),
-                    size=_PAGE,
-                    source=False,
-                    fields=["content_hash"],
-                    sort=[{"ordinal": "asc"}],  # unique within a version
-                    track_total_hits=False,
-                    **({} if after is None else {"search_after": after}),
-                )
-                beat()
-                hits = _complete(answer)
-                found |= {hit["_id"]: hit["fields"]["content_hash"][0] for hit in hits}
-                if len(hits) < _PAGE:
-                    return found
-                after = hits[-1]["sort"]
+        action = f"read {self._name}"
+        await self._refresh(action)
+        found: dict[str, str] = {}
+        after: list[Any] | None = None
+        while True:
+            hits = await self._hits(
+                action,
+                query=_version(document_id, version),
+                size=_PAGE,
+                source=False,
+                fields=["content_hash"],
+                sort=[{"ordinal": "asc"}],  # unique within a version
+                track_total_hits=False,
+                **({} if after is None else {"search_after": after}),
+            )
+            beat()
+            found |= {hit["_id"]: hit["fields"]["content_hash"][0] for hit in hits}
+            if len(hits) < _PAGE:
+                return found
+            after = hits[-1]["sort"]
 
     async def scan(self) -> AsyncIterator[list[Stored]]:
         """Yield all rows, document by document."""
-        async with _guarded(f"read {self._name}"):
-            if not await self._client.indices.exists(index=self._name):
-                return
-            await self._client.indices.refresh(index=self._name)
+        action = f"read {self._name}"
+        if not await self._exists(action):
+            return
+        await self._refresh(action)
         after: list[Any] | None = None
-        while True:
-            async with _guarded(f"read {self._name}"):
-                answer = await self._client.search(
-                    index=self._name,
-                    size=_PAGE,
-                    source=False,
-                    fields=list(STORED_FIELDS),
-                    sort=[{"document_id": "asc"}, {"version": "asc"}, {"ordinal": "asc"}],  # together unique
-                    track_total_hits=False,
-                    **({} if after is None else {"search_after": after}),
-                )
-            hits = _complete(answer)
-            if not hits:
-                return
+        while hits := await self._hits(
+            action,
+            size=_PAGE,
+            source=False,
+            fields=list(STORED_FIELDS),
+            sort=[{"document_id": "asc"}, {"version": "asc"}, {"ordinal": "asc"}],  # together unique
+            track_total_hits=False,
+            **({} if after is None else {"search_after": after}),
+        ):
             yield [_stored(hit) for hit in hits]
             after = hits[-1]["sort"]
+
+    async def _exists(self, action: str) -> bool:
+        return bool(await _ask(action, lambda: self._client.indices.exists(index=self._name)))
+
+    async def _refresh(self, action: str) -> None:
+        await _ask(action, lambda: self._client.indices.refresh(index=self._name))
+
+    async def _search(self, action: str, *, index: str | None = None, **request: Any) -> Any:
+        """Return the answer to a search; one that did not reach every shard says less than there is and is none."""
+        answer = await _ask(action, lambda: self._client.search(index=index or self._name, **request))
+        if answer["timed_out"] or answer["_shards"]["failed"]:
+            raise StoreUnavailable("cannot search Elasticsearch: not every shard answered; check the cluster")
+        return answer
+
+    async def _hits(self, action: str, **request: Any) -> list[dict[str, Any]]:
+        return list((await self._search(action, **request))["hits"]["hits"])
 
     async def write(self, rows: Sequence[Row]) -> None:
         """Index rows under their ids, in requests of bounded size, two at a time; only what failed is sent again."""
@@ -199,17 +223,15 @@ class ElasticsearchIndex:
 
     async def exists(self) -> bool:
         """Tell whether the index is there."""
-        async with _guarded(f"look for {self._name}"):
-            return bool(await self._client.indices.exists(index=self._name))
+        return await self._exists(f"look for {self._name}")
 
     async def count(self, stale: Sequence[Stale]) -> int:
         """Count after a refresh that makes all writes visible."""
         if not stale or not await self.exists():
             return 0
-        async with _guarded(f"look for old versions in {self._name}"):
-            await self._client.indices.refresh(index=self._name)
-            answer = await self._client.search(index=self._name, query=_stale(stale), size=0, track_total_hits=True)
-        _complete(answer)
+        action = f"look for old versions in {self._name}"
+        await self._refresh(action)
+        answer = await self._search(action, query=_stale(stale), size=0, track_total_hits=True)
         return int(answer["hits"]["total"]["value"])
 
     async def remove(self, stale: Sequence[Stale]) -> int:
@@ -217,13 +239,12 @@ class ElasticsearchIndex:
         found = await self.count(stale)
         if not found:
             return 0
+        action = f"look for old versions in {self._name}"
         deadline = asyncio.get_running_loop().time() + _GONE_SECONDS
         left = None
         while True:
-            async with _guarded(f"look for old versions in {self._name}"):
-                await self._client.indices.refresh(index=self._name)
-                answer = await self._client.search(index=self._name, query=_stale(stale), size=_PAGE, source=False)
-            ids = [hit["_id"] for hit in _complete(answer)]
+            await self._refresh(action)
+            ids = [hit["_id"] for hit in await self._hits(action, query=_stale(stale), size=_PAGE, source=False)]
             if not ids:
                 return found
             if ids == left and asyncio.get_running_loop().time() > deadline:
@@ -235,34 +256,32 @@ class ElasticsearchIndex:
     async def drop(self) -> bool:
         """Delete the index, with which its alias goes."""
         there = await self.exists()
-        async with _guarded(f"delete the index {self._name}"):
-            await self._client.indices.delete(index=self._name, ignore_unavailable=True)
-            if await self._client.indices.exists(index=self._name):
-                raise StoresDisagree(f"cannot remove the index {self._name} from Elasticsearch: it is still there")
+        action = f"delete the index {self._name}"
+        await _ask(action, lambda: self._client.indices.delete(index=self._name, ignore_unavailable=True))
+        if await self._exists(action):
+            raise StoresDisagree(f"cannot remove the index {self._name} from Elasticsearch: it is still there")
         return there
 
     async def search(self, query: str, *, limit: int, offset: int = 0) -> list[Hit]:
         """Return the best rows by BM25 over text and headings."""
-        async with _guarded(f"search {self._name}"):
-            answer = await self._client.search(
-                index=self._generation.alias,
-                query={"multi_match": {"query": query, "fields": ["text", "heading_text"]}},
-                size=limit,
-                from_=offset,
-                source=list(HIT_FIELDS),
-            )
-        return [Hit.of(hit["_source"], id=hit["_id"], score=float(hit["_score"])) for hit in _complete(answer)]
+        hits = await self._hits(
+            f"search {self._name}",
+            index=self._generation.alias,
+            query={"multi_match": {"query": query, "fields": ["text", "heading_text"]}},
+            size=limit,
+            from_=offset,
+            source=list(HIT_FIELDS),
+        )
+        return [Hit.of(hit["_source"], id=hit["_id"], score=float(hit["_score"])) for hit in hits]
 
     async def _bulk(self, action: str, operations: Sequence[bytes]) -> None:
         """Send operations; look at every item of the answer, since a bulk request succeeds even where its items fail."""
         rest = list(operations)
-        # What a busy server refuses is asked for again below, after pauses, which the client does not make.
-        client = self._client.options(retry_on_status=())
 
         async def send() -> None:
             nonlocal rest
             async with _guarded(f"{action} in {self._name}"):
-                answer = await client.bulk(index=self._name, operations=rest)
+                answer = await self._client.bulk(index=self._name, operations=rest)
             busy, last = [], None
             for operation, item in zip(rest, answer["items"], strict=True):
                 result = next(iter(item.values()))
@@ -293,11 +312,11 @@ def load() -> Any:
 
 
 def make_client(url: str, api_key: str | None) -> Any:
-    """Return an asynchronous client that repeats what a busy or restarting server refuses."""
+    """Return an asynchronous client. What a busy server refuses it does not repeat: that is :func:`_ask`'s, with pauses."""
     from elasticsearch import AsyncElasticsearch
 
     return AsyncElasticsearch(
-        url, api_key=api_key, request_timeout=TIMEOUT, max_retries=3, retry_on_timeout=True, retry_on_status=tuple(_BUSY)
+        url, api_key=api_key, request_timeout=TIMEOUT, max_retries=3, retry_on_timeout=True, retry_on_status=()
     )
 
 
@@ -305,8 +324,8 @@ async def labels(url: str, api_key: str | None) -> list[Label]:
     """Return the labels of all indices of ours that have one. Raises StoreUnavailable."""
     client = make_client(url, api_key)
     try:
-        async with _guarded("list the indices"):
-            answer = await client.indices.get_mapping(index=f"{KNOWLEDGE_BASE_PREFIX}*")
+        mine = f"{KNOWLEDGE_BASE_PREFIX}*"
+        answer = await _ask("list the indices", lambda: client.indices.get_mapping(index=mine))
     finally:
         await client.close()
     written = ((name, found["mappings"].get("_meta", {}).get(_LABEL, "")) for name, found in answer.items())
@@ -391,11 +410,14 @@ def _stale(stale: Sequence[Stale]) -> dict[str, Any]:
     }
 
 
-def _complete(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the hits; a search that did not reach every shard says less than there is and counts for nothing."""
-    if answer["timed_out"] or answer["_shards"]["failed"]:
-        raise StoreUnavailable("cannot search Elasticsearch: not every shard answered; check the cluster")
-    return list(answer["hits"]["hits"])
+async def _ask(action: str, request: Callable[[], Awaitable[R]]) -> R:
+    """Make a request that may be made again; a busy server is asked again."""
+
+    async def once() -> R:
+        async with _guarded(action):
+            return await request()
+
+    return await patiently(once)
 
 
 @contextlib.asynccontextmanager
@@ -404,8 +426,7 @@ async def _guarded(action: str) -> AsyncIterator[None]:
     # The first import of the client takes half a second and more: in a thread, so as not to hold up the event loop.
     client = await asyncio.to_thread(load) if _loaded is None else _loaded
     try:
-        with asking():
-            yield
+        yield
     except client.ApiError as error:
         raise _refused(action, error.meta.status, error.body, after=_retry_after(error.meta.headers)) from error
     except client.TransportError as error:

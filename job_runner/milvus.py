@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 from job_runner.backoff import Busy, patiently
 from job_runner.index import ADDED, FIELDS, HIT_FIELDS, STORED_FIELDS, Generation, Hit, Label, Row, Stale, Stored, alike
-from job_runner.watchdog import asking, beat
+from job_runner.watchdog import beat
 from job_runner.without_pandas import without_pandas
 from task_contract.errors import RetryableError, StoreCapacity, StoreRefused, StoresDisagree, StoreUnavailable, TaskError
 from task_contract.names import KNOWLEDGE_BASE_PREFIX
@@ -38,6 +38,7 @@ _WRITE_ROWS: Final = 256
 """At most 8,000 characters, 32 kB, a row: 8 MB a call, an eighth of Milvus' limit on a message."""
 _DELETE_IDS: Final = 1_000
 _GONE_SECONDS: Final = 15.0
+"""How long rows that were deleted are waited for, in pauses: a busy server may take its time for each call."""
 
 # Codes of pymilvus and of Milvus 2.3 and later (pkg/util/merr); milvus-lite uses 1 for many things.
 _CONNECTION_CODES: Final = frozenset({2, 5, 10, 1400, 1401})
@@ -93,11 +94,11 @@ class MilvusIndex:
                     name, schema=_schema(self._dimension, self._label), consistency_level="Strong", timeout=_CREATE_TIMEOUT
                 ),
             )
-        if not client.list_indexes(name):
+        if not client.list_indexes(name, timeout=TIMEOUT):
             indexes = client.prepare_index_params()
             indexes.add_index("embedding", index_type="HNSW", metric_type="COSINE", params={"M": 16, "efConstruction": 200})
             _unless(
-                lambda: bool(client.list_indexes(name)),
+                lambda: bool(client.list_indexes(name, timeout=TIMEOUT)),
                 # Not waiting for it: loading does, and an empty collection has nothing to index.
                 lambda: client.create_index(name, indexes, timeout=_CREATE_TIMEOUT, sync=False),
             )
@@ -177,7 +178,7 @@ class MilvusIndex:
                 {**asdict(row), "metadata": dict(row.metadata), "embedding": vector}
                 for row, vector in zip(rows[part], vectors[part], strict=True)
             ]
-            await patiently(partial(self._run, "write", self._upsert, data))
+            await self._run("write", self._upsert, data)
 
     def _upsert(self, data: list[dict[str, Any]]) -> None:
         if missing := ADDED.keys() - self._known_columns():
@@ -205,26 +206,28 @@ class MilvusIndex:
         """Remove by expression, then count until there are none."""
         found = left = await self.count(stale)
         condition = _stale(stale)
-        deadline = asyncio.get_running_loop().time() + _GONE_SECONDS
-        pause = 0.1
+        waited, pause = 0.0, 0.1
         while left > 0:
-            if asyncio.get_running_loop().time() > deadline:
+            if waited > _GONE_SECONDS:
                 raise StoresDisagree(f"cannot remove old versions from Milvus: {left} rows are still in {self._name}")
             await self._run("delete", self._delete, filter=condition)
             if left := await self._run("count", self._count, condition):
                 await asyncio.sleep(pause)
+                waited += pause
                 pause *= 2
         return found
 
     async def drop(self) -> bool:
         """Drop the collection; Milvus wants its alias to be dropped before."""
-        return await self._run("drop the collection", self._drop)
+        there = await self.exists()
+        await self._run("drop the collection", self._drop)
+        return there
 
-    def _drop(self) -> bool:
+    def _drop(self) -> None:
         client, name, alias = self._client, self._name, self._generation.alias
         self._columns = frozenset()
         if not client.has_collection(name, timeout=TIMEOUT):
-            return False
+            return
         if self._has_alias() and client.describe_collection(alias, timeout=TIMEOUT)["collection_name"] == name:
             _unless(lambda: not self._has_alias(), lambda: client.drop_alias(alias, timeout=TIMEOUT))
         _unless(
@@ -233,7 +236,6 @@ class MilvusIndex:
         )
         if client.has_collection(name, timeout=TIMEOUT):
             raise StoresDisagree(f"cannot remove the collection {name} from Milvus: it is still there")
-        return True
 
     def _delete(self, **what: object) -> None:
         self._client.delete(self._name, timeout=TIMEOUT, **what)
@@ -273,11 +275,14 @@ class MilvusIndex:
         return [Hit.of(hit["entity"], id=hit["entity"]["id"], score=float(hit["distance"])) for hit in answer[0]]
 
     async def _run(self, action: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call the client in a thread; turn its exceptions into ours."""
-        with asking():
+        """Call the client in a thread, again while the server is busy: any call may be. Its exceptions become ours."""
+        guarded = partial(call, *args, **kwargs)
+
+        async def once() -> R:
             await self.warm_up()
-            guarded = partial(call, *args, **kwargs)
             return await asyncio.to_thread(_guarded, f"{action} in {self._name}", guarded)
+
+        return await patiently(once)
 
 
 def _guarded(action: str, call: Callable[[], R]) -> R:
@@ -305,9 +310,9 @@ def connect(url: str, token: str | None) -> Any:
     return _guarded("connect", partial(client, url, token=token or "", timeout=TIMEOUT))
 
 
-def labels(url: str, token: str | None) -> list[Label]:
-    """Return the labels of all collections of ours that have one; blocking. Raises StoreUnavailable."""
-    client = connect(url, token)
+async def labels(url: str, token: str | None) -> list[Label]:
+    """Return the labels of all collections of ours that have one. Raises StoreUnavailable."""
+    client = await asyncio.to_thread(connect, url, token)
 
     def read() -> list[Label]:
         names = [name for name in client.list_collections(timeout=TIMEOUT) if name.startswith(KNOWLEDGE_BASE_PREFIX)]
@@ -316,9 +321,9 @@ def labels(url: str, token: str | None) -> list[Label]:
         return [label for label in found if label is not None]
 
     try:
-        return _guarded("list the collections", read)
+        return await patiently(partial(asyncio.to_thread, _guarded, "list the collections", read))
     finally:
-        client.close()
+        await asyncio.to_thread(client.close)
 
 
 def check(url: str, token: str | None) -> str:
@@ -339,9 +344,9 @@ def _converted(action: str, error: Exception) -> TaskError:
         return StoreCapacity(f"{text}; remove unused knowledge bases, or raise Milvus' limit on collections")
     if code in _BAD_ROW_CODES or isinstance(error, _mismatch()) or _BAD_ROWS.search(lowered):
         return StoreRefused(f"{text}; correct the task, or rebuild a knowledge base whose collection has other columns")
-    if code in _BUSY_CODES:
+    if code in _BUSY_CODES or (callable(code) and code().name == "RESOURCE_EXHAUSTED"):  # gRPC's own: of a proxy, perhaps
         return Busy(f"{text}; check the server's load, memory and disk")
-    if callable(code) or code in _CONNECTION_CODES or any(words in lowered for words in _PASSING):  # callable: gRPC's own
+    if callable(code) or code in _CONNECTION_CODES or any(words in lowered for words in _PASSING):
         return StoreUnavailable(f"{text}; check TASKS_MILVUS_URL and the server")
     return RetryableError(text)
 

@@ -72,7 +72,7 @@ async def labels(settings: Settings) -> list[Label]:
     assert settings.milvus_url is not None  # noqa: S101 - for the type checker: looked at above
     assert settings.elasticsearch_url is not None  # noqa: S101 - for the type checker: looked at above
     in_milvus, in_elasticsearch = await asyncio.gather(
-        asyncio.to_thread(milvus.labels, settings.milvus_url.get_secret_value(), revealed(settings.milvus_token)),
+        milvus.labels(settings.milvus_url.get_secret_value(), revealed(settings.milvus_token)),
         elasticsearch.labels(settings.elasticsearch_url.get_secret_value(), revealed(settings.elasticsearch_api_key)),
     )
     return sorted({*in_milvus, *in_elasticsearch}, key=lambda label: (label.namespace, label.kb_id, label.generation))

@@ -33,7 +33,8 @@ from task_contract.models import Stage
 
 STORE_SECONDS: Final = 300.0
 """So long a call to a store may be silent, even where ``stallTimeout`` is shorter: longer than any takes to give up. The
-longest are four requests of 15 s to Elasticsearch, and three of a minute that create a collection in Milvus."""
+longest are four requests of 15 s to Elasticsearch, and three of a minute that create a collection in Milvus, each begun at
+the end of the half minute for which a busy store is asked again."""
 LOOP_SECONDS: Final = 10.0
 """The event loop's time to end the attempt: a store call that is canceled, and 5 s for the result row."""
 LOCK_SECONDS: Final = 5.0

@@ -1,122 +1,149 @@
-"""Real servers that refuse: for now, in part, for good. A proxy before Elasticsearch is busy when a test says so."""
+"""Real servers that refuse: for now, in part, for good. Proxies before them are busy when a test says so."""
 
-import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
-from urllib.parse import urlsplit, urlunsplit
+from functools import partial
 
-import aiohttp
 import pytest
-from aiohttp import web
 
+from job_runner import elasticsearch, milvus
+from job_runner.backoff import patiently
 from job_runner.elasticsearch import ElasticsearchIndex
+from job_runner.index import Stale
 from job_runner.milvus import MilvusIndex
 from task_contract.errors import StoreCapacity, StoreRefused, StoreUnavailable
 from tests.integration.runner.test_runner_stores import DIMENSION, generation, rows, vectors
+from tests.support.busy_stores import BusyElasticsearch, BusyMilvus, busy_elasticsearch, busy_milvus, too_many
 
 pytestmark = pytest.mark.integration
 
 
-class BusyProxy:
-    """Passes requests on to Elasticsearch; what it does with bulk requests is planned, one entry a request."""
-
-    def __init__(self, server: str) -> None:
-        parts = urlsplit(server)
-        self._server = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-        self.plan: list[Callable[[list[bytes]], set[int] | web.Response]] = []
-        """Given the lines of the body in pairs, the numbers of those that are refused, or an answer instead of all."""
-        self.seen: list[int] = []
-        """Operations of each bulk request."""
-
-    async def answer(self, request: web.Request) -> web.Response:
-        body = await request.read()
-        refused: set[int] = set()
-        pairs: list[bytes] = []
-        if request.path.endswith("/_bulk"):
-            lines = body.rstrip(b"\n").split(b"\n")
-            pairs = [b"\n".join(lines[start : start + 2]) for start in range(0, len(lines), 2)]
-            self.seen.append(len(pairs))
-            planned = self.plan.pop(0)(pairs) if self.plan else set()
-            if isinstance(planned, web.Response):
-                return planned
-            refused = planned
-            body = b"\n".join(pair for index, pair in enumerate(pairs) if index not in refused) + b"\n"
-        headers = {
-            name: value
-            for name, value in request.headers.items()
-            if name.lower() in {"authorization", "content-type", "accept"}
-        }
-        async with (
-            aiohttp.ClientSession() as session,
-            session.request(request.method, self._server + request.path_qs, data=body, headers=headers) as response,
-        ):
-            text = await response.text()
-            passed = {
-                name: response.headers[name] for name in ("X-elastic-product", "Content-Type") if name in response.headers
-            }
-        if refused:
-            answered = json.loads(text)
-            items = iter(answered["items"])
-            error = {"type": "es_rejected_execution_exception", "reason": "the queue is full"}
-            answered["items"] = [
-                {"index": {"_id": "?", "status": 429, "error": error}} if index in refused else next(items)
-                for index in range(len(pairs))
-            ]
-            text = json.dumps(answered)
-        return web.Response(status=response.status, text=text, headers=passed)
+@pytest.fixture
+async def proxy(store_urls: dict[str, str]) -> AsyncIterator[tuple[BusyElasticsearch, ElasticsearchIndex]]:
+    """A busy proxy, and an index that is reached through it."""
+    async with busy_elasticsearch(store_urls["TASKS_ELASTICSEARCH_URL"]) as (proxy, url):
+        index = ElasticsearchIndex(generation(), url=url, api_key=store_urls.get("TASKS_ELASTICSEARCH_API_KEY"))
+        await index.ensure()
+        yield proxy, index
+        await index.drop()
+        await index.aclose()
 
 
 @pytest.fixture
-async def proxy(store_urls: dict[str, str]) -> AsyncIterator[tuple[BusyProxy, ElasticsearchIndex]]:
-    """A busy proxy, and an index that is reached through it."""
-    server = store_urls["TASKS_ELASTICSEARCH_URL"]
-    proxy = BusyProxy(server)
-    app = web.Application(client_max_size=2**26)
-    app.router.add_route("*", "/{path:.*}", proxy.answer)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    port = runner.addresses[0][1]
-    parts = urlsplit(server)
-    netloc = f"{parts.netloc.rpartition('@')[0]}@127.0.0.1:{port}".lstrip("@")
-    url = urlunsplit(parts._replace(scheme="http", netloc=netloc))
-    index = ElasticsearchIndex(generation(), url=url, api_key=store_urls.get("TASKS_ELASTICSEARCH_API_KEY"))
-    await index.ensure()
-    yield proxy, index
-    await index._client.indices.delete(index=index._name)
-    await index.aclose()
-    await runner.cleanup()
+def busy_vectors(store_urls: dict[str, str]) -> Iterator[tuple[BusyMilvus, MilvusIndex]]:
+    """A busy proxy, and a collection that is reached through it; the test makes it."""
+    with busy_milvus(store_urls["TASKS_MILVUS_URL"]) as (proxy, url):
+        yield proxy, MilvusIndex(generation(), url=url, token=store_urls.get("TASKS_MILVUS_TOKEN"), dimension=DIMENSION)
 
 
-def too_many(**headers: str) -> web.Response:
-    error = {"type": "es_rejected_execution_exception", "reason": "the queue is full"}
-    return web.json_response(
-        {"error": error, "status": 429}, status=429, headers={"X-elastic-product": "Elasticsearch", **headers}
-    )
+async def check_patience(
+    busy: BusyElasticsearch | BusyMilvus, store: ElasticsearchIndex | MilvusIndex, *, refused: int
+) -> None:
+    """What both stores promise alike: whatever they are asked, REFUSED refusals delay it and change nothing."""
+    data = rows(3)
+    one = data[0].document_id
+    ids = {row.id: row.content_hash for row in data}
+
+    async def write() -> None:
+        await (store.write(data, vectors(3)) if isinstance(store, MilvusIndex) else store.write(data))
+
+    async def found() -> set[str]:
+        hits = store.search(vectors(3)[0], limit=5) if isinstance(store, MilvusIndex) else store.search("chunk", limit=5)
+        return {hit.id for hit in await hits}
+
+    async def scanned() -> set[str]:
+        return {row.id async for page in store.scan() for row in page}
+
+    calls: list[tuple[str, Callable[[], Awaitable[object]], object]] = [
+        ("create", store.ensure, None),
+        ("create again", store.ensure, None),
+        ("write", write, None),
+        ("read", lambda: store.stored(one, 1), ids),
+        ("search", found, ids.keys()),
+        ("scan", scanned, ids.keys()),
+        ("exists", store.exists, True),
+        ("count", lambda: store.count([Stale(one, up_to=1)]), 3),
+        ("delete", lambda: store.delete([data[0].id]), None),
+        ("remove", lambda: store.remove([Stale(one, up_to=1)]), 2),
+        ("drop", store.drop, True),
+        ("drop again", store.drop, False),
+    ]
+    if isinstance(store, MilvusIndex):
+        hashes = {data[1].text_hash}
+
+        async def copied() -> set[str]:
+            return set(await store.vectors(one, 1, hashes))
+
+        calls.insert(6, ("copy vectors", copied, hashes))
+    for name, call, expected in calls:
+        busy.refusing = refused
+        assert await call() == expected, name
+        assert busy.refusing == 0, f"{name}: the refusals were not met"
+    await store.aclose()
 
 
-async def test_of_a_bulk_only_the_rows_that_were_refused_are_sent_again(proxy: tuple[BusyProxy, ElasticsearchIndex]) -> None:
+async def test_a_busy_elasticsearch_is_asked_again_whatever_it_is_asked(
+    proxy: tuple[BusyElasticsearch, ElasticsearchIndex],
+) -> None:
+    busy, index = proxy
+    await index.drop()
+    await check_patience(busy, index, refused=2)
+
+
+@pytest.mark.parametrize("by_grpc", [False, True], ids=["by Milvus", "by gRPC"])
+async def test_a_busy_milvus_is_asked_again_whatever_it_is_asked(
+    busy_vectors: tuple[BusyMilvus, MilvusIndex], by_grpc: bool
+) -> None:
+    busy, index = busy_vectors
+    await index.warm_up()
+    busy.by_grpc = by_grpc
+    await check_patience(busy, index, refused=2)
+
+
+async def test_a_store_that_stays_busy_gives_the_attempt_back(
+    proxy: tuple[BusyElasticsearch, ElasticsearchIndex],
+    busy_vectors: tuple[BusyMilvus, MilvusIndex],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in (elasticsearch, milvus):
+        monkeypatch.setattr(module, "patiently", partial(patiently, seconds=1))
+    for busy, index in (proxy, busy_vectors):
+        busy.refusing = 1_000
+        for call, action in (
+            (index.ensure, "create the "),
+            (partial(index.stored, "a", 1), "read "),
+            (index.exists, "look for "),
+        ):
+            with pytest.raises(StoreUnavailable, match=rf"cannot {action}.*check the server's load"):
+                await call()
+        busy.refusing = 0
+    await busy_vectors[1].aclose()
+
+
+async def test_of_a_bulk_only_the_rows_that_were_refused_are_sent_again(
+    proxy: tuple[BusyElasticsearch, ElasticsearchIndex],
+) -> None:
     busy, index = proxy
     busy.plan = [lambda pairs: {3, 7}, lambda pairs: {1}]
     data = rows(10)
     await index.write(data)
-    assert busy.seen == [10, 2, 1]
+    assert busy.bulks == [10, 2, 1]
     assert (await index.stored(data[0].document_id, 1)).keys() == {row.id for row in data}
 
 
 async def test_a_server_that_is_busy_as_a_whole_is_asked_again_when_it_says(
-    proxy: tuple[BusyProxy, ElasticsearchIndex],
+    proxy: tuple[BusyElasticsearch, ElasticsearchIndex],
 ) -> None:
     busy, index = proxy
     busy.plan = [lambda pairs: too_many(), lambda pairs: too_many(**{"Retry-After": "1"})]
     data = rows(10)
     await index.write(data)
-    assert busy.seen == [10, 10, 10]
+    assert busy.bulks == [10, 10, 10]
     assert len(await index.stored(data[0].document_id, 1)) == 10
 
 
 async def test_a_server_that_asks_for_more_patience_than_there_is_gives_the_attempt_back(
-    proxy: tuple[BusyProxy, ElasticsearchIndex],
+    proxy: tuple[BusyElasticsearch, ElasticsearchIndex],
 ) -> None:
     busy, index = proxy
     busy.plan = [lambda pairs: too_many(**{"Retry-After": "3600"})]
@@ -124,7 +151,7 @@ async def test_a_server_that_asks_for_more_patience_than_there_is_gives_the_atte
         StoreUnavailable, match=r"cannot write in kb_.*429 es_rejected_execution_exception.*check the server's load"
     ):
         await index.write(rows(10))
-    assert busy.seen == [10]
+    assert busy.bulks == [10]
 
 
 async def test_a_value_that_is_too_long_is_refused_for_good(store_urls: dict[str, str], milvus_lite: str) -> None:
