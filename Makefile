@@ -97,8 +97,8 @@ lock: $(READY) ## Pin all dependencies anew within the bounds of pyproject.toml
 	@echo hatchling | $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-header --no-annotate - -o requirements/build.txt
 
-images: $(READY) ## Build both images and print their sizes by package
-	@$(BIN)/python -m devstack images
+images: $(READY) ## Build both images and print their sizes by package; VARIANT=ocr or onnx: the runner with these libraries
+	@$(BIN)/python -m devstack images $(call given,VARIANT,--variant)
 
 sbom: $(READY) ## What is in each image: build/sbom/*.cdx.json (CycloneDX), checked against its schema
 	@$(BIN)/python -m devstack.sbom

@@ -175,7 +175,10 @@ def _env(options: argparse.Namespace) -> int:
 
 
 def _images(options: argparse.Namespace) -> int:
-    built = images.build(options.tag)
+    if options.variant:
+        built = {f"runner with {options.variant}": images.build_variant(options.variant, options.tag)}
+    else:
+        built = images.build(options.tag)
     if find("containerd") is not None:
         for image in built.values():
             images.import_image(image)
@@ -256,6 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     env.set_defaults(command=_env)
     image = commands.add_parser("images", help="build the images, load them into a running node, print sizes by package")
     image.add_argument("--tag", help="tag of the images (default: a hash of what each is built from)")
+    image.add_argument("--variant", choices=images.VARIANTS, help="build the runner with these libraries instead")
     image.set_defaults(command=_images)
     install = commands.add_parser("install", help="bring all up, build the images and install or upgrade the chart")
     install.set_defaults(command=_install)

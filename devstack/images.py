@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from devstack.process import run, running
 from devstack.progress import step
 
 NAMES = ("operator", "runner")
+VARIANTS = ("onnx", "ocr")
+"""What the runner may be built with beside its own libraries: each has a lock file of this name."""
 
 _ROOT = Path(__file__).parent.parent
 _REPOSITORY = "localhost/processing-tasks"
@@ -73,6 +75,11 @@ def build(tag: str | None = None) -> dict[str, Image]:
     return {name: _build(name, tag, docker=docker) for name in NAMES}
 
 
+def build_variant(variant: str, tag: str | None = None) -> Image:
+    """Build the runner with the libraries of one of VARIANTS. Raises DevstackError as :func:`build`."""
+    return _build("runner", tag, docker=docker_runs(), variant=variant)
+
+
 def build_images(tag: str | None = None) -> dict[str, str]:
     """Build the images, load them into the node when it runs, and return name -> reference for pods."""
     images = build(tag)
@@ -108,34 +115,37 @@ def table(images: Mapping[str, Image]) -> str:
     return "\n".join(lines)
 
 
-def _build(name: str, tag: str | None, *, docker: bool) -> Image:
+def _build(name: str, tag: str | None, *, docker: bool, variant: str | None = None) -> Image:
     project = tomllib.loads((_ROOT / "pyproject.toml").read_text())
     packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
-    files = [f"Dockerfile.{name}", ".dockerignore", "pyproject.toml", "requirements/build.txt", f"requirements/{name}.txt"]
+    title = f"{name}-{variant}" if variant else name
+    requirements = f"requirements/{variant or name}.txt"
+    files = [f"Dockerfile.{name}", ".dockerignore", "pyproject.toml", "requirements/build.txt", requirements]
     base_argument = os.environ.get("BASE_IMAGE", "") if docker else base().reference
     inputs = [*(_ROOT / file for file in files), *(_ROOT / package for package in packages)]
     inputs_and_base = [*inputs, base_argument.encode(), b"docker" if docker else b"buildah", (tag or "").encode()]
-    reference = f"{_REPOSITORY}/{name}:{tag or digest(inputs_and_base)}"
+    reference = f"{_REPOSITORY}/{title}:{tag or digest(inputs_and_base)}"
+    arguments = [f"--build-arg=REQUIREMENTS={requirements}"] if variant else []
 
     def build(archive: Path) -> None:
-        with step(f"building the image of the {name} (the first time: about a minute)"):
+        with step(f"building the image {title} (the first time: a minute or two)"):
             if docker:
-                _docker_build(name, reference, base_argument, archive)
+                base_arguments = [f"--build-arg=BASE_IMAGE={base_argument}"] if base_argument else []
+                _docker_build(name, reference, [*base_arguments, *arguments], archive)
             else:
                 machine.require(["images"])
-                _buildah_build(name, reference, base(), archive)
+                _buildah_build(name, reference, base(), arguments, archive)
 
-    return Image(reference, cached(f"image-{name}", inputs_and_base, build, keep=3))
+    return Image(reference, cached(f"image-{title}", inputs_and_base, build, keep=3))
 
 
-def _docker_build(name: str, reference: str, base_image: str, archive: Path) -> None:
-    arguments = [f"--build-arg=BASE_IMAGE={base_image}"] if base_image else []
+def _docker_build(name: str, reference: str, arguments: Sequence[str], archive: Path) -> None:
     command = ["docker", "build", *arguments, f"--file=Dockerfile.{name}", f"--tag={reference}", "."]
     run(command, doing=f"build the image of the {name}", cwd=_ROOT)
     run(["docker", "save", f"--output={archive}", reference], doing=f"save the image of the {name}")
 
 
-def _buildah_build(name: str, reference: str, base_image: Image, archive: Path) -> None:
+def _buildah_build(name: str, reference: str, base_image: Image, given: Sequence[str], archive: Path) -> None:
     storage = cache_dir() / "buildah"
     if storage.exists() and _size(storage) > _BUILD_STORAGE_LIMIT:
         shutil.rmtree(storage)  # layers of old builds; the next build makes those it needs again
@@ -144,7 +154,7 @@ def _buildah_build(name: str, reference: str, base_image: Image, archive: Path) 
     buildah: list[str | Path] = ["unshare", "--mount", "buildah", "--root", storage / "root", "--runroot", storage / "run"]
     buildah += ["--storage-driver=overlay"]
     doing = f"build the image of the {name}"
-    arguments = [f"--build-arg=BASE_IMAGE={base_image.reference}"]
+    arguments = [f"--build-arg=BASE_IMAGE={base_image.reference}", *given]
     if bundle := machine.ca_bundle():
         # A company's own CA, if it has one, is needed while packages are fetched; it does not reach the image.
         arguments += [f"--volume={bundle}:{bundle}:ro", f"--build-arg=PIP_CERT={bundle}"]
