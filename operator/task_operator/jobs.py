@@ -437,6 +437,8 @@ class PodReport:
     finished_at: datetime | None = None
     exit_code: int | None = None
     oom_killed: bool = False
+    overused: bool = False
+    """It was evicted for what it used itself, of disk: more than its volumes or its limits allow."""
     disrupted: str | None = None
     """Reason of its DisruptionTarget condition, or Evicted, NodeLost, ...: the end was not the task's doing."""
     message: str = ""
@@ -480,7 +482,8 @@ def pod_report(manifest: Mapping[str, Any]) -> PodReport:
     conditions = {condition["type"]: condition for condition in status.get("conditions") or ()}
     disruption = conditions.get("DisruptionTarget") or {}
     disrupted = disruption.get("reason") if disruption.get("status") == "True" else None
-    if disrupted is None and phase == "Failed" and status.get("reason") in _DISRUPTIONS:
+    overused = disrupted is None and phase == "Failed" and _overused(status)
+    if disrupted is None and not overused and phase == "Failed" and status.get("reason") in _DISRUPTIONS:
         disrupted = status["reason"]
     alive = phase not in {"Succeeded", "Failed"}
     started = (state.get("running") or ended).get("startedAt")
@@ -499,11 +502,22 @@ def pod_report(manifest: Mapping[str, Any]) -> PodReport:
         finished_at=parse_time(ended.get("finishedAt")),
         exit_code=ended.get("exitCode"),
         oom_killed=ended.get("reason") == OOM_KILLED,
+        overused=overused,
         disrupted=disrupted,
         message=disruption.get("message") or status.get("message") or "",
         outcome=outcome,
         log="" if outcome is not None else last_lines(said),
     )
+
+
+def _overused(status: Mapping[str, Any]) -> bool:
+    """Whether the kubelet evicted a pod for its own use of disk, and not since the node was short of something.
+
+    In both cases the reason is Evicted. For a pod that exceeds the size of a volume or its limit of ephemeral storage the
+    kubelet sets no DisruptionTarget (pkg/kubelet/eviction/eviction_manager.go, localStorageEviction), so the Job ends; nor
+    did kubelets before 1.26 for a node that is short, but their messages begin with it.
+    """
+    return status.get("reason") == "Evicted" and not (status.get("message") or "").startswith("The node ")
 
 
 def _waiting(status: Mapping[str, Any], state: Mapping[str, Any], conditions: Mapping[str, Mapping[str, Any]]) -> Waiting:

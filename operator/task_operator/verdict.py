@@ -4,6 +4,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from typing import Final
 
 from task_contract.errors import AttemptStalled
 from task_contract.lifecycle import ExitCode
@@ -12,6 +13,9 @@ from task_contract.models import Failure, Phase, QueueStatus, Result
 from task_operator.jobs import JobState, PodReport, pods_of
 from task_operator.observation import Decision, Need, Observed, Policy, Store, StoredOutcome
 from task_operator.statuses import clip
+
+DISK_FULL: Final = "DiskFull"
+"""Reason of an attempt whose pod was evicted for what it wrote itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +53,15 @@ def judge_job(observed: Observed, job: JobState, *, now: datetime, policy: Polic
     said = next((pod.outcome for pod in pods if pod.outcome is not None and _succeeded(pod.outcome)), None)
     said = said or (last.outcome if last is not None else None)
     timed_out = job.failed and job.failure_reason == "DeadlineExceeded"
-    if said is not None and (_succeeded(said) or not timed_out):
+    # A pod that is evicted is asked to stop, and may say that it hands back: it was ended for what it did.
+    overruled = timed_out or (last is not None and last.overused)
+    if said is not None and (_succeeded(said) or not overruled):
         return verdict_of(said, started)
     if observed.store.configured:
         if Need.RESULT not in observed.answered:
             return Decision(needs=frozenset({Need.RESULT}))
         if observed.result is not None and _belongs(observed.result, job=job, pods=pods):
-            if _succeeded(observed.result.outcome) or not timed_out:
+            if _succeeded(observed.result.outcome) or not overruled:
                 return verdict_of(observed.result.outcome, started)
         elif wait_for_store(observed.store, now=now, policy=policy):
             return Decision(after=timedelta(seconds=5))
@@ -107,6 +113,9 @@ def _verdict_of_kubernetes(job: JobState, pod: PodReport | None) -> Verdict:
         return counted("PodLost", f"cannot tell how Job {job.name} ended: its pod is gone; {job.failure_message}")
     if pod.disrupted is not None:
         return Verdict(given_back=QueueStatus(reason="Evicted", message=clip(f"{pod.disrupted}: {pod.message}")))
+    if pod.overused:
+        message = f"cannot finish the attempt: {pod.message.strip()} Split the document, or lower TASKS_MAX_DOCUMENT_BYTES"
+        return counted(DISK_FULL, message)
     if pod.oom_killed:
         return counted("OOMKilled", "cannot finish the attempt: the runner used more memory than its limit allows")
     match pod.exit_code:

@@ -178,6 +178,7 @@ def _terminated(**fields: Any) -> dict[str, Any]:
 
 
 UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes"}
+VOLUME_FULL = 'Usage of EmptyDir volume "tmp" exceeds the limit "1Gi". '
 DISRUPTED = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "drained"}
 
 
@@ -242,6 +243,18 @@ DISRUPTED = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionBy
                 message="drained",
             ),
             id="it was evicted by the API",
+        ),
+        pytest.param(
+            _pod_manifest("Failed", reason="Evicted", message=VOLUME_FULL, state=_terminated(exitCode=137)),
+            pod(
+                alive=False,
+                started_at=at(5),
+                finished_at=at(29),
+                exit_code=137,
+                overused=True,
+                message=VOLUME_FULL,
+            ),
+            id="it was evicted for what it wrote itself",
         ),
         pytest.param(
             _pod_manifest("Failed", reason="Evicted", message="The node was low on resource: memory."),

@@ -585,6 +585,43 @@ ROWS = [
         },
         after=10,
     ),
+    *(
+        Row(
+            f"a pod that was evicted for what it wrote itself is counted, {what}",
+            Observed(
+                task=task(status=processing()),
+                jobs=(failed(),),
+                store=POSTGRES,
+                answered=ALL,
+                pods=(ended_pod(exit_code=143, outcome=said, overused=True, message='Usage of "tmp" exceeds "1Gi". '),),
+                result=row,
+            ),
+            status={
+                "phase": "Retrying",
+                "error.reason": "DiskFull",
+                "error.message": 'cannot finish the attempt: Usage of "tmp" exceeds "1Gi". '
+                "Split the document, or lower TASKS_MAX_DOCUMENT_BYTES",
+            },
+            after=10,
+        )
+        for what, said, row in (
+            ("though it said nothing", None, None),
+            ("though it said that it hands back", handed_back("HandedBack"), None),
+            ("though it stored that it hands back", None, stored(handed_back("HandedBack"), written=19)),
+        )
+    ),
+    Row(
+        "unless its work was done before",
+        Observed(
+            task=task(status=processing()),
+            jobs=(failed(),),
+            store=POSTGRES,
+            answered=ALL,
+            pods=(ended_pod(exit_code=137, overused=True),),
+            result=stored(success(), written=19),
+        ),
+        status={"phase": "Completed"},
+    ),
     Row(
         "a runner that ran out of memory leaves its last lines too",
         Observed(
