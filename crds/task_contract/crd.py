@@ -281,6 +281,7 @@ def custom_resource_definition() -> dict[str, Any]:
                         _column("Attempt", ".status.attempt", kind="integer"),
                         _column("Waiting", ".status.queue.reason", description="Why it does not run"),
                         _column("Age", ".metadata.creationTimestamp", kind="date"),
+                        _column("Position", ".status.queue.position", kind="integer", wide=True, description="In line"),
                         _column("Chunks", ".status.result.chunks", kind="integer", wide=True),
                         _column("Reason", '.status.conditions[?(@.type=="Ready")].reason', wide=True),
                         _column("Job", ".status.job", wide=True),

@@ -91,6 +91,8 @@ async def run(settings: Settings) -> int:
         announce=events.submit,
         namespaces=settings.namespaces,
         policy=settings.policy(),
+        limits=settings.limits(),
+        budget=settings.task_budget,
         resync_seconds=settings.resync_seconds,
     )
     sweeper = None

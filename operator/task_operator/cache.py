@@ -5,9 +5,11 @@ anything of a task that is gone. Tasks are
 kept as compact JSON, finished ones as the few fields that are still needed, so that ten thousand take a few megabytes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from heapq import nsmallest
 from typing import Any, Final
 
 import orjson
@@ -71,6 +73,7 @@ class Cache:
         self._changed: dict[Key, datetime] = {}
         self._gone: dict[str, None] = {}
         self._by_key: dict[tuple[str, str], set[Key]] = {}
+        self._counts: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -82,6 +85,10 @@ class Cache:
     def tasks(self) -> Iterator[tuple[Key, CachedTask]]:
         """Go over all tasks."""
         return iter(list(self._tasks.items()))
+
+    def count(self, namespace: str) -> int:
+        """Return how many tasks a namespace has."""
+        return self._counts[namespace]
 
     def uids(self) -> set[str]:
         """Return the uids of all tasks."""
@@ -116,7 +123,9 @@ class Cache:
         if (known is not None and known.resource_version >= version) or metadata["uid"] in self._gone:
             return False
         task = _cached(manifest, version)
-        if known is not None:
+        if known is None:
+            self._counts[key[0]] += 1
+        else:
             self._unlist(key, known)
         self._tasks[key] = task
         if task.idempotency_key is not None:
@@ -156,6 +165,7 @@ class Cache:
             return False
         self._bury(uid)
         self._unlist(key, known)
+        self._counts[key[0]] -= 1
         del self._tasks[key]
         if key not in self._jobs:
             self._changed.pop(key, None)
@@ -200,6 +210,18 @@ class Cache:
         known = self._jobs.get(key, {}).get(job.name) if key is not None else None
         if key is not None and known is not None and known.uid == job.uid:
             self._jobs[key][job.name] = replace(known, deleting=True)
+
+
+def surplus(
+    tasks: Iterable[tuple[Key, CachedTask]], *, most: int, archived: Callable[[CachedTask], bool]
+) -> list[tuple[Key, CachedTask]]:
+    """Return which of a namespace's tasks are to go so that no more than ``most`` are left: those that ended first.
+
+    Only finished ones that PostgreSQL has; where there are too few of them, more than ``most`` stay.
+    """
+    everything = list(tasks)
+    ended = [(task.ended_at or 0.0, key, task) for key, task in everything if task.finished and archived(task)]
+    return [(key, task) for _, key, task in nsmallest(max(0, len(everything) - most), ended)]
 
 
 def job_key(job: JobState) -> Key | None:

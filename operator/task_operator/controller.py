@@ -32,6 +32,7 @@ old is refused (409), and looked at again.
 """
 
 import asyncio
+import contextlib
 import random as random_module
 import time
 from collections import Counter
@@ -46,7 +47,7 @@ from pydantic import ValidationError
 
 from task_contract.messages import ProgressEvent
 from task_contract.models import Metadata, ProcessingTask, Status, describe
-from task_operator.cache import FINISHED, Cache, CachedTask, Key, job_key
+from task_operator.cache import FINISHED, Cache, CachedTask, Key, job_key, surplus
 from task_operator.cluster import (
     ClusterError,
     Conflict,
@@ -58,8 +59,17 @@ from task_operator.cluster import (
     Page,
     Unavailable,
 )
+from task_operator.dispatch import Claim, Dispatch, Limits, Place
 from task_operator.events import of_transition, of_wait
-from task_operator.jobs import JobState, PodReport, RunnerTemplate, build_job, current_attempt, pod_report
+from task_operator.jobs import (
+    JobState,
+    PodReport,
+    RunnerTemplate,
+    build_job,
+    current_attempt,
+    parse_time,
+    pod_report,
+)
 from task_operator.metrics import Metrics
 from task_operator.observation import Decision, Fence, Need, Observed, Policy, Refusal, Store, StoredOutcome, view_of
 from task_operator.projection import Database, DatabaseUnavailable, Held
@@ -72,7 +82,9 @@ _log = structlog.get_logger(__name__)
 _WORKERS: Final = 24
 _ORPHAN_PATIENCE: Final = 3.0  # seconds in which the garbage collector may do it
 _CONFLICTS: Final = 4  # looks in a row that may end in a conflict before the task waits
-_ROUNDS: Final = 8  # a decision asks for at most one thing a round, and there are five
+_ROUNDS: Final = 10  # a decision asks for at most one thing a round, and there are seven
+_POSITIONS: Final = 10.0  # seconds between two looks whose position in line is to be told
+_PRUNED: Final = 500  # tasks of a namespace deleted in a row
 
 
 class VersionsWentBack(Exception):
@@ -116,6 +128,7 @@ class _Facts:
     result: StoredOutcome | None = None
     fence: Fence | None = None
     release: Fence | None = None
+    place: Place | None = None
     refusal: Refusal | None = None
 
 
@@ -155,11 +168,14 @@ class Controller:
         announce: Callable[[Manifest], None] = lambda _: None,
         namespaces: Sequence[str] = (),
         policy: Policy | None = None,
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+        budget: int = 0,
         resync_seconds: float = 300,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         random: Callable[[], float] = random_module.random,
         workers: int = _WORKERS,
     ) -> None:
+        """``budget``: so many tasks of a namespace stay; over it, finished ones go before their time. 0: any number."""
         self._api = api
         self._template = template
         self._metrics = metrics
@@ -173,6 +189,10 @@ class Controller:
         self._workers = workers
         self._cache = Cache()
         self._queue: WorkQueue[Key] = WorkQueue()
+        self._dispatch = Dispatch(limits, wake=self._queue.add) if limits else None
+        self._budget = budget
+        self._crowded: set[str] = set()
+        self._crowd = asyncio.Event()
         self._live: dict[str, _Live] = {}
         self._synced = False
         self._resync_now = asyncio.Event()
@@ -202,6 +222,9 @@ class Controller:
                 group.create_task(self._work(), name=f"worker {number}")
             group.create_task(self._resync_forever(), name="resync")
             group.create_task(self._check_versions_forever(), name="versions")
+            group.create_task(self._prune_forever(), name="prune")
+            if self._dispatch is not None:
+                group.create_task(self._tell_positions_forever(self._dispatch), name="positions")
 
     async def _begin(self, watching: asyncio.Event) -> None:
         wait = 1.0
@@ -306,6 +329,7 @@ class Controller:
             self._queue.add(key)
             for other in self._cache.same_key(key):
                 self._queue.add(other)  # which of them is the first may have changed
+            self._count_tasks(key[0])
 
     def on_job(self, kind: str | None, manifest: Mapping[str, Any]) -> None:
         """Take in a Job of ours."""
@@ -342,7 +366,8 @@ class Controller:
             return
         phase = ((manifest or {}).get("status") or {}).get("phase")
         finished = phase in FINISHED or (known is not None and known.uid == uid and known.finished)
-        self._cache.drop_task(key, uid=uid)
+        if self._cache.drop_task(key, uid=uid) and self._dispatch is not None:
+            self._dispatch.release(key)
         self._live.pop(uid, None)
         if self._database is not None:
             if manifest is not None:
@@ -351,6 +376,61 @@ class Controller:
                 self._database.fence_later(uid, reason="Deleted")
         if self._cache.jobs(key):
             self._queue.add_after(key, _ORPHAN_PATIENCE)
+
+    # ----------------------------------------------------------------------------------------------- limits and budget
+
+    def _settle(self, key: Key, *, asked: bool) -> None:
+        """Tell the dispatch whether a task holds a place: while it has a Job that has not ended, and no longer."""
+        if self._dispatch is None:
+            return
+        cached = self._cache.task(key)
+        if cached is not None and self._has_job(key, cached):
+            self._dispatch.hold(key, _claim(key, cached))
+        elif cached is None or not asked:
+            self._dispatch.release(key)
+
+    def _has_job(self, key: Key, cached: CachedTask) -> bool:
+        return any(not job.finished and job.owner_uid == cached.uid for job in self._cache.jobs(key))
+
+    async def _tell_positions_forever(self, dispatch: Dispatch) -> None:
+        while True:
+            await asyncio.sleep(_POSITIONS)
+            for key in dispatch.moved():
+                self._queue.add(key)
+
+    def _count_tasks(self, namespace: str) -> None:
+        if self._budget and self._cache.count(namespace) > self._budget:
+            self._crowded.add(namespace)
+            self._crowd.set()
+
+    async def _prune_forever(self) -> None:
+        """Delete finished tasks of namespaces that have too many, the oldest first."""
+        while True:
+            await self._crowd.wait()
+            self._crowd.clear()
+            namespaces, self._crowded = self._crowded, set()
+            try:
+                for namespace in namespaces:
+                    await self._prune(namespace)
+            except ClusterError as error:
+                _log.warning("cannot delete finished tasks over the budget; trying again", error=error.message)
+            await asyncio.sleep(1)
+            for namespace in namespaces:
+                self._count_tasks(namespace)  # until they are gone, also those that PostgreSQL is yet to take
+
+    async def _prune(self, namespace: str) -> None:
+        inside = ((key, task) for key, task in self._cache.tasks() if key[0] == namespace)
+        gone = surplus(inside, most=self._budget, archived=self._archived)
+        for key, task in gone[:_PRUNED]:
+            with contextlib.suppress(Conflict):  # changed since: looked at anew in a second
+                await self._api.delete_task(*key, uid=task.uid, resource_version=task.resource_version)
+                self._metrics.pruned.inc()
+        if gone:
+            _log.info("finished tasks over the budget were deleted", namespace=namespace, count=len(gone[:_PRUNED]))
+
+    def _archived(self, task: CachedTask) -> bool:
+        stored = None if self._database is None else self._database.acknowledged(task.uid)
+        return stored is not None and stored >= task.resource_version
 
     def _project(self, manifest: Mapping[str, Any]) -> None:
         if self._database is not None:
@@ -387,8 +467,13 @@ class Controller:
             if (self._idle_until(key, cached) or 0) <= soon:
                 self._queue.add(key)
         for key in self._cache.job_keys():
-            if self._cache.task(key) is None:
+            known = self._cache.task(key)
+            if known is None:
                 self._queue.add(key)
+            elif self._dispatch is not None and self._has_job(key, known):
+                self._dispatch.hold(key, _claim(key, known))  # before anybody asks for a place
+        for namespace in {key[0] for key, _ in self._cache.tasks()}:
+            self._count_tasks(namespace)
         self._metrics.resyncs.labels("done").inc()
 
     def _idle_until(self, key: Key, cached: CachedTask) -> float | None:
@@ -473,6 +558,13 @@ class Controller:
     # ---------------------------------------------------------------------------------------- gather, decide, apply
 
     async def _reconcile(self, key: Key) -> None:
+        facts = _Facts()
+        try:
+            await self._act(key, facts)
+        finally:
+            self._settle(key, asked=facts.place is not None and not facts.place.granted)
+
+    async def _act(self, key: Key, facts: _Facts) -> None:
         cached = self._cache.task(key)
         await self._delete_orphans(key, None if cached is None else cached.uid)
         if cached is None:
@@ -481,7 +573,6 @@ class Controller:
             self._look_after(key, idle)
             return
         task = _read(key, cached)
-        facts = _Facts()
         decision = await self._decide(task, facts)
         changed = False
         if decision.status is not None:
@@ -539,6 +630,8 @@ class Controller:
                 fence=facts.fence,
                 release=facts.release,
                 first=self._cache.first(task.key),
+                limited=self._dispatch is not None,
+                place=facts.place,
             )
             decision = decide(observed, now=self._clock(), random=random, policy=self._policy)
             if not decision.needs:
@@ -570,6 +663,11 @@ class Controller:
                     self.on_job("MODIFIED", await self._api.get_job(namespace, name))
                 except NotFound:
                     return
+            case Need.PLACE:
+                key = (namespace, task.metadata.name)
+                cached = self._cache.task(key)
+                if self._dispatch is not None and cached is not None:
+                    facts.place = self._dispatch.ask(key, _claim(key, cached))
             case Need.RESULT | Need.FENCE | Need.RELEASE:
                 if self._database is None:
                     return
@@ -685,6 +783,18 @@ def merge_patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str
         else:
             patch[key] = new
     return dict(sorted(patch.items()))
+
+
+def _claim(key: Key, cached: CachedTask) -> Claim:
+    spec = cached.manifest()["spec"]
+    kb_id = spec.get("kbId")
+    return Claim(
+        namespace=key[0],
+        kb_id=None if kb_id is None else str(kb_id),
+        type=str(spec.get("type")),
+        priority=cached.priority,
+        created_at=parse_time(cached.created) or datetime.fromtimestamp(0, UTC),
+    )
 
 
 @lru_cache(maxsize=256)  # what was just read is read again after a write that did not change it; 6 KB each

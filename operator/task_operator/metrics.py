@@ -55,6 +55,9 @@ class Metrics:
             "Tasks barred from publishing after their end.",
             registry=self.registry,
         )
+        self.pruned = Counter(
+            "task_operator_pruned", "Finished tasks deleted over the budget of a namespace.", registry=self.registry
+        )
         self.events = Counter("task_operator_events", "Kubernetes Events.", ["result"], registry=self.registry)
         self.resyncs = Counter("task_operator_resyncs", "Full resyncs.", ["result"], registry=self.registry)
         self.projection_pending = Gauge(

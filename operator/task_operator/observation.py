@@ -7,6 +7,7 @@ from enum import StrEnum
 from task_contract.messages import AttemptOutcome, ProgressEvent
 from task_contract.models import Phase, ProcessingTask, Status
 from task_contract.names import job_name
+from task_operator.dispatch import Place
 from task_operator.jobs import JobState, PodReport, current_attempt, queue_stamp
 
 
@@ -19,6 +20,8 @@ class Need(StrEnum):
     """The pods of the task."""
     POD_REFUSAL = "pod refusal"
     """What the Job controller said when the cluster would not let it create the pod."""
+    PLACE = "place"
+    """Whether the limits allow the task a Job."""
     RESULT = "result"
     """The row of the current attempt in ``task_results``."""
     FENCE = "fence"
@@ -85,6 +88,8 @@ class Policy:
     """So long a pod may fail to start for reasons of its own, such as its image; zero: for ever."""
     capacity_deadline: timedelta = timedelta(days=1)
     """So long it may wait for room (a node, quota) that others may hold; zero: for ever."""
+    queue_patience: timedelta = timedelta(seconds=2)
+    """So long a task waits for a place before its status says so: most waits are shorter, and each would cost a write."""
     give_back_delay: timedelta = timedelta(seconds=5)
     """Wait before an attempt that was given back is tried again; doubles while that repeats."""
     give_back_max_delay: timedelta = timedelta(seconds=60)
@@ -116,6 +121,10 @@ class Observed:
     """The resourceVersion up to which the task is known to be in PostgreSQL."""
     first: str | None = None
     """Name of the task that comes before this one under the same idempotencyKey; None: none does."""
+    limited: bool = False
+    """Whether there are limits, so that a Job needs a place."""
+    place: Place | None = None
+    """The answer to :attr:`Need.PLACE`."""
     progress: ProgressEvent | None = None
     last_write: datetime | None = None
     """When the status was last written by this process."""

@@ -27,6 +27,7 @@ from task_contract.models import (
     Status,
     TaskType,
 )
+from task_operator.dispatch import Place, worth_telling
 from task_operator.jobs import JobState, pods_of
 from task_operator.observation import Decision, Ending, FenceState, Need, Observed, Policy, Refusal, View, view_of
 from task_operator.statuses import (
@@ -438,7 +439,26 @@ def _without_job(observed: Observed, view: View, *, now: datetime, random: float
         if observed.result is not None and observed.result.outcome.outcome in {Outcome.SUCCEEDED, Outcome.FAILED}:
             verdict = verdict_of(observed.result.outcome, None)
             return _judge(observed, view, verdict, now=now, random=random, policy=policy)
+    if observed.limited and Need.PLACE not in observed.answered:
+        return Decision(needs=frozenset({Need.PLACE}))
+    if observed.place is not None and not observed.place.granted:
+        return _in_line(task, observed.place, since=since, now=now, policy=policy)
     return Decision(status=resumed, create_attempt=view.attempt)
+
+
+def _in_line(task: ProcessingTask, place: Place, *, since: datetime | None, now: datetime, policy: Policy) -> Decision:
+    """Say which limit a task waits for. It is woken when it may go on, or has come much closer."""
+    status = task.status
+    told = status.queue if status.queue is not None and status.queue.reason == place.reason else None
+    waited = now - (since or now)
+    if status.queue is None and timedelta() <= waited < policy.queue_patience:
+        return Decision(after=policy.queue_patience - waited)
+    if told is not None and not worth_telling(told.position, place.position):
+        return Decision()
+    queue = waiting(status, place.reason, place.message, now=now).model_copy(update={"position": place.position})
+    if status.phase is Phase.RETRYING:
+        return Decision(status=status.model_copy(update={"queue": queue}))
+    return Decision(status=queued(task, queue, now=now))
 
 
 def _lost(observed: Observed, view: View, *, now: datetime, random: float, policy: Policy) -> Decision:

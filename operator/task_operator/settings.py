@@ -8,7 +8,8 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from task_contract.models import Priority
+from task_contract.models import Priority, TaskType
+from task_operator.dispatch import Limits
 from task_operator.jobs import RunnerTemplate
 from task_operator.memory import MemoryGrowth, in_bytes
 from task_operator.observation import Policy
@@ -99,6 +100,16 @@ class Settings(DatabaseSettings):
     """So long the last Job of a finished task stays, for the log of its pod."""
     stuck_seconds: Annotated[float, Field(ge=0, le=3600)] = 60
     """So long after its grace period a pod that was told to stop may be there, before its attempt goes elsewhere."""
+    limit_total: Annotated[int, Field(ge=0)] = 1000
+    """So many tasks have a Job at once; 0: all that there are. More only make the scheduler's queue longer."""
+    limit_namespace: Annotated[int, Field(ge=0)] = 0
+    """So many tasks of one namespace; 0: no limit of its own."""
+    limit_knowledge_base: Annotated[int, Field(ge=0)] = 0
+    """So many tasks of one knowledge base; 0: no limit of its own."""
+    limit_types: dict[TaskType, Annotated[int, Field(ge=0)]] = {}
+    """So many tasks of a type, as a JSON object; a type that is not named has no limit of its own."""
+    task_budget: Annotated[int, Field(ge=0)] = 10_000
+    """So many tasks of a namespace stay: over it, the oldest finished ones go before their TTL; 0: any number."""
     instance: Annotated[str, Field(pattern=_LABEL_VALUE)] = "processing-tasks"
     """Name of the installation, for the label app.kubernetes.io/instance of what the operator makes."""
     listen: Annotated[str, AfterValidator(_address)] = "0.0.0.0:8081"
@@ -124,6 +135,15 @@ class Settings(DatabaseSettings):
             image_pull_secrets=self.image_pull_secrets,
             instance=self.instance,
             version=product_version(),
+        )
+
+    def limits(self) -> Limits:
+        """Return how many tasks may have a Job at once."""
+        return Limits(
+            total=self.limit_total,
+            namespace=self.limit_namespace,
+            knowledge_base=self.limit_knowledge_base,
+            types={str(kind): most for kind, most in self.limit_types.items()},
         )
 
     def policy(self) -> Policy:

@@ -6,7 +6,8 @@ A pod that does not start holds its task in one of three kinds of wait:
   in front of a small quota is no fault. Ended after :attr:`~task_operator.observation.Policy.capacity_deadline`.
 - *of its own*: its image cannot be pulled, its container cannot be configured, the cluster refuses it. Time cures that
   seldom. Ended after :attr:`~task_operator.observation.Policy.pending_deadline`.
-- *by somebody's will or a store's*: suspended, handed back, a store that is down. Ended by ``spec.deadline`` alone.
+- *by somebody's will or a store's*: suspended, handed back, a store that is down, a limit of ours. Ended by
+  ``spec.deadline`` alone.
 
 A wait goes on as long as its kind stays the same, whatever the words for it: ``status.queue.since`` holds its beginning,
 so that another process counts from there too.
@@ -27,9 +28,16 @@ PENDING_DEADLINE_EXCEEDED: Final = "PendingDeadlineExceeded"
 _QUOTA: Final = "QuotaExceeded"
 _FORBIDDEN: Final = "PodForbidden"
 _ROOM: Final = frozenset({"Unschedulable", "SchedulingGated", _QUOTA})
-_WANTED: Final = frozenset(
-    {"Suspended", "JobSuspended", "HandedBack", "StoreUnavailable", "SourceUnavailable", "Evicted", "NodeLost"}
-)
+_LIMITS: Final = frozenset({"TotalLimit", "NamespaceLimit", "KnowledgeBaseLimit", "TypeLimit"})
+_WANTED: Final = _LIMITS | {
+    "Suspended",
+    "JobSuspended",
+    "HandedBack",
+    "StoreUnavailable",
+    "SourceUnavailable",
+    "Evicted",
+    "NodeLost",
+}
 _REMEDIES: Final = {
     "Unschedulable": "add a node that fits, or look at node selector, tolerations and resources of the runner",
     _QUOTA: "raise the ResourceQuota of the namespace, or lower the resources of the runner",

@@ -15,9 +15,10 @@ from prometheus_client.exposition import generate_latest
 
 from task_contract.models import Priority, Status
 from task_operator.__main__ import main
-from task_operator.cache import Cache
+from task_operator.cache import Cache, surplus
 from task_operator.cluster import Watches
 from task_operator.controller import merge_patch
+from task_operator.dispatch import Limits
 from task_operator.handlers import kopf_settings
 from task_operator.health import Health
 from task_operator.metrics import Metrics
@@ -173,6 +174,27 @@ def test_of_tasks_with_one_key_the_first_has_it(why: str, rivals: list[Rival], f
     assert cache.same_key(KEY) == set()
 
 
+@pytest.mark.parametrize(
+    ("why", "most", "gone"),
+    [
+        ("there is room", 5, []),
+        ("the one that ended first goes first", 4, ["second"]),
+        ("one that PostgreSQL lacks stays, and so do those that run", 0, ["second", "first"]),
+    ],
+)
+def test_over_its_budget_a_namespace_loses_finished_tasks(why: str, most: int, gone: list[str]) -> None:
+    cache = Cache()
+    ends = {"first": finished(ended=20), "second": finished("Failed", ended=10), "unknown": finished(ended=5)}
+    for version, name in enumerate([*ends, "runs", "waits"], 10):
+        status = ends.get(name) or (processing() if name == "runs" else None)
+        cache.put_task(_task(version, name=name, uid=name, status=status))
+    found = surplus(cache.tasks(), most=most, archived=lambda task: task.uid != "unknown")
+    assert [key[1] for key, _ in found] == gone
+    assert cache.count("knowledge") == 5
+    cache.drop_task(("knowledge", "runs"), uid="runs")
+    assert cache.count("knowledge") == 4
+
+
 def test_a_late_deletion_does_not_take_the_next_task_of_that_name() -> None:
     cache = Cache()
     cache.put_task(_task(5, uid="old"))
@@ -244,6 +266,8 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         "OPERATOR_INSTANCE": "release-1",
         "OPERATOR_PENDING_DEADLINE_SECONDS": "600",
         "OPERATOR_CAPACITY_DEADLINE_SECONDS": "0",
+        "OPERATOR_LIMIT_KNOWLEDGE_BASE": "4",
+        "OPERATOR_LIMIT_TYPES": '{"health_check": 2}',
     }.items():
         monkeypatch.setenv(key, value)
     settings = load_settings(Settings)
@@ -258,6 +282,7 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert (template.instance, template.version) == ("release-1", metadata.version("processing-tasks"))
     policy = settings.policy()
     assert (policy.pending_deadline, policy.capacity_deadline) == (timedelta(minutes=10), timedelta())
+    assert settings.limits() == Limits(total=1000, knowledge_base=4, types={"health_check": 2})
 
 
 def test_one_error_names_every_bad_variable(monkeypatch: pytest.MonkeyPatch) -> None:

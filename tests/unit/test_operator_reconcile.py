@@ -10,6 +10,7 @@ from task_contract.lifecycle import ARROWS
 from task_contract.messages import AttemptOutcome, Outcome, ProgressEvent
 from task_contract.models import Component, ComponentHealth, Metadata, Phase, ProcessingTask, Result, Stage, Status
 from task_operator import waits
+from task_operator.dispatch import GRANTED, Place
 from task_operator.jobs import Waiting
 from task_operator.observation import Decision, Fence, FenceState, Need, Observed, Policy, Refusal, Store, StoredOutcome
 from task_operator.reconcile import decide, refuse
@@ -78,6 +79,8 @@ def waits_since(reason: str, since: float) -> ProcessingTask:
 
 
 QUEUED = task()
+PLACE = frozenset({Need.PLACE})
+THIRD = Place(3, "KnowledgeBaseLimit", "4 tasks of knowledge base kb-42 have a Job, as many as may")
 STOPPING = pod(running=True, stop_by=at(70))
 STUCK = 131  # seconds: a minute after the grace of that pod
 CANCEL = {"cancel": True}
@@ -145,6 +148,75 @@ ROWS = [
         "a refusal that is known is not searched for again",
         Observed(task=waits_since("QuotaExceeded", 10), jobs=(job(),), answered=PODS),
         after=19.5,
+    ),
+    # ------------------------------------------------------------------------------------------------- limits
+    Row("where there are limits a Job needs a place", Observed(task=QUEUED, limited=True), needs=PLACE),
+    Row(
+        "with a place it is made",
+        Observed(task=QUEUED, limited=True, answered=PLACE, place=GRANTED),
+        create=1,
+    ),
+    Row(
+        "a short wait for a place is not told",
+        Observed(task=QUEUED, limited=True, answered=PLACE, place=THIRD),
+        after=1,
+        now=1,
+    ),
+    Row(
+        "a longer one is, with the position",
+        Observed(task=QUEUED, limited=True, answered=PLACE, place=THIRD),
+        status={
+            "phase": "Queued",
+            "queue": {
+                "position": 3,
+                "reason": "KnowledgeBaseLimit",
+                "message": "4 tasks of knowledge base kb-42 have a Job, as many as may",
+                "since": stamp(NOW),
+            },
+            "conditions.Ready": "False/KnowledgeBaseLimit",
+        },
+    ),
+    Row(
+        "a position that is known is not told again",
+        Observed(
+            task=task(status={"phase": "Queued", "queue": {"position": 3, "reason": "KnowledgeBaseLimit"}}),
+            limited=True,
+            answered=PLACE,
+            place=THIRD,
+        ),
+    ),
+    Row(
+        "one that is much better is",
+        Observed(
+            task=task(
+                status={"phase": "Queued", "queue": {"position": 6, "reason": "KnowledgeBaseLimit", "since": stamp(9)}}
+            ),
+            limited=True,
+            answered=PLACE,
+            place=THIRD,
+        ),
+        status={"queue.position": 3, "queue.since": stamp(9)},
+    ),
+    Row(
+        "so is another limit",
+        Observed(
+            task=task(status={"phase": "Queued", "queue": {"position": 3, "reason": "TotalLimit", "since": stamp(9)}}),
+            limited=True,
+            answered=PLACE,
+            place=THIRD,
+        ),
+        status={"queue.reason": "KnowledgeBaseLimit", "queue.since": stamp(9)},
+    ),
+    Row(
+        "a retry that waits for a place stays a retry",
+        Observed(task=task(status=retrying(retry_at=30)), limited=True, answered=PLACE, place=THIRD),
+        status={"phase": "Retrying", "queue.reason": "KnowledgeBaseLimit"},
+    ),
+    Row(
+        "a wait for a place has no end but the deadline",
+        Observed(task=waits_since("TotalLimit", 10), limited=True, answered=PLACE, place=Place(1, "TotalLimit", "full")),
+        status={"queue.position": 1, "queue.since": stamp(10)},
+        now=10_000_000,
     ),
     # ------------------------------------------------------------------------------------- pods that never start
     Row(

@@ -153,6 +153,20 @@ redis: TASKS_REDIS_URL
   value: {{ int $root.Values.operator.pendingDeadlineSeconds | quote }}
 - name: OPERATOR_CAPACITY_DEADLINE_SECONDS
   value: {{ int $root.Values.operator.capacityDeadlineSeconds | quote }}
+- name: OPERATOR_LIMIT_TOTAL
+  value: {{ int $root.Values.operator.limits.total | quote }}
+- name: OPERATOR_LIMIT_NAMESPACE
+  value: {{ int $root.Values.operator.limits.perNamespace | quote }}
+- name: OPERATOR_LIMIT_KNOWLEDGE_BASE
+  value: {{ int $root.Values.operator.limits.perKnowledgeBase | quote }}
+- name: OPERATOR_LIMIT_TYPES
+  value: {{ toJson $root.Values.operator.limits.perType | quote }}
+- name: OPERATOR_TASK_BUDGET
+  value: {{ int $root.Values.operator.taskBudget | quote }}
+- name: OPERATOR_JOB_TTL_SECONDS
+  value: {{ int $root.Values.operator.jobTtlSeconds | quote }}
+- name: OPERATOR_STUCK_SECONDS
+  value: {{ int $root.Values.operator.stuckSeconds | quote }}
 - name: OPERATOR_SWEEP_INTERVAL_SECONDS
   value: {{ int $root.Values.operator.sweepIntervalSeconds | quote }}
 - name: OPERATOR_LOG_LEVEL

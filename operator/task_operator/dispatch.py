@@ -1,0 +1,215 @@
+"""Which tasks may have a Job: limits, and the order of those that wait. No I/O; times are arguments.
+
+A task holds a *place* from the moment its Job is to be made until that Job has ended. Limits count places: in all, of a
+namespace, of a knowledge base, of a type. Who gets none waits; a place that becomes free goes to the first in line whom
+every limit allows, so a knowledge base at its limit holds up nobody but itself.
+
+The line is in the order of creation, with a head start by priority (:data:`HEAD_START`). Since that is a fixed time, nobody
+starves: a task of low priority waits for no task that is created more than an hour after it.
+
+All of it can be lost: places are read from the Jobs that are there, and who waits asks again.
+"""
+
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Final, TypeAlias
+
+from task_contract.models import Priority
+
+HEAD_START: Final[Mapping[str, timedelta]] = {
+    str(Priority.HIGH): timedelta(hours=1),
+    str(Priority.NORMAL): timedelta(minutes=10),
+    str(Priority.LOW): timedelta(),
+}
+"""So much earlier than it was created a task of a priority counts as created."""
+_CLOSE: Final = 10  # positions in which every step forward is told
+
+Key: TypeAlias = tuple[str, str]
+"""(namespace, name) of a task."""
+_Rank: TypeAlias = tuple[float, Key]
+_Group: TypeAlias = tuple[str, str | None, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many tasks may have a Job at once; 0: as many as there are."""
+
+    total: int = 0
+    namespace: int = 0
+    knowledge_base: int = 0
+    types: Mapping[str, int] = field(default_factory=dict)
+    """By type of task."""
+
+    def __bool__(self) -> bool:
+        """Whether there is any limit."""
+        return bool(self.total or self.namespace or self.knowledge_base or any(self.types.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a task's place counts against, and where the task stands in line."""
+
+    namespace: str
+    kb_id: str | None
+    type: str
+    priority: str
+    created_at: datetime
+
+    @property
+    def rank(self) -> float:
+        """Its place in line: lower goes first. Seconds since the epoch."""
+        return (self.created_at - HEAD_START.get(self.priority, timedelta())).timestamp()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The answer to a task that asks for a place."""
+
+    position: int = 0
+    """In line, from 1; 0: it has a place."""
+    reason: str = ""
+    """Which limit it waits for."""
+    message: str = ""
+
+    @property
+    def granted(self) -> bool:
+        """Whether its Job may be made."""
+        return not self.position
+
+
+GRANTED: Final = Place()
+
+
+def worth_telling(told: int | None, position: int) -> bool:
+    """Whether a position differs so much from the one that a status tells that it is worth a write.
+
+    Told is every step among the first ten, before that only when half the way is done: a line of ten thousand costs each
+    task some twenty writes, not ten thousand.
+    """
+    if told is None or position > told:
+        return told is None
+    return position != told and (position <= _CLOSE or 2 * position <= told)
+
+
+class Dispatch:
+    """Places and the line."""
+
+    def __init__(self, limits: Limits, *, wake: Callable[[Key], None]) -> None:
+        """``wake`` is called with each task that is given a place while it waits: it is to ask again."""
+        self._limits = limits
+        self._wake = wake
+        self._holders: dict[Key, Claim] = {}
+        self._held: Counter[tuple[str, ...]] = Counter()
+        self._waiting: dict[Key, Claim] = {}
+        self._asked: dict[Key, int] = {}
+        self._line: list[_Rank] = []
+        self._groups: dict[_Group, list[_Rank]] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def holders(self) -> int:
+        """How many places are taken."""
+        return len(self._holders)
+
+    def ask(self, key: Key, claim: Claim) -> Place:
+        """Give a task a place if the limits allow it, else have it wait. Who has one already is told so."""
+        if key in self._holders:
+            return GRANTED
+        known = self._waiting.get(key)
+        full = self._full(claim)
+        if full is None:
+            self._leave(key)
+            self._take(key, claim)
+            return GRANTED
+        if known != claim:
+            self._leave(key)
+            self._waiting[key] = claim
+            insort(self._line, (claim.rank, key))
+            insort(self._groups.setdefault(_group(claim), []), (claim.rank, key))
+        position = bisect_left(self._line, (claim.rank, key)) + 1
+        self._asked[key] = position
+        return Place(position=position, reason=full[0], message=full[1])
+
+    def hold(self, key: Key, claim: Claim) -> None:
+        """Note that a task has a Job, whether it was given a place or not: limits may have been lowered since."""
+        if key not in self._holders:
+            self._leave(key)
+            self._take(key, claim)
+
+    def release(self, key: Key) -> None:
+        """Note that a task has no Job and wants none at the moment; those who can go on are woken."""
+        self._leave(key)
+        claim = self._holders.pop(key, None)
+        if claim is None:
+            return
+        self._held.subtract(_counted(claim))
+        while (first := self._first()) is not None:
+            waiting = self._waiting[first]
+            self._leave(first)
+            self._take(first, waiting)
+            self._wake(first)
+
+    def moved(self) -> Iterator[Key]:
+        """Go over the tasks whose position has changed enough to be told."""
+        for position, (_, key) in enumerate(list(self._line), start=1):
+            if worth_telling(self._asked.get(key), position):
+                yield key
+
+    def _take(self, key: Key, claim: Claim) -> None:
+        self._holders[key] = claim
+        self._held.update(_counted(claim))
+
+    def _leave(self, key: Key) -> None:
+        claim = self._waiting.pop(key, None)
+        if claim is None:
+            return
+        self._asked.pop(key, None)
+        group = self._groups[_group(claim)]
+        for line in (self._line, group):
+            del line[bisect_left(line, (claim.rank, key))]
+        if not group:
+            del self._groups[_group(claim)]
+
+    def _first(self) -> Key | None:
+        """Return the first in line whom all limits allow; of those that count against the same ones only one is looked at."""
+        if self._limits.total and self._held["total",] >= self._limits.total:
+            return None
+        heads = [group[0] for group in self._groups.values() if self._full(self._waiting[group[0][1]]) is None]
+        return min(heads)[1] if heads else None
+
+    def _full(self, claim: Claim) -> tuple[str, str] | None:
+        """Return which limit allows no more, as reason and message; None: all do. The widest limit comes first."""
+        limits, held = self._limits, self._held
+        _, namespace, knowledge_base, kind = _counted(claim)
+        of_type = limits.types.get(claim.type, 0)
+        if limits.total and held["total",] >= limits.total:
+            return "TotalLimit", f"{limits.total} tasks have a Job, as many as may"
+        if limits.namespace and held[namespace] >= limits.namespace:
+            return "NamespaceLimit", f"{limits.namespace} tasks of namespace {claim.namespace} have a Job, as many as may"
+        if of_type and held[kind] >= of_type:
+            return "TypeLimit", f"{of_type} tasks of type {claim.type} have a Job, as many as may"
+        if limits.knowledge_base and claim.kb_id is not None and held[knowledge_base] >= limits.knowledge_base:
+            return (
+                "KnowledgeBaseLimit",
+                f"{limits.knowledge_base} tasks of knowledge base {claim.kb_id} have a Job, as many as may",
+            )
+        return None
+
+
+def _counted(claim: Claim) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Return what a place counts against: all, its namespace, its knowledge base, its type."""
+    return (
+        ("total",),
+        ("namespace", claim.namespace),
+        ("knowledge base", claim.namespace, claim.kb_id or ""),
+        ("type", claim.type),
+    )
+
+
+def _group(claim: Claim) -> _Group:
+    return claim.namespace, claim.kb_id, claim.type

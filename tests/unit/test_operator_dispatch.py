@@ -1,0 +1,244 @@
+"""Who may have a Job: limits, the line, and that nobody is forgotten in it."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from task_operator.dispatch import Claim, Dispatch, Key, Limits, worth_telling
+from tests.support.operator_values import at
+
+
+def claim(created: float = 0, **fields: str | None) -> Claim:
+    given: dict[str, str | None] = {"namespace": "a", "kb_id": "kb", "type": "document_processing", "priority": "normal"}
+    return Claim(created_at=at(created), **(given | fields))  # type: ignore[arg-type]  # a table of texts
+
+
+class Line:
+    """A dispatch whose tasks are named by a word."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.woken: list[str] = []
+        self.dispatch = Dispatch(limits, wake=lambda key: self.woken.append(key[1]))
+
+    def ask(self, name: str, wanted: Claim) -> tuple[int, str]:
+        place = self.dispatch.ask((wanted.namespace, name), wanted)
+        return place.position, place.reason
+
+    def release(self, name: str, namespace: str = "a") -> None:
+        self.dispatch.release((namespace, name))
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    limits: Limits
+    running: list[Claim]
+    asks: Claim
+    reason: str
+
+
+ROWS = [
+    Row("no limit in the way", Limits(total=2), [claim()], claim(), ""),
+    Row("the limit of all", Limits(total=1), [claim(namespace="b")], claim(), "TotalLimit"),
+    Row("the limit of a namespace", Limits(namespace=1), [claim()], claim(kb_id="other"), "NamespaceLimit"),
+    Row("not that of another", Limits(namespace=1), [claim(namespace="b")], claim(), ""),
+    Row("the limit of a knowledge base", Limits(knowledge_base=1), [claim()], claim(), "KnowledgeBaseLimit"),
+    Row("not that of another", Limits(knowledge_base=1), [claim()], claim(kb_id="other"), ""),
+    Row("nor of one of that name elsewhere", Limits(knowledge_base=1), [claim(namespace="b")], claim(), ""),
+    Row("a task without knowledge base", Limits(knowledge_base=1), [claim(kb_id=None)], claim(kb_id=None), ""),
+    Row("the limit of a type", Limits(types={"document_processing": 1}), [claim()], claim(kb_id="other"), "TypeLimit"),
+    Row("not that of another", Limits(types={"health_check": 1}), [claim()], claim(), ""),
+    Row("the widest is named", Limits(total=1, namespace=1, knowledge_base=1), [claim()], claim(), "TotalLimit"),
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_which_limit_holds_a_task_up(row: Row) -> None:
+    line = Line(row.limits)
+    for number, running in enumerate(row.running):
+        assert line.ask(f"running-{number}", running) == (0, "")
+    assert line.ask("asking", row.asks) == ((1, row.reason) if row.reason else (0, ""))
+
+
+def test_a_place_that_becomes_free_goes_to_the_first_in_line() -> None:
+    line = Line(Limits(total=1))
+    line.ask("running", claim(0))
+    assert line.ask("later", claim(20)) == (1, "TotalLimit")
+    assert line.ask("earlier", claim(10)) == (1, "TotalLimit")
+    assert line.ask("later", claim(20)) == (2, "TotalLimit")
+    line.release("running")
+    assert line.woken == ["earlier"]
+    assert line.ask("newcomer", claim(30))[0] == 2, "the place is taken before who was woken has asked"
+    assert line.ask("earlier", claim(10)) == (0, "")
+    line.release("earlier")
+    assert line.woken == ["earlier", "later"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "first"),
+    [
+        (claim(0, priority="normal"), claim(600, priority="high"), "other"),
+        (claim(0, priority="low"), claim(3599, priority="high"), "other"),
+        (claim(0, priority="low"), claim(3601, priority="high"), "one"),
+        (claim(0, priority="low"), claim(599, priority="normal"), "other"),
+        (claim(0, priority="low"), claim(601, priority="normal"), "one"),
+        (claim(0), claim(1), "one"),
+    ],
+)
+def test_priority_is_a_head_start_and_nobody_starves(one: Claim, other: Claim, first: str) -> None:
+    line = Line(Limits(total=1))
+    line.ask("running", claim())
+    line.ask("one", one)
+    line.ask("other", other)
+    line.release("running")
+    assert line.woken == [first]
+
+
+def test_a_priority_that_changes_moves_the_task() -> None:
+    line = Line(Limits(total=1))
+    line.ask("running", claim())
+    line.ask("one", claim(1))
+    assert line.ask("two", claim(2)) == (2, "TotalLimit")
+    assert line.ask("two", claim(2, priority="high")) == (1, "TotalLimit")
+
+
+def test_a_knowledge_base_at_its_limit_holds_up_nobody_else() -> None:
+    line = Line(Limits(total=2, knowledge_base=1))
+    line.ask("running", claim(0))
+    for number in range(5):
+        assert line.ask(f"waiting-{number}", claim(number)) == (number + 1, "KnowledgeBaseLimit")
+    assert line.ask("other", claim(100, kb_id="other")) == (0, "")
+    line.release("other")
+    assert line.woken == []
+    line.release("running")
+    assert line.woken == ["waiting-0"]
+
+
+def test_who_leaves_the_line_is_not_waited_for() -> None:
+    line = Line(Limits(total=1))
+    line.ask("running", claim())
+    line.ask("suspended", claim(1))
+    line.ask("next", claim(2))
+    line.release("suspended")
+    line.release("running")
+    assert line.woken == ["next"]
+    assert len(line.dispatch) == 0
+
+
+def test_jobs_that_are_found_count_whatever_the_limits_say() -> None:
+    line = Line(Limits(total=1))
+    for name in ("one", "two"):
+        line.dispatch.hold(("a", name), claim())
+        line.dispatch.hold(("a", name), claim())
+    assert line.ask("asking", claim(5)) == (1, "TotalLimit")
+    line.release("one")
+    assert line.woken == []
+    line.release("two")
+    assert line.woken == ["asking"]
+
+
+@pytest.mark.parametrize(
+    ("told", "position", "worth"),
+    [
+        (None, 4000, True),
+        (4000, 3999, False),
+        (4000, 2001, False),
+        (4000, 2000, True),
+        (20, 11, False),
+        (20, 10, True),
+        (10, 9, True),
+        (10, 10, False),
+        (3, 5, False),
+    ],
+)
+def test_a_position_is_told_where_that_is_worth_a_write(told: int | None, position: int, worth: bool) -> None:
+    assert worth_telling(told, position) is worth
+
+
+def test_a_line_of_ten_thousand_costs_each_task_few_writes() -> None:
+    told: int | None = None
+    writes = 0
+    for position in range(10_000, 0, -1):
+        if worth_telling(told, position):
+            told, writes = position, writes + 1
+    assert told == 1
+    assert writes <= 21
+
+
+def test_who_has_come_closer_is_found() -> None:
+    line = Line(Limits(total=1))
+    line.ask("running", claim())
+    for number in range(30):
+        line.ask(f"waiting-{number:02}", claim(number))
+    assert list(line.dispatch.moved()) == []
+    for number in range(16):
+        line.release(f"waiting-{number:02}")
+    assert [key[1] for key in line.dispatch.moved()] == [f"waiting-{number}" for number in range(16, 30)]
+
+
+CLAIMS = st.builds(
+    claim,
+    created=st.integers(0, 9000),
+    namespace=st.sampled_from("ab"),
+    kb_id=st.sampled_from(["kb-1", "kb-2", None]),
+    type=st.sampled_from(["document_processing", "health_check"]),
+    priority=st.sampled_from(["high", "normal", "low"]),
+)
+LIMITS = st.builds(
+    Limits,
+    total=st.integers(0, 4),
+    namespace=st.integers(0, 3),
+    knowledge_base=st.integers(0, 2),
+    types=st.dictionaries(st.just("health_check"), st.integers(0, 2)),
+)
+STEPS = st.lists(st.tuples(st.sampled_from(["ask", "ask", "release"]), st.integers(0, 9)), max_size=40)
+
+
+@given(limits=LIMITS, claims=st.lists(CLAIMS, min_size=10, max_size=10), steps=STEPS)
+def test_places_are_within_the_limits_and_none_is_kept_from_who_may_have_it(
+    limits: Limits, claims: list[Claim], steps: list[tuple[str, int]]
+) -> None:
+    holding: set[int] = set()
+    waiting: set[int] = set()
+
+    def wake(key: Key) -> None:
+        waiting.discard(int(key[1]))
+        holding.add(int(key[1]))
+
+    dispatch = Dispatch(limits, wake=wake)
+    for step, number in steps:
+        key = (claims[number].namespace, str(number))
+        if step == "ask":
+            granted = dispatch.ask(key, claims[number]).granted
+            (holding if granted else waiting).add(number)
+        else:
+            holding.discard(number)
+            waiting.discard(number)
+            dispatch.release(key)
+        _check(limits, claims, holding)
+        assert (dispatch.holders, len(dispatch)) == (len(holding), len(waiting))
+        for one in waiting:
+            with pytest.raises(AssertionError):
+                _check(limits, claims, holding | {one})
+
+
+def _check(limits: Limits, claims: list[Claim], holding: set[int]) -> None:
+    """Count anew, the plain way."""
+    held = [claims[number] for number in holding]
+    assert not limits.total or len(held) <= limits.total
+    namespaces = Counter(one.namespace for one in held)
+    bases = Counter((one.namespace, one.kb_id) for one in held if one.kb_id)
+    kinds = Counter(one.type for one in held)
+    assert not limits.namespace or all(count <= limits.namespace for count in namespaces.values())
+    assert not limits.knowledge_base or all(count <= limits.knowledge_base for count in bases.values())
+    assert all(not limits.types.get(kind) or count <= limits.types[kind] for kind, count in kinds.items())
+
+
+def test_the_time_that_counts_is_that_of_creation() -> None:
+    early = claim(0)
+    assert early.rank < replace(early, created_at=early.created_at + timedelta(seconds=1)).rank
+    assert claim(0, priority="unheard of").rank > claim(0, priority="low").rank - 1
