@@ -176,7 +176,7 @@ class Dispatch:
             del self._groups[_group(claim)]
 
     def _first(self) -> Key | None:
-        """Return the first in line whom all limits allow; of those that count against the same ones only one is looked at."""
+        """Return the first in line whom all limits allow; of each group only its first is looked at."""
         if self._limits.total and self._held["total",] >= self._limits.total:
             return None
         heads = [group[0] for group in self._groups.values() if self._full(self._waiting[group[0][1]]) is None]

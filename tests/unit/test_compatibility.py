@@ -44,6 +44,8 @@ REVIEWED: dict[str, str] = {
     " || (duration(self.stallTimeout) >= duration('10s') && duration(self.stallTimeout) <= duration('168h'))": _NEW_FIELD,
     ".spec: a new rule: has(self.stallTimeout) == has(oldSelf.stallTimeout)"
     " && (!has(self.stallTimeout) || self.stallTimeout == oldSelf.stallTimeout)": _NEW_FIELD,
+    ".spec: a new rule: has(self.idempotencyKey) == has(oldSelf.idempotencyKey)"
+    " && (!has(self.idempotencyKey) || self.idempotencyKey == oldSelf.idempotencyKey)": _NEW_FIELD,
     ".spec.payload: a new rule: !has(self.confirm)"
     " || has(self.action) && self.action == 'delete_knowledge_base'": _NEW_FIELD,
 }
