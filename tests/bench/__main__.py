@@ -1,4 +1,4 @@
-"""``python -m tests.bench [NAME]``: run the benchmarks, write ``build/bench/NAME.json``, print a table.
+"""``python -m tests.bench [NAME ...]``: run the benchmarks, write ``build/bench/NAME.json``, print a table.
 
 A benchmark is a module here with a function ``run() -> list[Measurement]``. Figures of a shared machine are noisy: CPU time
 and ratios within one run say more than wall time. ``--help`` lists what each of them measures. ``--only PART`` runs parts of
@@ -9,13 +9,18 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 from devstack.progress import DevstackError
 
-BENCHMARKS = ("devstack", "document", "operator", "pipeline")
+BENCHMARKS = ("devstack", "document", "operator", "pipeline", "store_limits")
+NAMED_ONLY = ("store_limits",)
+"""Takes half an hour, and is left out where all are run."""
+PARTED = ("operator", "pipeline")
+"""Have parts."""
 RESULTS = Path(__file__).resolve().parents[2] / "build/bench"
 
 
@@ -29,31 +34,41 @@ def main(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Write build/bench/NAME.json; a missed target is no error.",
         epilog="\n".join(
-            f"  {name:<10} {str(importlib.import_module(f'tests.bench.{name}_bench').__doc__).splitlines()[0]}"
+            f"  {name:<12} {str(importlib.import_module(f'tests.bench.{name}_bench').__doc__).splitlines()[0]}"
             for name in BENCHMARKS
         )
         if "--help" in arguments
         else None,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHMARKS)}; none: all")
-    parser.add_argument("--only", metavar="PART", help="parts of the operator's benchmark, comma separated")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHMARKS)}; none: all but the last")
+    parser.add_argument("--only", metavar="PART", help=f"parts of the benchmark {' or '.join(PARTED)}, comma separated")
+    parser.add_argument("--most", type=int, metavar="COUNT", help="knowledge bases of the benchmark store_limits")
     given = parser.parse_args(arguments)
-    names, parts = given.names or list(BENCHMARKS), [part for part in (given.only or "").split(",") if part]
+    names = given.names or [name for name in BENCHMARKS if name not in NAMED_ONLY]
+    parts = [part for part in (given.only or "").split(",") if part]
     if unknown := [name for name in names if name not in BENCHMARKS]:
         print(f"cannot run {', '.join(unknown)}: the benchmarks are {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 1
-    if parts and names != ["operator"]:
-        print("cannot run parts of these: --only is for the benchmark operator", file=sys.stderr)
+    if parts and (len(names) != 1 or names[0] not in PARTED):
+        print(f"cannot run parts of these: --only is for the benchmark {' or '.join(PARTED)}", file=sys.stderr)
         return 1
+    options = {} if given.most is None else {"most": given.most}
+    if options and names != ["store_limits"]:
+        print("cannot run these with --most: it is for the benchmark store_limits", file=sys.stderr)
+        return 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: databases and servers go with it
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in names:
         print(f"{name}: running", flush=True)
         began = time.monotonic()
         try:
-            measurements = importlib.import_module(f"tests.bench.{name}_bench").run(*([parts] if parts else []))
+            measurements = importlib.import_module(f"tests.bench.{name}_bench").run(*([parts] if parts else []), **options)
         except DevstackError as error:
             print(f"cannot measure {name}: {error}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            print(f"{name}: stopped; what it had made is gone", file=sys.stderr)
+            return 130
         path = RESULTS / f"{'-'.join([name, *parts])}.json"
         path.write_text(json.dumps([measurement.record() for measurement in measurements], indent=2) + "\n")
         for one in measurements:

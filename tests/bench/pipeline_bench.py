@@ -49,16 +49,24 @@ KILLS: Final = 10
 _PATIENCE: Final = 180.0  # seconds for one runner
 
 
-def run() -> list[Measurement]:
-    """Measure everything: 5 minutes on two CPUs that carry the stores too."""
+def run(only: Sequence[str] = ()) -> list[Measurement]:
+    """Measure everything, 5 minutes on two CPUs that carry the stores too, or some parts of it. Raises DevstackError."""
+    all_parts = (_parsing, _splitting, _throughput, _writing, _starting, _repeating, _memory, _killing)
+    parts = {part.__name__.strip("_"): part for part in all_parts}
+    if unknown := [name for name in only if name not in {*parts, "side_by_side"}]:
+        raise DevstackError(f"no part {', '.join(unknown)}: the parts are {', '.join(parts)}, side_by_side")
     with tempfile.TemporaryDirectory(prefix="pipeline-bench-") as folder, _bench(Path(folder)) as bench:
         measured = []
-        for part in (_parsing, _splitting, _throughput, _writing, _starting, _repeating, _memory, _killing):
-            print(f"    {part.__name__.strip('_')}: {(part.__doc__ or '').splitlines()[0]}", flush=True)
+        for name, part in parts.items():
+            if only and name not in only:
+                continue
+            print(f"    {name}: {(part.__doc__ or '').splitlines()[0]}", flush=True)
             found = part(bench)
             for one in found:
                 print(f"      {one.metric}: {one.value:.3f} {one.unit}", flush=True)
             measured += found
+        if only and "side_by_side" not in only:
+            return measured
         print("    side by side: the same files through other libraries", flush=True)
         return measured + side_by_side.measure(bench.documents)
 

@@ -11,7 +11,7 @@ from cyclonedx.output.json import JsonV1Dot6
 
 from devstack import sbom
 from devstack.docker_archive import weigh, write_archive
-from devstack.images import Image, table
+from devstack.images import VARIANTS, Image, table
 from devstack.progress import DevstackError
 
 ROOT = Path(__file__).parents[2]
@@ -107,12 +107,12 @@ def test_a_bill_is_written_and_holds_to_the_schema(tmp_path: Path) -> None:
 def test_lock_files_agree_on_every_version() -> None:
     """What is tested (dev) is what is shipped (operator, runner), and its variants differ by additions."""
     pins: dict[str, dict[str, set[str]]] = {}
-    for file in ("dev", "operator", "runner", "torch", "ocr"):
+    for file in ("dev", "operator", "runner", "torch", *VARIANTS):
         for line in (ROOT / f"requirements/{file}.txt").read_text().splitlines():
             name, equals, version = line.partition("==")
             if equals and not line.startswith(" "):
                 pins.setdefault(name, {}).setdefault(file, set()).add(version.rstrip(" \\"))
-    whole = {"operator": {"dev"}, "runner": {"dev", "torch", "ocr"}}
+    whole = {"operator": {"dev"}, "runner": {"dev", "torch", *VARIANTS}}
     lacking = {
         name
         for name, found in pins.items()
