@@ -68,14 +68,14 @@ def decide(observed: Observed, *, now: datetime, random: float, policy: Policy =
     view = view_of(observed)
     ending = _ending(observed, now=now)
     if ending is not None:
-        return _stop(observed, view, ending, now=now, policy=policy)
+        return _with_history(_stop(observed, view, ending, now=now, policy=policy), observed)
     if task.spec.suspend and not (view.job is not None and view.job.finished):
         decision = _suspend(observed, view, now=now)
     elif view.job is not None:
         decision = _with_job(observed, view, view.job, now=now, random=random, policy=policy)
     else:
         decision = _without_job(observed, view, now=now, random=random, policy=policy)
-    return _sweep(_until_deadline(decision, task, now=now), view)
+    return _with_history(_sweep(_until_deadline(decision, task, now=now), view), observed)
 
 
 def refuse(metadata: Metadata, status: Status, message: str, *, now: datetime) -> Decision:
@@ -147,6 +147,19 @@ def _sweep(decision: Decision, view: View) -> Decision:
     )
     listed = {job.uid for job in decision.delete_jobs}
     return replace(decision, delete_jobs=decision.delete_jobs + tuple(job for job in gone if job.uid not in listed))
+
+
+def _with_history(decision: Decision, observed: Observed) -> Decision:
+    """Put off a status that pushes an attempt out of its bounded list until PostgreSQL has the version that holds it."""
+    status, store = observed.task.status, observed.store
+    if decision.status is None or not store.configured:
+        return decision
+    kept = {attempt.number for attempt in decision.status.attempts}
+    if all(attempt.number in kept for attempt in status.attempts if attempt.finished_at is not None):
+        return decision  # one that is given back leaves the list too: it has not ended, and does not count
+    if observed.projected is not None and observed.projected >= int(observed.task.metadata.resource_version or 0):
+        return decision
+    return Decision(after=timedelta(seconds=1 if store.down_since is None else 5))
 
 
 # ------------------------------------------------------------------------------------------------------ finished tasks

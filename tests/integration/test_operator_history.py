@@ -4,6 +4,7 @@ import asyncio
 import json
 import uuid
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -11,12 +12,14 @@ import pytest
 
 from devstack import Endpoints
 from devstack.stores import postgres
+from task_contract.messages import AttemptOutcome, Outcome
+from task_contract.models import Failure
 from task_operator.backlog import Row
 from task_operator.metrics import Metrics
 from task_operator.projection import _ALONE, Database, _upsert, _values
 from task_operator.schema import migrate
 from tests.docs.blocks import ROOT, blocks
-from tests.support.operator_lab import until
+from tests.support.operator_lab import Kubelet, OperatorProcess, Place, until
 from tests.support.operator_values import at, ended_attempt, finished, given_back, manifest, processing, retrying, stamp
 
 pytestmark = pytest.mark.integration
@@ -283,3 +286,38 @@ async def test_whoever_listens_is_told_the_highest_number(database: Database, sq
     database.submit(_task(3, status=finished()))
     await _written(database, 3)
     await _eventually("an event, and no progress, is heard", 2, lambda: asyncio.sleep(0, len(heard)))
+
+
+# ------------------------------------------------------------------------------------------------- the whole operator
+
+
+@pytest.fixture
+def operator(place: Place, cluster: Endpoints, url: str, tmp_path: Path) -> OperatorProcess:
+    environment = {"OPERATOR_POSTGRES_URL": url}
+    return OperatorProcess(kubeconfig=cluster.kubeconfig, namespaces=[place.namespace], folder=tmp_path, **environment)
+
+
+def _fails(attempt: int) -> AttemptOutcome:
+    error = Failure(reason="ParserCrashed", message=f"cannot parse page {attempt}", retryable=True)
+    return AttemptOutcome(outcome=Outcome.FAILED, attempt=attempt, reason=error.reason, error=error)
+
+
+@pytest.mark.timeout(240)
+async def test_all_nine_attempts_of_a_flaky_task_are_kept(
+    place: Place, operator: OperatorProcess, sql: "asyncpg.Connection[Any]"
+) -> None:
+    kubelet = Kubelet(place, outcomes={number: _fails(number) for number in range(1, 9)})
+    async with operator.at_work(), kubelet.at_work():
+        retry = {"limit": 8, "initialDelay": "0s", "maxDelay": "1s", "jitter": 0}
+        uid = (await place.create(retry=retry))["metadata"]["uid"]
+        status = await place.wait_for("Completed", seconds=200)
+        assert [one["number"] for one in status["attempts"]] == [5, 6, 7, 8, 9]
+        wanted = [*((number, "ParserCrashed", True) for number in range(1, 9)), (9, "Succeeded", True)]
+        await _eventually("all attempts are in PostgreSQL", wanted, lambda: _attempts(sql, uid))
+        story = [("Queued", 1, "Queued")]
+        for number in range(1, 9):
+            story += [("Processing", number, "Processing"), ("Retrying", number, "ParserCrashed")]
+        told = [event for event in await _story(sql, uid) if event[0] != "Queued" or event[2] == "Queued"]
+        assert told == [*story, ("Processing", 9, "Processing"), ("Completed", 9, "Completed")]
+        messages = await sql.fetch("SELECT error->>'message' AS text FROM attempts WHERE task_uid = $1 AND number < 9", uid)
+        assert {row["text"] for row in messages} <= {None, *(f"cannot parse page {number}" for number in range(1, 9))}

@@ -85,6 +85,7 @@ STOPPING = pod(running=True, stop_by=at(70))
 STUCK = 131  # seconds: a minute after the grace of that pod
 CANCEL = {"cancel": True}
 SUSPEND = {"suspend": True}
+PATIENT = {"retry": {"limit": 8, "initialDelay": "10s", "factor": 2, "maxDelay": "10m", "jitter": 0}}
 
 ROWS = [
     # ------------------------------------------------------------------------------------------------------- starting
@@ -792,6 +793,55 @@ ROWS = [
         "the next attempt runs",
         Observed(task=task(status=retrying()), jobs=(job(2, ready=1),)),
         status={"phase": "Processing", "attempt": 2, "job": name_of(2), "startedAt": stamp(5)},
+    ),
+    Row(
+        "the sixth attempt waits until PostgreSQL has the first, which leaves the list",
+        Observed(task=task(spec=PATIENT, status=retrying(5)), jobs=(job(6, ready=1),), store=POSTGRES, projected=99),
+        after=1,
+    ),
+    Row(
+        "it waits longer for a PostgreSQL that is down",
+        Observed(task=task(spec=PATIENT, status=retrying(5)), jobs=(job(6, ready=1),), store=POSTGRES_LONG_DOWN),
+        after=5,
+    ),
+    Row(
+        "it is told once PostgreSQL has the first",
+        Observed(task=task(spec=PATIENT, status=retrying(5)), jobs=(job(6, ready=1),), store=POSTGRES, projected=100),
+        status={"phase": "Processing", "attempt": 6},
+    ),
+    Row(
+        "without PostgreSQL there is nothing to wait for",
+        Observed(task=task(spec=PATIENT, status=retrying(5)), jobs=(job(6, ready=1),)),
+        status={"phase": "Processing", "attempt": 6},
+    ),
+    Row(
+        "five attempts fit: nothing waits",
+        Observed(task=task(spec=PATIENT, status=retrying(4)), jobs=(job(5, ready=1),), store=POSTGRES_LONG_DOWN),
+        status={"phase": "Processing", "attempt": 5},
+    ),
+    Row(
+        "an attempt that is given back leaves the list at once",
+        Observed(
+            task=task(spec=PATIENT, status=processing(5)),
+            jobs=(failed(5),),
+            store=POSTGRES_LONG_DOWN,
+            answered=ALL,
+            pods=(ended_pod(5, outcome=handed_back(attempt=5)),),
+        ),
+        status={"phase": "Queued", "queue.reason": "StoreUnavailable"},
+        delete=[name_of(5)],
+        after=5,
+    ),
+    Row(
+        "an end that would push the first attempt out waits as well",
+        Observed(
+            task=task(spec=PATIENT, status=retrying(5)),
+            jobs=(complete(6),),
+            store=POSTGRES,
+            answered=ALL,
+            pods=(ended_pod(6, outcome=success(6)),),
+        ),
+        after=1,
     ),
     Row(
         "a Job of an earlier attempt that still runs is ended",
