@@ -15,6 +15,7 @@ import kopf
 import structlog
 import uvloop
 
+from task_operator.archive import Archive
 from task_operator.cluster import Access, Cluster, ClusterError, KubeconfigError, Watches
 from task_operator.controller import Controller, VersionsWentBack
 from task_operator.events import Events
@@ -106,6 +107,9 @@ async def run(settings: Settings) -> int:
             namespaces=settings.namespaces,
             interval=timedelta(seconds=settings.sweep_interval_seconds),
         )
+    archive = None
+    if database is not None and settings.history_days:
+        archive = Archive(database=database, keep=timedelta(days=settings.history_days), metrics=metrics)
     health = Health(
         listen=settings.listen,
         watches=watches,
@@ -130,6 +134,7 @@ async def run(settings: Settings) -> int:
         *([] if database is None else [_start("projection", database.run())]),
         *([] if feed is None else [_start("progress", feed.run())]),
         *([] if sweeper is None else [_start("sweeper", sweeper.run())]),
+        *([] if archive is None else [_start("archive", archive.run())]),
     ]
 
     async def cleanup() -> None:

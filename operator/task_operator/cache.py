@@ -255,7 +255,7 @@ def _cached(manifest: Mapping[str, Any], version: int) -> CachedTask:
         expires_at=expires,
         settled=phase in FINISHED and status.get("observedGeneration") == metadata.get("generation"),
         job=status.get("job"),
-        body=orjson.dumps(body),
+        body=bytes(memoryview(orjson.dumps(body))),  # a copy: what orjson returns keeps the 4 KiB of its buffer
         ended_at=None if ended is None else ended.timestamp(),
         idempotency_key=None if spec.get("idempotencyKey") is None else str(spec["idempotencyKey"]),
         duplicate="duplicateOf" in status,

@@ -58,6 +58,9 @@ class Metrics:
         self.pruned = Counter(
             "task_operator_pruned", "Finished tasks deleted over the budget of a namespace.", registry=self.registry
         )
+        self.history_expired = Counter(
+            "task_operator_history_expired", "Tasks whose history was deleted from PostgreSQL.", registry=self.registry
+        )
         self.events = Counter("task_operator_events", "Kubernetes Events.", ["result"], registry=self.registry)
         self.resyncs = Counter("task_operator_resyncs", "Full resyncs.", ["result"], registry=self.registry)
         self.projection_pending = Gauge(

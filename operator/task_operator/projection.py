@@ -39,6 +39,8 @@ _MAX_BACKOFF: Final = 30.0  # seconds
 _COMMAND_TIMEOUT: Final = 10.0  # seconds
 _CONNECTIONS: Final = 4
 _LINGER: Final = 0.1  # seconds: a statement costs more than a row, and a task often changes twice in a moment
+FENCES: Final = 10_000
+"""Fences of tasks that are gone that may wait for PostgreSQL, at 0.2 KB each."""
 
 
 class DatabaseUnavailable(Exception):
@@ -135,6 +137,17 @@ _GIVE_WAY: Final = (
 )
 
 
+_EXPIRE: Final = (
+    "WITH due AS (SELECT uid FROM tasks WHERE deleted_at < $1 "  # noqa: S608 - names of ours
+    "ORDER BY deleted_at LIMIT $2 FOR UPDATE SKIP LOCKED), "
+    + "".join(
+        f"from_{table} AS (DELETE FROM {table} USING due WHERE task_uid = due.uid), "  # noqa: S608 - names of ours
+        for table in ("attempts", "task_events", "task_results", "task_fences")
+    )
+    + "gone AS (DELETE FROM tasks USING due WHERE tasks.uid = due.uid RETURNING tasks.uid) SELECT count(*) FROM gone"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """What the table says of a task that is not deleted."""
@@ -191,13 +204,16 @@ class Database:
         metrics: Metrics,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         limit: int = LIMIT,
+        fences: int = FENCES,
     ) -> None:
-        """``limit``: bytes of rows that may wait."""
+        """``limit``: bytes of rows that may wait; ``fences``: how many fences of tasks that are gone."""
         self._url = url
         self._clock = clock
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
         self._backlog = Backlog(limit)
-        self._fences: dict[str, str] = {}  # 0.2 KB each; of tasks deleted unfinished while PostgreSQL is away
+        self._fences: dict[str, str] = {}  # of tasks that were deleted unfinished
+        self._most_fences = fences
+        self._unfenced = 0
         self._wake = asyncio.Event()
         self._flushed = asyncio.Event()
         self._down_since: datetime | None = None
@@ -270,8 +286,15 @@ class Database:
             await self._flushed.wait()
 
     def fence_later(self, uid: str, *, reason: str) -> None:
-        """Have the fence of a task that is gone raised as soon as PostgreSQL can be reached."""
+        """Have the fence of a task that is gone raised as soon as PostgreSQL can be reached.
+
+        When too many wait the oldest is left to the sweeper, which fences every intent whose task does not live, within half
+        a minute after PostgreSQL is back.
+        """
         self._fences[uid] = reason
+        if len(self._fences) > self._most_fences:
+            del self._fences[next(iter(self._fences))]
+            self._unfenced += 1
         self._wake.set()
 
     def acknowledged(self, uid: str) -> int | None:
@@ -338,6 +361,9 @@ class Database:
         if self._backlog.forgotten:
             _log.error("deleted tasks have no last row in PostgreSQL: too many waited", count=self._backlog.forgotten)
             self._backlog.forgotten = 0
+        if self._unfenced:
+            _log.warning("too many fences waited; the next sweep bars those tasks from publishing", count=self._unfenced)
+            self._unfenced = 0
         self._flushed.set()
 
     async def _write(self, rows: Sequence[Row]) -> set[str]:
@@ -381,6 +407,17 @@ class Database:
         """
         fence: Fence = await self._run(lambda connection: _release(connection, uid))
         return fence
+
+    # -------------------------------------------------------------------------------------------------------- archive
+
+    async def expire(self, *, before: datetime, most: int) -> int:
+        """Delete the history of tasks that were deleted before a moment, the oldest first; return of how many.
+
+        With a row of ``tasks`` goes all that is kept of its task: attempts, events, stored results, fence. Rows that another
+        operator deletes at the same time are passed over. Raises :class:`DatabaseUnavailable`.
+        """
+        gone: int = await self._run(lambda connection: connection.fetchval(_EXPIRE, before, most))
+        return gone
 
     # ------------------------------------------------------------------------------------------------------- sweeping
 

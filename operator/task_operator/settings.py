@@ -118,6 +118,8 @@ class Settings(DatabaseSettings):
     """How often everything is listed and looked at again, whatever the watch said."""
     sweep_interval_seconds: Annotated[float, Field(ge=0, le=86_400)] = 3600
     """How often the stores of a namespace are swept, besides after tasks that ended badly; 0: never, not even then."""
+    history_days: Annotated[float, Field(ge=0, le=36_500)] = 0
+    """So long after its deletion what PostgreSQL has of a task stays there; 0: for ever."""
 
     def runner_template(self) -> RunnerTemplate:
         """Return what every runner pod has in common."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from devstack.progress import DevstackError
 
-BENCHMARKS = ("devstack", "document", "operator", "pipeline", "store_limits")
+BENCHMARKS = ("devstack", "document", "operator", "pipeline", "projection", "store_limits")
 NAMED_ONLY = ("store_limits",)
 """Takes half an hour, and is left out where all are run."""
 PARTED = ("operator", "pipeline")

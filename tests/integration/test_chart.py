@@ -119,6 +119,7 @@ BAD_VALUES: list[tuple[list[str], list[str]]] = [
     (["operator.logLevel=debug"], ["/operator/logLevel"]),
     (["operator.resyncSeconds=0"], ["/operator/resyncSeconds"]),
     (["operator.sweepIntervalSeconds=-1"], ["/operator/sweepIntervalSeconds"]),
+    (["operator.historyDays=-1"], ["/operator/historyDays"]),
     (["operator.pendingDeadlineSeconds=-1"], ["/operator/pendingDeadlineSeconds"]),
     (["operator.capacityDeadlineSeconds=1h"], ["/operator/capacityDeadlineSeconds"]),
     (["operator.limits.total=-1"], ["/operator/limits/total"]),

@@ -4,6 +4,7 @@ import asyncio
 import json
 import uuid
 from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from devstack import Endpoints
 from devstack.stores import postgres
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.models import Failure
+from task_operator.archive import Archive
 from task_operator.backlog import Row
+from task_operator.jobs import RunnerTemplate
 from task_operator.metrics import Metrics
 from task_operator.projection import _ALONE, Database, _upsert, _values
 from task_operator.schema import migrate
+from task_operator.sweeper import Sweeper
 from tests.docs.blocks import ROOT, blocks
 from tests.support.operator_lab import Kubelet, OperatorProcess, Place, until
 from tests.support.operator_values import at, ended_attempt, finished, given_back, manifest, processing, retrying, stamp
@@ -286,6 +290,75 @@ async def test_whoever_listens_is_told_the_highest_number(database: Database, sq
     database.submit(_task(3, status=finished()))
     await _written(database, 3)
     await _eventually("an event, and no progress, is heard", 2, lambda: asyncio.sleep(0, len(heard)))
+
+
+# -------------------------------------------------------------------------------------------------- archive, fences
+
+
+async def _count(sql: "asyncpg.Connection[Any]", *tables: str) -> dict[str, int]:
+    return {table: await sql.fetchval(f"SELECT count(*) FROM {table}") for table in tables}
+
+
+async def test_the_history_of_tasks_that_are_gone_long_enough_goes_whole(
+    database: Database, sql: "asyncpg.Connection[Any]"
+) -> None:
+    old, young, here = [str(uuid.uuid4()) for _ in range(5)], str(uuid.uuid4()), str(uuid.uuid4())
+    for version, uid in enumerate([*old, young, here], 1):
+        database.submit(_task(version, uid=uid, status=finished()), deleted=uid != here)
+    await _written(database, 7, uid=here)
+    for uid in [*old, young, here]:
+        await sql.execute("INSERT INTO task_results (task_uid, attempt, holder, outcome) VALUES ($1, 1, 'pod', '{}')", uid)
+        await sql.execute("INSERT INTO task_fences (task_uid, reason) VALUES ($1, 'Canceled')", uid)
+    await sql.execute("UPDATE tasks SET deleted_at = now() - interval '25 hours' WHERE uid = ANY($1::uuid[])", old)
+    tables = ("tasks", "attempts", "task_events", "task_results", "task_fences")
+    assert await _count(sql, *tables) == {table: 21 if table == "task_events" else 7 for table in tables}
+
+    archive = Archive(database=database, keep=timedelta(days=1), metrics=Metrics(), batch=2, pause=0)
+    await archive.look()
+
+    assert await _count(sql, *tables) == {table: 6 if table == "task_events" else 2 for table in tables}
+    assert {str(row["uid"]) for row in await sql.fetch("SELECT uid FROM tasks")} == {young, here}
+
+
+async def test_fences_that_are_too_many_to_wait_are_raised_by_the_next_sweep(
+    url: str, sql: "asyncpg.Connection[Any]"
+) -> None:
+    database = Database(url, metrics=Metrics(), fences=2)
+    await database.warm_up()
+    uids = [str(uuid.uuid4()) for _ in range(3)]
+    await sql.execute(
+        "INSERT INTO knowledge_bases (namespace, kb_id, model_fingerprint, dimension) VALUES ('k', 'kb', 'm', 3)"
+    )
+    await sql.execute("INSERT INTO documents (namespace, kb_id, document_id) VALUES ('k', 'kb', 'd')")
+    for number, uid in enumerate(uids, 1):
+        database.submit(_task(number, uid=uid, status=processing()))
+        await sql.execute(
+            "INSERT INTO document_versions (namespace, kb_id, document_id, version, task_uid, task_created_at, holder) "
+            "VALUES ('k', 'kb', 'd', $1, $2, now(), 'pod')",
+            number,
+            uid,
+        )
+        database.submit(_task(10 + number, uid=uid, status=processing()), deleted=True)
+        database.fence_later(uid, reason="Deleted")  # PostgreSQL is not written to yet
+    working = asyncio.create_task(database.run())
+
+    async def states() -> dict[int, str]:
+        return {row["version"]: row["state"] for row in await sql.fetch("SELECT version, state FROM document_versions")}
+
+    await _eventually("two are fenced", {1: "intent", 2: "canceled", 3: "canceled"}, states)
+
+    async def create_job(job: dict[str, Any]) -> dict[str, Any]:
+        return job
+
+    template = RunnerTemplate(image="runner:1")
+    sweeper = Sweeper(create_job=create_job, database=database, alive=set, template=template, metrics=Metrics())
+    await sweeper.look()
+    assert set((await states()).values()) == {"canceled"}
+    fenced = {str(row["task_uid"]) for row in await sql.fetch("SELECT task_uid FROM task_fences")}
+    assert fenced == set(uids)
+    working.cancel()
+    await asyncio.wait([working])
+    await database.aclose()
 
 
 # ------------------------------------------------------------------------------------------------- the whole operator

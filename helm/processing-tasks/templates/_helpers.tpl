@@ -169,6 +169,8 @@ redis: TASKS_REDIS_URL
   value: {{ int $root.Values.operator.stuckSeconds | quote }}
 - name: OPERATOR_SWEEP_INTERVAL_SECONDS
   value: {{ int $root.Values.operator.sweepIntervalSeconds | quote }}
+- name: OPERATOR_HISTORY_DAYS
+  value: {{ int $root.Values.operator.historyDays | quote }}
 - name: OPERATOR_LOG_LEVEL
   value: {{ $root.Values.operator.logLevel | quote }}
 {{- with $root.Values.operator.extraEnv }}
