@@ -19,7 +19,7 @@ from task_operator.archive import Archive
 from task_operator.cluster import Access, Cluster, ClusterError, KubeconfigError, Watches
 from task_operator.controller import Controller, VersionsWentBack
 from task_operator.events import Events
-from task_operator.handlers import build_registry, kopf_settings
+from task_operator.handlers import build_registry, event_sinks, kopf_settings
 from task_operator.health import Health
 from task_operator.jobs import common_labels
 from task_operator.metrics import Metrics
@@ -118,6 +118,7 @@ async def run(settings: Settings) -> int:
     )
     feed = None if settings.redis_url is None else ProgressFeed(settings.redis_url, sink=controller.on_progress)
 
+    watches.sinks = event_sinks(controller)
     watches.on_relist = controller.relist
     watches.on_reopen = controller.check_versions
     if database is not None:

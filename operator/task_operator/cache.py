@@ -5,6 +5,7 @@ anything of a task that is gone. Tasks are
 kept as compact JSON, finished ones as the few fields that are still needed, so that ten thousand take a few megabytes.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -69,7 +70,7 @@ class Cache:
 
     def __init__(self) -> None:
         self._tasks: dict[Key, CachedTask] = {}
-        self._jobs: dict[Key, dict[str, JobState]] = {}
+        self._jobs: dict[Key, tuple[JobState, ...]] = {}  # hardly ever more than one, and a dictionary takes 230 bytes
         self._changed: dict[Key, datetime] = {}
         self._gone: dict[str, None] = {}
         self._by_key: dict[tuple[str, str], set[Key]] = {}
@@ -96,7 +97,7 @@ class Cache:
 
     def job_uids(self) -> set[str]:
         """Return the uids of all Jobs."""
-        return {job.uid for jobs in self._jobs.values() for job in jobs.values()}
+        return {job.uid for jobs in self._jobs.values() for job in jobs}
 
     def newest_task(self) -> int:
         """Return the highest version of a task; -1 of none."""
@@ -104,7 +105,7 @@ class Cache:
 
     def jobs(self, key: Key) -> tuple[JobState, ...]:
         """Return the Jobs that belong to a task of this name, whatever its uid."""
-        return tuple(self._jobs.get(key, {}).values())
+        return self._jobs.get(key, ())
 
     def job_keys(self) -> Iterator[Key]:
         """Go over the names of all tasks that have Jobs."""
@@ -117,7 +118,7 @@ class Cache:
     def put_task(self, manifest: Mapping[str, Any]) -> bool:
         """Take in a task; return whether that was news."""
         metadata = manifest["metadata"]
-        key = (metadata["namespace"], metadata["name"])
+        key = (sys.intern(metadata["namespace"]), metadata["name"])
         version = int(metadata["resourceVersion"])
         known = self._tasks.get(key)
         if (known is not None and known.resource_version >= version) or metadata["uid"] in self._gone:
@@ -182,23 +183,27 @@ class Cache:
         key = job_key(job)
         if key is None:
             return False
-        jobs = self._jobs.setdefault(key, {})
-        known = jobs.get(job.name)
+        known = self._job(key, job.name)
         if known is not None and known.resource_version >= job.resource_version:
             return False
-        jobs[job.name] = job
+        self._jobs[key] = (*self._others(key, job.name), job)
         self._changed[key] = now
         return True
 
+    def _job(self, key: Key, name: str) -> JobState | None:
+        return next((job for job in self.jobs(key) if job.name == name), None)
+
+    def _others(self, key: Key, name: str) -> tuple[JobState, ...]:
+        return tuple(job for job in self.jobs(key) if job.name != name)
+
     def drop_job(self, key: Key, name: str, *, uid: str, now: datetime) -> bool:
         """Forget a Job that is gone, unless another one has taken its name; return whether it was known."""
-        jobs = self._jobs.get(key, {})
-        known = jobs.get(name)
+        known = self._job(key, name)
         if known is None or known.uid != uid:
             return False
-        del jobs[name]
+        self._jobs[key] = self._others(key, name)
         self._changed[key] = now
-        if not jobs:
+        if not self._jobs[key]:
             del self._jobs[key]
             if key not in self._tasks:
                 self._changed.pop(key, None)
@@ -207,9 +212,9 @@ class Cache:
     def mark_deleting(self, job: JobState) -> None:
         """Note that the deletion of a Job was accepted, so that nobody asks for it again before the event comes."""
         key = job_key(job)
-        known = self._jobs.get(key, {}).get(job.name) if key is not None else None
+        known = None if key is None else self._job(key, job.name)
         if key is not None and known is not None and known.uid == job.uid:
-            self._jobs[key][job.name] = replace(known, deleting=True)
+            self._jobs[key] = (*self._others(key, job.name), replace(known, deleting=True))
 
 
 def surplus(
@@ -240,9 +245,10 @@ def _cached(manifest: Mapping[str, Any], version: int) -> CachedTask:
         "status": status,
     }
     expires = ended = None
+    settled = phase in FINISHED and status.get("observedGeneration") == metadata.get("generation")
     if phase in FINISHED:
         body["spec"] = {key: spec[key] for key in ("type", "kbId", "ttlSecondsAfterFinished") if key in spec}
-        kept = ("phase", "attempt", "job", "finishedAt", "observedGeneration", "conditions")
+        kept = ("phase", "attempt", "job", "finishedAt", "observedGeneration", *(() if settled else ("conditions",)))
         body["status"] = {key: status[key] for key in kept if key in status}
         ended = parse_time(status.get("finishedAt"))
         ttl = spec.get("ttlSecondsAfterFinished", 86_400)
@@ -250,16 +256,16 @@ def _cached(manifest: Mapping[str, Any], version: int) -> CachedTask:
     return CachedTask(
         uid=metadata["uid"],
         resource_version=version,
-        phase=phase,
-        priority=str(spec.get("priority") or "normal"),
+        phase=sys.intern(phase),  # words that thousands share are kept once
+        priority=sys.intern(str(spec.get("priority") or "normal")),
         expires_at=expires,
-        settled=phase in FINISHED and status.get("observedGeneration") == metadata.get("generation"),
+        settled=settled,
         job=status.get("job"),
         body=bytes(memoryview(orjson.dumps(body))),  # a copy: what orjson returns keeps the 4 KiB of its buffer
         ended_at=None if ended is None else ended.timestamp(),
         idempotency_key=None if spec.get("idempotencyKey") is None else str(spec["idempotencyKey"]),
         duplicate="duplicateOf" in status,
-        created=str(metadata.get("creationTimestamp") or ""),
+        created=sys.intern(str(metadata.get("creationTimestamp") or "")),
     )
 
 

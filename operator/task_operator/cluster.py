@@ -35,6 +35,8 @@ from aiohttp.streams import StreamReader
 from task_contract.names import GROUP, MANAGED_BY, MANAGED_BY_LABEL, PLURAL, TASK_UID_LABEL, VERSION
 
 Manifest = dict[str, Any]
+Sink = Callable[[str, Manifest], None]
+"""Takes an event of a watch: ADDED, MODIFIED or DELETED, and the object."""
 
 _SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _TOKEN_AGE: Final = 60.0  # seconds; the kubelet renews a projected token long before it ends
@@ -179,13 +181,15 @@ def _tls(cluster: Manifest, user: Manifest, *, folder: Path) -> ssl.SSLContext:
 
 
 class Watches:
-    """What can be seen of lists and watches from outside: that they are there, when they last brought a byte."""
+    """What can be seen of lists and watches from outside: what they bring, and when they last brought a byte."""
 
     def __init__(self, *, expected: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
         """Expect so many watches, on collections of their own."""
         self._expected = expected
         self._clock = clock
         self._last: dict[str, float] = {}
+        self.sinks: Mapping[str, Sink] = {}
+        """Who takes the events of a kind of objects, by its plural name, straight from the stream."""
         self.open = asyncio.Event()
         """Set as soon as every watch has been opened once."""
         self.on_relist: Callable[[], None] = lambda: None
@@ -210,32 +214,62 @@ class Watches:
         if path in self._last:
             self.on_relist()
 
+    def sink(self, path: str) -> Sink | None:
+        """Return who takes the events of the collection at ``path``; None: whoever opened the watch."""
+        return self.sinks.get(path.rpartition("/")[2])
+
     def oldest(self) -> float | None:
         """Return the age in seconds of the watch that has been silent for longest; None while one was never open."""
         return self._clock() - min(self._last.values()) if self.open.is_set() else None
 
 
-class _Touching:
-    """A watch's stream that notes every byte it hands on; all else is the stream's own."""
+class _WatchStream:
+    """A watch's stream that notes every byte, and gives events to their sink; all else is the stream's own.
 
-    def __init__(self, stream: StreamReader, note: Callable[[], None]) -> None:
+    Who reads it finds a bookmark in place of an event that the sink has taken, to go on from when the watch breaks.
+    """
+
+    def __init__(self, stream: StreamReader, *, note: Callable[[], None], sink: Sink | None) -> None:
         self._stream = stream
         self._note = note
+        self._sink = sink
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     async def iter_chunked(self, size: int) -> AsyncIterator[bytes]:
+        rest = b""
         async for data in self._stream.iter_chunked(size):
             self._note()
-            yield data
+            if self._sink is None:
+                yield data
+                continue
+            *lines, rest = (rest + data).split(b"\n")
+            if lines:
+                yield b"".join(_taken(line, self._sink) + b"\n" for line in lines)
+        if rest:
+            yield rest
+
+
+def _taken(line: bytes, sink: Sink) -> bytes:
+    """Give an event to its sink; return what is to be read in its place: a bookmark, or what was no event as it is."""
+    try:
+        event = orjson.loads(line)
+        if event["type"] not in {"ADDED", "MODIFIED", "DELETED"}:
+            return line
+        sink(event["type"], event["object"])
+        metadata = {"resourceVersion": event["object"]["metadata"]["resourceVersion"]}
+    except Exception:  # noqa: BLE001 - whoever reads the line trips over it too, and says so
+        return line
+    return orjson.dumps({"type": "BOOKMARK", "object": {"metadata": metadata}})
 
 
 def open_session(access: Access, *, watches: Watches | None = None) -> aiohttp.ClientSession:
     """Return a session that is authenticated on every request, with a token that is read anew each minute.
 
-    With ``watches``, answers to watch requests note when they bring a byte. kopf does not show bookmarks to handlers and
-    aiohttp does not trace streamed chunks, so the session's response class (a public parameter) is where to see them.
+    With ``watches``, answers to watch requests note when they bring a byte, and give events to their sinks. kopf does not
+    show bookmarks to handlers and aiohttp does not trace streamed chunks, so the session's response class (a public
+    parameter) is where to see them. Lists of what has a sink are empty but for their version, where the watch begins.
     """
     token: str | None = access.token
     read_at = -_TOKEN_AGE
@@ -257,10 +291,17 @@ def open_session(access: Access, *, watches: Watches | None = None) -> aiohttp.C
                 return response
             if self.url.query.get("watch") == "true":
                 watches.opened(path)
-                self.content = _Touching(self.content, lambda: watches.touch(path))  # type: ignore[assignment]  # a proxy
+                stream = _WatchStream(self.content, note=lambda: watches.touch(path), sink=watches.sink(path))
+                self.content = stream  # type: ignore[assignment]  # a proxy
             else:
                 watches.listed(path)  # of other answers the path is none that is watched
             return response
+
+        async def json(self, **options: Any) -> Any:
+            answer = await super().json(**(options | {"loads": orjson.loads}))
+            if watches is None or self.status != 200 or watches.sink(self.url.path) is None:
+                return answer
+            return {"metadata": {"resourceVersion": answer["metadata"]["resourceVersion"]}, "items": []}
 
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(

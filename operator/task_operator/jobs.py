@@ -4,6 +4,7 @@ Pure functions over dictionaries of the Kubernetes API; nothing here speaks to a
 """
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -386,13 +387,13 @@ class JobState:
         given_up = conditions.get("FailureTarget")
         return cls(
             name=metadata["name"],
-            namespace=metadata["namespace"],
+            namespace=sys.intern(metadata["namespace"]),
             uid=metadata["uid"],
             resource_version=int(metadata["resourceVersion"]),
             owner_uid=owner.get("uid"),
             owner_name=owner.get("name"),
             attempt=_number((metadata.get("labels") or {}).get(ATTEMPT_LABEL)),
-            queue_stamp=(metadata.get("annotations") or {}).get(QUEUED_AT_ANNOTATION, ""),
+            queue_stamp=sys.intern((metadata.get("annotations") or {}).get(QUEUED_AT_ANNOTATION, "")),
             created_at=parse_time(metadata.get("creationTimestamp")),
             started_at=parse_time(status.get("startTime")),
             ready=status.get("ready") or 0,

@@ -1,8 +1,10 @@
 """A queue of keys: each once, none by two workers at a time, later, or again after an error with growing waits."""
 
 import asyncio
+import heapq
 from collections import deque
 from collections.abc import Hashable
+from itertools import count
 from typing import Final, Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -19,7 +21,10 @@ class WorkQueue(Generic[K]):
         self._queued: set[K] = set()
         self._busy: set[K] = set()
         self._again: set[K] = set()
-        self._timers: dict[K, asyncio.TimerHandle] = {}
+        self._due: dict[K, float] = {}
+        self._later: list[tuple[float, int, K]] = []  # a heap; what :attr:`_due` does not confirm has been overtaken
+        self._order = count()
+        self._timer: asyncio.TimerHandle | None = None  # one for all: a timer a key takes 0.9 KB, and thousands wait
         self._failures: dict[K, int] = {}
         self._waiting: deque[asyncio.Future[None]] = deque()
 
@@ -28,7 +33,7 @@ class WorkQueue(Generic[K]):
 
     def add(self, key: K) -> None:
         """Have a look at ``key`` as soon as a worker is free. One that is backing off after errors keeps waiting."""
-        if key in self._failures and key in self._timers:
+        if key in self._failures and key in self._due:
             return
         self._push(key)
 
@@ -38,12 +43,8 @@ class WorkQueue(Generic[K]):
             self.add(key)
             return
         at = asyncio.get_running_loop().time() + seconds
-        timer = self._timers.get(key)
-        if timer is not None:
-            if timer.when() <= at:
-                return
-            timer.cancel()
-        self._timers[key] = asyncio.get_running_loop().call_at(at, self._due, key)
+        if self._due.get(key, at + 1) > at:
+            self._schedule(key, at)
 
     async def get(self) -> K:
         """Wait for a key; :meth:`done` or :meth:`failed` must follow."""
@@ -71,22 +72,37 @@ class WorkQueue(Generic[K]):
         failures = self._failures.get(key, 0) + 1
         self._failures[key] = failures
         wait = max(min(_FIRST_BACKOFF * (1 << min(failures - 1, 10)), _MAX_BACKOFF), at_least)
-        if (timer := self._timers.pop(key, None)) is not None:
-            timer.cancel()
         self._again.discard(key)
         self._release(key)
-        self._timers[key] = asyncio.get_running_loop().call_later(wait, self._due, key)
+        self._schedule(key, asyncio.get_running_loop().time() + wait)
         return wait
 
     def close(self) -> None:
-        """Cancel all timers; nothing becomes due any more."""
-        for timer in self._timers.values():
-            timer.cancel()
-        self._timers.clear()
+        """Nothing becomes due any more."""
+        self._due.clear()
+        self._later.clear()
+        if self._timer is not None:
+            self._timer.cancel()
 
-    def _due(self, key: K) -> None:
-        self._timers.pop(key, None)
-        self._push(key)
+    def _schedule(self, key: K, at: float) -> None:
+        self._due[key] = at
+        heapq.heappush(self._later, (at, next(self._order), key))
+        if self._timer is None or at < self._timer.when():
+            self._set_timer()
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_at(self._later[0][0], self._ring) if self._later else None
+
+    def _ring(self) -> None:
+        now = asyncio.get_running_loop().time()
+        while self._later and self._later[0][0] <= now:
+            at, _, key = heapq.heappop(self._later)
+            if self._due.get(key) == at:
+                del self._due[key]
+                self._push(key)
+        self._set_timer()
 
     def _push(self, key: K) -> None:
         if key in self._busy:

@@ -22,6 +22,7 @@ from task_operator.cluster import (
     Gone,
     Invalid,
     KubeconfigError,
+    Manifest,
     NotFound,
     Unavailable,
     Watches,
@@ -301,6 +302,53 @@ async def test_each_byte_of_a_watch_is_noted_and_none_of_another_answer(server: 
         async with session.get(f"{server.url}{path}") as response:
             await response.read()
     assert relists == ["tasks"]
+    await session.close()
+    await runner.cleanup()
+
+
+async def test_events_go_to_their_sink_and_leave_bookmarks() -> None:
+    event = b'{"type":"MODIFIED","object":{"metadata":{"name":"handbook","resourceVersion":"%d"}}}\n'
+    lines = [event % 7, b'{"type":"BOOKMARK","object":{"metadata":{"resourceVersion":"8"}}}\n', b"no JSON\n", event % 9]
+    lines.append(b'{"type":"ERROR","object":{"code":410}}\n')
+    body = b"".join(lines)
+    taken: list[tuple[str, str]] = []
+
+    def take(kind: str, manifest: Manifest) -> None:
+        version = manifest["metadata"]["resourceVersion"]
+        if version == "9":
+            raise ValueError("a sink that fails")
+        taken.append((kind, version))
+
+    async def collection(request: web.Request) -> web.StreamResponse:
+        if "watch" not in request.query:
+            return web.json_response({"metadata": {"resourceVersion": "6", "continue": "next"}, "items": [{}]})
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(body)
+        return response
+
+    app = web.Application()
+    for name in ("tasks", "pods"):
+        app.router.add_get(f"/{name}", collection)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    watches = Watches()
+    watches.sinks = {"tasks": take}
+    session = open_session(Access(server=url, ssl=None), watches=watches)
+    read = {}
+    for name in ("tasks", "pods"):
+        async with session.get(f"{url}/{name}", params={"watch": "true"}) as response:
+            read[name] = b"".join([part async for part in response.content.iter_chunked(16)])  # lines come in pieces
+    assert taken == [("MODIFIED", "7")]
+    bookmark = b'{"type":"BOOKMARK","object":{"metadata":{"resourceVersion":"7"}}}\n'
+    assert read["tasks"] == bookmark + b"".join(lines[1:]), "what the sink has not taken stays as it is"
+    assert read["pods"] == body
+    async with session.get(f"{url}/tasks") as response:
+        assert await response.json() == {"metadata": {"resourceVersion": "6"}, "items": []}
+    async with session.get(f"{url}/pods") as response:
+        assert (await response.json())["items"] == [{}]
     await session.close()
     await runner.cleanup()
 
