@@ -32,6 +32,7 @@ __all__ = [
     "pod_urls",
     "services",
     "status",
+    "stop",
     "up",
 ]
 
@@ -82,6 +83,11 @@ def down(*, purge: bool = False) -> None:
     if purge:
         for name in (*NAMES, "passwords"):
             shutil.rmtree(state_dir() / name, ignore_errors=True)
+
+
+def stop(name: str) -> None:
+    """Stop one store, of :data:`NAMES`; its data is kept, and `up` starts it again."""
+    next(store for store in _STORES if name == store.NAME).down()
 
 
 def status() -> dict[str, str]:

@@ -205,8 +205,8 @@ async def test_a_pod_that_is_lost_with_its_node_loses_the_attempt_to_another(
         waiting = await place.wait_for("Queued", reason="NodeLost", seconds=STUCK + 20)
         assert lost_node in waiting["queue"]["message"]
         assert time.monotonic() - begun >= STUCK
-        held = await sql.fetchrow("SELECT epoch, holder, state FROM document_versions")
-        assert (held["epoch"], held["holder"], held["state"]) == (2, "", "intent"), "the pod could still commit"
+        [held] = await sql.fetch("SELECT epoch, holder, state FROM document_versions")
+        assert tuple(held) == (2, "", "intent"), "the pod could still commit"
 
         kubelet = Kubelet(place)
 
