@@ -56,6 +56,8 @@ class Scenario:
     """Variables of the environment that only the first pod has."""
     cancel: bool = False
     """Whether the task is canceled as soon as the runner stands still."""
+    loses_node: bool = False
+    """Whether the runner's node is lost as soon as the runner stands still, and is back when the task has ended."""
     deletes: bool = False
     """Whether the task deletes the document instead."""
     phase: str = "Completed"
@@ -215,6 +217,7 @@ class Track:
     async def aclose(self) -> None:
         for stores in self._stores.values():
             await drop(stores)
+        await self.place.kube.ask("DELETE", f"/api/v1/nodes/lost-{self.place.namespace}")
 
     async def live(self, life: Life) -> None:
         """Lead a life to its end. AssertionError if it does not end."""
@@ -240,8 +243,14 @@ class Track:
                 await until("the runner stands still", self._stands_still(life), seconds=SECONDS)
                 await self.place.wait_for("Processing", name=life.name, seconds=SECONDS)
                 await self.place.edit(life.name, cancel=True)
+            if life.scenario.loses_node:
+                await until("the runner stands still", self._stands_still(life), seconds=SECONDS)
+                await self.place.wait_for("Processing", name=life.name, seconds=SECONDS)
+                await self._lose_node(life)
             try:
                 await self.place.wait_for("Completed", "Failed", "Canceled", name=life.name, seconds=SECONDS)
+                if life.scenario.loses_node:
+                    await self.node.come_back()
             except AssertionError as error:
                 raise AssertionError(f"{error}\n{self.node.tail(life)}\n{operator.log.read_text()[-3000:]}") from None
 
@@ -256,12 +265,32 @@ class Track:
         finally:
             restarting.cancel()
 
+    async def _lose_node(self, life: Life) -> None:
+        """Bind the pod to a node that nobody runs, and have it told to stop: it stays, and the Job waits for it."""
+        name = f"lost-{self.place.namespace}"
+        await self.place.kube.ask("POST", "/api/v1/nodes", {"metadata": {"name": name}})
+        [pod] = of_task(await self.place.objects("pods"), life.uid)
+        path = self.place.path("pods", pod["metadata"]["name"])
+        binding = {
+            "apiVersion": "v1",
+            "kind": "Binding",
+            "metadata": {"name": pod["metadata"]["name"]},
+            "target": {"apiVersion": "v1", "kind": "Node", "name": name},
+        }
+        await self.place.kube.do("POST", f"{path}/binding", binding)
+        await self.place.kube.do("DELETE", path, {"gracePeriodSeconds": 1})
+
     async def forget(self, life: Life) -> None:
         """Remove a task and its Jobs, so that the operator of the next life finds an empty namespace."""
         for plural in ("processingtasks", "jobs"):
             for thing in await self.place.objects(plural):
                 path = self.place.path(plural, thing["metadata"]["name"])
                 await self.place.kube.ask("DELETE", path, propagationPolicy="Background")
+        if life.scenario.loses_node:
+            for pod in await self.place.objects("pods"):
+                await self.place.kube.ask(
+                    "DELETE", self.place.path("pods", pod["metadata"]["name"]), {"gracePeriodSeconds": 0}
+                )
 
         async def empty() -> bool:
             return not await self.place.objects("jobs") and not await self.place.objects("pods")
@@ -319,6 +348,7 @@ class Track:
                 OPERATOR_POSTGRES_URL=self.world.urls["TASKS_POSTGRES_URL"],
                 OPERATOR_REDIS_URL=self.world.urls.get("TASKS_REDIS_URL", ""),
                 OPERATOR_DOCUMENTS_CLAIM="",
+                OPERATOR_STUCK_SECONDS="1",
                 OPERATOR_SWEEP_INTERVAL_SECONDS="0",  # the lives of a track share a namespace, a sweep would be of them all
                 PYTHONPATH=os.pathsep.join(str(ROOT / part) for part in (".", "crds", "operator")),
                 **life.environment("operator"),
@@ -426,6 +456,18 @@ class Node:
                 if task.done():
                     task.result()
             await asyncio.sleep(0.1)
+
+    async def come_back(self) -> None:
+        """Let runners that stand still go on, and wait for their end: they want to publish what they have."""
+        for process in self._processes.values():
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGCONT)
+
+        async def ended() -> bool:
+            return not self.busy
+
+        await until("the runners of the lost node have ended", ended, seconds=SECONDS)
 
     def _gone(self, uid: str) -> None:
         """End the process of a pod that was deleted; one that stands still is out of reach, and comes back to life."""

@@ -39,6 +39,12 @@ SCENARIOS: list[tuple[Scenario, int, Mapping[str, int]]] = [
         6,
         {"POST jobs": 1, "PATCH status": 2, "DELETE jobs": 1},
     ),
+    # The runner's node is lost before it has published. Another pod does; the first one comes back and wants to as well.
+    (
+        Scenario("lost node", runner={EMBEDDED: Action.STOP}, loses_node=True, roles=("operator",)),
+        6,
+        {"POST jobs": 2, "PATCH status": 4, "DELETE jobs": 1},
+    ),
 ]
 """Each with the number of points that are tried unless all are, and with what it costs the API server without faults."""
 PAIRS, SEED = 12, 4
