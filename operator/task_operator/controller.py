@@ -38,7 +38,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, Final, Protocol
 
@@ -356,7 +356,9 @@ class Controller:
         known = live.progress
         if known is None or (event.attempt, event.at) >= (known.attempt, known.at):
             live.progress = event
-            self._queue.add(key)
+            # A runner tells its progress four times a second; until the status may be written again there is nothing to do.
+            wait = timedelta() if live.written is None else live.written + self._policy.progress_interval - self._clock()
+            self._queue.add_after(key, wait.total_seconds())
 
     def _gone(self, key: Key, manifest: Mapping[str, Any] | None) -> None:
         """Forget a task; its fence is raised, so that a pod that still runs publishes nothing."""

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from task_contract.models import Phase
+from task_contract.messages import ProgressEvent
+from task_contract.models import Phase, Stage
 from task_operator.cluster import Unavailable
 from tests.support.operator_values import UID, failure, name_of, success
 from tests.support.operator_world import OUTCOMES, Crash, Operator, World
@@ -233,6 +234,34 @@ async def test_a_task_that_is_done_costs_three_writes() -> None:
         "patched status Completed",
     ]
     assert world.phases == ["Queued", "Processing", "Completed"]
+
+
+async def test_progress_costs_one_look_a_second_however_often_it_is_told() -> None:
+    world = World()
+    world.add_task()
+    operator = Operator(world)
+    await operator.settle()
+    world.run_pod()
+    await operator.settle()
+    controller = operator._controller
+    assert controller is not None
+    while len(controller._queue):
+        controller._queue.done(await controller._queue.get())
+    looks = 0
+    for quarter in range(12):
+        world.now += timedelta(seconds=0.25)
+        at = world.now
+        event = ProgressEvent(
+            uid=UID, namespace="knowledge", name="handbook", attempt=1, stage=Stage.EMBED, progress=quarter, at=at
+        )
+        controller.on_progress(event)
+        if len(controller._queue):
+            controller._queue.done(await controller._queue.get())
+            await operator.look()
+            looks += 1
+    assert looks <= 6, "a look for each write, and one after it"
+    assert (world.status["stage"], world.status["progress"]) == ("embed", 11)
+    controller._queue.close()
 
 
 async def test_a_task_that_ends_before_anyone_looks_costs_two() -> None:
