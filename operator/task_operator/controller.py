@@ -39,6 +39,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from functools import lru_cache
 from typing import Any, Final, Protocol
 
@@ -84,6 +85,7 @@ _ORPHAN_PATIENCE: Final = 3.0  # seconds in which the garbage collector may do i
 _CONFLICTS: Final = 4  # looks in a row that may end in a conflict before the task waits
 _ROUNDS: Final = 10  # a decision asks for at most one thing a round, and there are seven
 _POSITIONS: Final = 10.0  # seconds between two looks whose position in line is to be told
+_TOLD: Final = 100  # of them, those in front: ten writes a second, however fast a long line moves
 _PRUNED: Final = 500  # tasks of a namespace deleted in a row
 
 
@@ -397,7 +399,7 @@ class Controller:
     async def _tell_positions_forever(self, dispatch: Dispatch) -> None:
         while True:
             await asyncio.sleep(_POSITIONS)
-            for key in dispatch.moved():
+            for key in islice(dispatch.moved(), _TOLD):
                 self._queue.add(key)
 
     def _count_tasks(self, namespace: str) -> None:

@@ -88,7 +88,7 @@ class Policy:
     """So long a pod may fail to start for reasons of its own, such as its image; zero: for ever."""
     capacity_deadline: timedelta = timedelta(days=1)
     """So long it may wait for room (a node, quota) that others may hold; zero: for ever."""
-    queue_patience: timedelta = timedelta(seconds=2)
+    queue_patience: timedelta = timedelta(seconds=5)
     """So long a task waits for a place before its status says so: most waits are shorter, and each would cost a write."""
     give_back_delay: timedelta = timedelta(seconds=5)
     """Wait before an attempt that was given back is tried again; doubles while that repeats."""

@@ -160,7 +160,7 @@ ROWS = [
     Row(
         "a short wait for a place is not told",
         Observed(task=QUEUED, limited=True, answered=PLACE, place=THIRD),
-        after=1,
+        after=4,
         now=1,
     ),
     Row(
