@@ -39,8 +39,8 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from itertools import islice
 from functools import lru_cache
+from itertools import islice
 from typing import Any, Final, Protocol
 
 import structlog
