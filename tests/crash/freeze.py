@@ -1,7 +1,8 @@
 """Freeze what a release leaves behind: ``python -m tests.crash.freeze 0.2.0`` writes ``tests/data/releases/0.2.0``.
 
-The tasks in it are those that the release's own operator and runner store, in every phase; so are the rows and the
-statements. What releases hold, and what later ones are held to, is in :mod:`tests.support.releases`.
+The tasks in it are those that the release's own operator and runner store, in every phase; so are the rows, the
+statements, and the collection and the index of a knowledge base. What releases hold, and what later ones are held to, is in
+:mod:`tests.support.releases`.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from tests.crash.faults import Action
 from tests.crash.life import NEW, OLD, Life, Scenario, Track, World
 from tests.crash.oracle import look
 from tests.support.devstack import Kubectl
+from tests.support.frozen_stores import taken
 from tests.support.operator_lab import ROOT, until
 from tests.support.releases import FOLDER, MIGRATIONS
 
@@ -122,8 +124,10 @@ async def freeze(release: Path) -> None:
                 statements |= await record(track, scenario, seen)
             await others(track, seen)
             written = await rows(world)
+            document = await world.sql.fetchval("SELECT max(document_id) FROM documents WHERE kb_id = $1", track.kb_id)
+            stored = await taken(track.stores(track.kb_id), document)
             root = str(world.documents)
-    write(release, _without(root, seen), _without(root, written), sorted(statements))
+    write(release, _without(root, seen), _without(root, written), sorted(statements), stored)
 
 
 def _without(root: str, value: Any) -> Any:
@@ -132,10 +136,14 @@ def _without(root: str, value: Any) -> Any:
 
 
 def write(
-    release: Path, seen: dict[str, dict[str, Any]], stored: dict[str, list[dict[str, Any]]], statements: list[str]
+    release: Path,
+    seen: dict[str, dict[str, Any]],
+    written: dict[str, list[dict[str, Any]]],
+    statements: list[str],
+    stored: dict[str, Any],
 ) -> None:
     """Write the folder, whole."""
-    empty = [table for table, found in stored.items() if not found]
+    empty = [table for table, found in written.items() if not found]
     assert not empty, f"cannot freeze {release.name}: no row in {', '.join(empty)}; add a life that writes one"
     release.mkdir(parents=True)
     shutil.copy(ROOT / "crds/processingtasks.yaml", release)
@@ -145,8 +153,9 @@ def write(
     for name, task in sorted(seen.items()):
         text = yaml.safe_dump(task, sort_keys=True, allow_unicode=True, width=120)
         (release / "stored" / f"{name}.yaml").write_text(text)
-    (release / "rows.json").write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
+    (release / "rows.json").write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
     (release / "statements.json").write_text(json.dumps(statements, indent=1) + "\n")
+    (release / "stores.json").write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ async def look(life: Life) -> End:
         life.kb_id: "KB",
     } | dict.fromkeys(life.pods, "POD")
     return End(
-        state=_without(state, names),
+        state=without(state, names),
         attempts=tuple(one.get("reason") for one in task["status"].get("attempts", [])),
         attempt=last,
         epoch=epoch,
@@ -127,7 +127,7 @@ def differences(undisturbed: End, end: End, life: Life) -> list[str]:
     found = list(life.broken)
     for part, expected in undisturbed.state.items():
         if end.state[part] != expected:
-            found += _paths(part, expected, end.state[part])
+            found += paths(part, expected, end.state[part])
     spent = list(end.attempts)
     for reason in undisturbed.attempts:
         if reason not in spent:
@@ -237,12 +237,12 @@ async def _others(life: Life) -> list[str]:
     return sorted(found)
 
 
-def _without(value: Any, names: Mapping[str, str]) -> Any:
+def without(value: Any, names: Mapping[str, str]) -> Any:
     """Return a value with names, uids and times replaced by what they are."""
     if isinstance(value, Mapping):
-        return {str(key): _without(one, names) for key, one in value.items()}
+        return {str(key): without(one, names) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_without(one, names) for one in value]
+        return [without(one, names) for one in value]
     if value is None or isinstance(value, bool | int | float):
         return value
     text = _TIME.sub("TIME", str(value))
@@ -251,16 +251,16 @@ def _without(value: Any, names: Mapping[str, str]) -> Any:
     return text
 
 
-def _paths(path: str, expected: Any, found: Any) -> list[str]:
+def paths(path: str, expected: Any, found: Any) -> list[str]:
     """Return where two values differ, the deepest places that differ."""
     if isinstance(expected, Mapping) and isinstance(found, Mapping):
         return [
             line
             for key in sorted(expected.keys() | found.keys())
             if expected.get(key) != found.get(key)
-            for line in _paths(f"{path}.{key}", expected.get(key), found.get(key))
+            for line in paths(f"{path}.{key}", expected.get(key), found.get(key))
         ]
     if isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
         pairs = enumerate(zip(expected, found, strict=True))
-        return [line for index, (a, b) in pairs if a != b for line in _paths(f"{path}[{index}]", a, b)]
+        return [line for index, (a, b) in pairs if a != b for line in paths(f"{path}[{index}]", a, b)]
     return [f"{path}: {str(found)[:200]} instead of {str(expected)[:200]}"]

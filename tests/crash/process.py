@@ -1,4 +1,4 @@
-"""The operator or the runner as they are, with the seams watched: ``python -m tests.crash.process operator``.
+"""The operator, the runner or its sweep as they are, with the seams watched: ``python -m tests.crash.process operator``.
 
 Everything that is not the product is here and in :mod:`tests.crash.faults`: neither knows that it is watched.
 """
@@ -27,7 +27,7 @@ def main(role: str, *arguments: str) -> None:
         seams.watch_milvus(faults)
         seams.watch_message(faults)
         module = "job_runner"
-    sys.argv = [module, "run", *arguments]
+    sys.argv = [module, "sweep" if role == "sweep" else "run", *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -1,4 +1,4 @@
-"""From each release to the present state, on a real API server and a real PostgreSQL: what it stored is read and goes on."""
+"""From each release to the present state, on a real API server and real stores: what it stored is read and goes on."""
 
 import asyncio
 import contextlib
@@ -12,16 +12,21 @@ from typing import Any
 import asyncpg
 import kubernetes.client
 import kubernetes.config
+import numpy as np
 import pytest
 import yaml
 
 from devstack import Endpoints
 from devstack.stores import postgres
+from job_runner.elasticsearch import ElasticsearchIndex
+from job_runner.index import Generation, Row, Stale
+from job_runner.milvus import MilvusIndex
 from service_client import TaskClient
 from task_contract.crd import custom_resource_definition
 from task_contract.migrations import migrations
 from task_contract.models import ProcessingTask
 from task_operator.schema import migrate
+from tests.support.frozen_stores import make_collection, make_index, write_texts, write_vectors
 from tests.support.operator_lab import MERGE, Kube, Place, until
 from tests.support.releases import RELEASES, ROOT, Release
 
@@ -257,3 +262,90 @@ async def test_a_migration_under_which_the_code_of_a_release_fails_is_found(
     await sql.execute(migration)
     found = await _lost(sql, release)
     assert any(lost in one for one in found), found
+
+
+# ----------------------------------------------------------------------------------------------------------- the stores
+
+
+def _kind(value: object) -> type:
+    return float if isinstance(value, int | float) and not isinstance(value, bool) else type(value)
+
+
+def _kinds(row: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, type]:
+    """Return the type of each column that another row has too."""
+    return {name: _kind(value) for name, value in row.items() if name in like}
+
+
+def _row(ordinal: int, **columns: Any) -> Row:
+    known: dict[str, Any] = {name: "0" if column.type is str else 0 for name, column in Row.__dataclass_fields__.items()}
+    return Row(**{**known, "metadata": {"team": "a"}, "id": f"{ordinal:032x}", "ordinal": ordinal, **columns})
+
+
+@RELEASED
+@pytest.mark.parametrize("store", ["Milvus", "Elasticsearch"])
+@pytest.mark.parametrize("made_by", ["the release", "today's code"])
+async def test_a_knowledge_base_serves_the_release_that_made_it_and_the_other(
+    stores: Endpoints, release: Release, store: str, made_by: str
+) -> None:
+    """Pods of both work on it while an upgrade goes on, and after a rollback: each reads and replaces rows of the other."""
+    frozen, urls = release.stores[store], stores.host_urls
+    rows = frozen["rows"]
+    document, version = rows[0]["document_id"], rows[0]["version"]
+    where = Generation("upgrade", f"kb-{uuid.uuid4().hex[:12]}", 1)
+    dimension = len(release.stores["Milvus"]["rows"][0]["embedding"])
+    vector = np.full((2, dimension), dimension**-0.5, dtype=np.float32)
+    index: Any
+    if store == "Milvus":
+        index = MilvusIndex(where, url=urls["TASKS_MILVUS_URL"], token=urls.get("TASKS_MILVUS_TOKEN"), dimension=dimension)
+    else:
+        index = ElasticsearchIndex(
+            where, url=urls["TASKS_ELASTICSEARCH_URL"], api_key=urls.get("TASKS_ELASTICSEARCH_API_KEY")
+        )
+    try:
+        if made_by == "the release":
+            await (make_collection(index, frozen) if store == "Milvus" else make_index(index, frozen))
+        await index.ensure()
+        if made_by != "the release":
+            if store == "Milvus":
+                await asyncio.to_thread(write_vectors, index, frozen)
+            else:
+                await write_texts(index, frozen)
+        assert await index.stored(document, version) == {row["id"]: row["content_hash"] for row in rows}
+        if store == "Milvus":
+            hashes = {row["text_hash"] for row in rows}
+            assert (await index.vectors(document, version, hashes)).keys() == hashes, "they are not computed anew"
+            [hit] = await index.search(np.array(rows[1]["embedding"], dtype=np.float32), limit=1)
+        else:
+            hit = (await index.search(rows[1]["text"], limit=1))[0]
+        assert (hit.id, hit.text, hit.heading_path) == (rows[1]["id"], rows[1]["text"], rows[1]["heading_path"])
+
+        new = [_row(ordinal, document_id=document, version=version + 1, chunk_count=2) for ordinal in range(2)]
+        await (index.write(new, vector) if store == "Milvus" else index.write(new))
+        scanned = {row.id: row async for page in index.scan() for row in page}
+        assert scanned.keys() == {*(row["id"] for row in rows), *(row.id for row in new)}
+        assert {scanned[row["id"]].task_uid for row in rows} == {rows[0]["task_uid"]}
+        # The release's code reads columns by their names, of rows that today's has written.
+        written = (await _stored_rows(index, document))[new[0].id]
+        assert written.keys() >= rows[0].keys()
+        assert _kinds(written, rows[0]) == _kinds(rows[0], rows[0])
+
+        assert await index.remove([Stale(document, up_to=version)]) == len(rows)
+        assert (await index.stored(document, version + 1)).keys() == {row.id for row in new}
+        if store == "Milvus":
+            await asyncio.to_thread(write_vectors, index, frozen)  # a pod of the release, late
+        else:
+            await write_texts(index, frozen)
+        assert len(await index.stored(document, version)) == len(rows)
+    finally:
+        await index.drop()
+        await index.aclose()
+
+
+async def _stored_rows(index: MilvusIndex | ElasticsearchIndex, document: str) -> dict[str, dict[str, Any]]:
+    """Return id → row as the store has it."""
+    if isinstance(index, MilvusIndex):
+        found = await index._run("read", index._query, f'document_id == "{document}"', ["*"])
+        return {row["id"]: dict(row) for row in found}
+    query = {"term": {"document_id": document}}
+    hits = (await index._client.search(index=index._name, query=query, size=100))["hits"]["hits"]
+    return {hit["_id"]: hit["_source"] | {"id": hit["_id"]} for hit in hits}

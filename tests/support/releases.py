@@ -8,7 +8,8 @@
     ├── stored/                tasks in every phase, as its operator and runner wrote them
     ├── migrations/            its SQL files
     ├── rows.json              table → rows that its operator and runner wrote
-    └── statements.json        every statement that they sent to PostgreSQL
+    ├── statements.json        every statement that they sent to PostgreSQL
+    └── stores.json            collection and index of a knowledge base, and rows in them (tests/support/frozen_stores.py)
 
 A folder is written by ``make freeze-release VERSION=...`` when a release is made, and never changed.
 """
@@ -70,6 +71,12 @@ class Release:
     @property
     def statements(self) -> list[str]:
         found: list[str] = json.loads((self.path / "statements.json").read_text())
+        return found
+
+    @property
+    def stores(self) -> dict[str, Any]:
+        """Store → a knowledge base as it made it."""
+        found: dict[str, Any] = json.loads((self.path / "stores.json").read_text())
         return found
 
 
