@@ -18,6 +18,7 @@ _PAYLOAD_FIELDS: Final[dict[TaskType, tuple[str, ...]]] = {
         "action",
         "confirm",
         "filePath",
+        "fileBytes",
         "documentId",
         "chunkSize",
         "chunkOverlap",
@@ -133,7 +134,7 @@ def _immutable_rules(spec: Schema) -> list[Rule]:
     return rules
 
 
-_UPSERT_ONLY: Final = ("chunkSize", "chunkOverlap", "processingMode", "embeddingModel", "metadata")
+_UPSERT_ONLY: Final = ("fileBytes", "chunkSize", "chunkOverlap", "processingMode", "embeddingModel", "metadata")
 
 _PAYLOAD_RULES: Final = [
     _rule(

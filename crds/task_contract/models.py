@@ -187,6 +187,8 @@ class Payload(Model):
     ) = None
     """The document: a path below the document volume, absolute (``/data/handbook.pdf``) or relative (``handbook.pdf``),
     ``s3://bucket/key``, or ``https://host/path``, where the runner's settings allow it ``http://`` too."""
+    file_bytes: Annotated[int, Field(ge=0, le=2**40)] | None = None
+    """Size of the file, where the caller knows it: picks the resources."""
     document_id: Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]+$")] | None = None
     """Identity of the document within its knowledge base; a later task with the same id replaces it. Default: filePath."""
     chunk_size: Annotated[int, Field(ge=50, le=8000)] | None = None
@@ -290,6 +292,10 @@ class Spec(Model):
     """Longest time of an attempt without progress: a page, a batch, rows. Default by type: 15m, health_check 1m."""
     deadline: Duration | None = None
     """Longest time of the whole task, from its creation. Default: none."""
+    resource_class: (
+        Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")] | None
+    ) = None
+    """Memory and CPU of the pod: small, medium, large, or a class of the operator's settings. Default: by the document."""
     executor: Executor = Executor.AUTO
     """What runs the task: a Job of its own, a warm worker pool, or whichever serves the type best."""
     callback: Callback | None = None

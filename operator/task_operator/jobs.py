@@ -23,6 +23,7 @@ from task_contract.names import (
     MANAGED_BY,
     MANAGED_BY_LABEL,
     PART_OF,
+    RESOURCE_CLASS_LABEL,
     TASK_ANNOTATION,
     TASK_FILE,
     TASK_NAME_ANNOTATION,
@@ -31,7 +32,7 @@ from task_contract.names import (
     digest,
     job_name,
 )
-from task_operator.memory import OOM_KILLED, MemoryGrowth, resources_of
+from task_operator.resources import OOM_KILLED, MemoryGrowth, Resources, Size, class_of, resources_of
 
 QUEUED_AT_ANNOTATION: Final = f"{GROUP}/queued-at"
 """Which stay in the queue a Job belongs to: the value of :func:`queue_stamp` when it was made. An attempt that is given
@@ -64,7 +65,8 @@ class RunnerTemplate:
     documents_claim: str | None = "processing-task-documents"
     """Claim of the document volume; None mounts none."""
     priority_classes: Mapping[Priority, str] = field(default_factory=dict)
-    resources: Mapping[str, Any] = field(default_factory=dict)
+    classes: Mapping[str, Resources] = field(default_factory=dict)
+    """Resources by the name of their class; pods of no task have those of medium."""
     memory_growth: MemoryGrowth = field(default_factory=MemoryGrowth)
     node_selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: tuple[Mapping[str, Any], ...] = ()
@@ -145,6 +147,7 @@ def build_job(task: ProcessingTask, *, attempt: int, template: RunnerTemplate) -
         TASK_UID_LABEL: metadata.uid,
         ATTEMPT_LABEL: str(attempt),
         TYPE_LABEL: str(task.spec.type),
+        RESOURCE_CLASS_LABEL: class_of(task),
     }
     deadline = task.spec.effective_timeout + DEADLINE_ALLOWANCE
     return {
@@ -228,7 +231,7 @@ def build_sweep_job(namespace: str, *, last: datetime | None, template: RunnerTe
                     ["python", "-m", "job_runner", "sweep", "--namespace", namespace],
                     priority=Priority.LOW,
                     template=template,
-                    resources=template.resources,
+                    resources=template.classes.get(Size.MEDIUM, {}),
                 ),
             },
         },
@@ -258,7 +261,7 @@ def _task_pod(task: ProcessingTask, *, attempt: int, template: RunnerTemplate) -
         ["python", "-m", "job_runner", "run", TASK_FILE],
         priority=task.spec.priority,
         template=template,
-        resources=resources_of(task, template.resources, template.memory_growth),
+        resources=resources_of(task, template.classes, template.memory_growth),
         env=[
             {"name": "TASKS_ATTEMPT", "value": str(attempt)},
             {"name": "TASKS_HOLDER", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}},

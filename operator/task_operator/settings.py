@@ -11,11 +11,13 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from task_contract.models import Priority, TaskType
 from task_operator.dispatch import Limits
 from task_operator.jobs import RunnerTemplate
-from task_operator.memory import MemoryGrowth, in_bytes
 from task_operator.observation import Policy
+from task_operator.resources import MemoryGrowth, classes, in_bytes
 
 PREFIX: Final = "OPERATOR_"
 _LABEL_VALUE: Final = r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
+
+_CLASS: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 
 
 class SettingsError(ValueError):
@@ -83,7 +85,11 @@ class Settings(DatabaseSettings):
         "requests": {"cpu": "250m", "memory": "512Mi"},
         "limits": {"memory": "2Gi"},
     }
-    """Resources of a runner container, as a JSON object."""
+    """Resources of a runner container of class medium, as a JSON object; small and large follow from them."""
+    runner_resource_classes: dict[
+        Annotated[str, Field(pattern=_CLASS)], Annotated[dict[str, dict[str, str]], AfterValidator(_resources)]
+    ] = {}
+    """Resources of other classes by name, or in place of those that follow, as a JSON object."""
     runner_memory_factor: Annotated[float, Field(ge=1, le=8)] = 2
     """After an attempt that ran out of memory the next one gets this many times as much; 1: as much as before."""
     runner_memory_limit: Annotated[str, AfterValidator(_memory)] = "8Gi"
@@ -130,7 +136,7 @@ class Settings(DatabaseSettings):
             stores_secret=self.stores_secret,
             documents_claim=self.documents_claim or None,
             priority_classes=self.priority_classes,
-            resources=self.runner_resources,
+            classes=classes(self.runner_resources, configured=self.runner_resource_classes),
             memory_growth=MemoryGrowth(factor=self.runner_memory_factor, limit=self.runner_memory_limit),
             node_selector=self.runner_node_selector,
             tolerations=self.runner_tolerations,

@@ -146,6 +146,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("timeout of zero", spec(timeout="0s"), "spec.timeout: must be between 1s and 168h"),
     ("timeout of a month", spec(timeout="720h"), "spec.timeout: must be between 1s and 168h"),
     ("timeout in words", spec(timeout="ten minutes"), "spec.timeout"),
+    ("resource class in capitals", spec(resourceClass="Big"), "spec.resourceClass"),
+    ("file of negative size", with_payload(fileBytes=-1), "spec.payload.fileBytes"),
+    ("file of two tebibytes", with_payload(fileBytes=2**41), "spec.payload.fileBytes"),
     ("stall timeout of a second", spec(stallTimeout="1s"), "spec.stallTimeout: must be between 10s and 168h"),
     ("stall timeout of a month", spec(stallTimeout="720h"), "spec.stallTimeout: must be between 10s and 168h"),
     ("deadline of zero", spec(deadline="0s"), "spec.deadline: must be between 1s and 8760h"),
@@ -221,6 +224,7 @@ IMMUTABLE: list[tuple[str, dict[str, Any], str]] = [
     ("retry", {"retry": {"limit": 9}}, "spec.retry: immutable"),
     ("timeout", {"timeout": "5m"}, "spec.timeout: immutable"),
     ("stallTimeout", {"stallTimeout": "5m"}, "spec.stallTimeout: immutable"),
+    ("resourceClass", {"resourceClass": "large"}, "spec.resourceClass: immutable"),
     ("deadline", {"deadline": "5m"}, "spec.deadline: immutable"),
     ("executor", {"executor": "job"}, "spec.executor: immutable"),
 ]

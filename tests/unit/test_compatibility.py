@@ -34,14 +34,16 @@ REVIEWED: dict[str, str] = {
         f".spec: a new rule: !has(self.payload) || !has(self.payload.{field}) || self.type in ['document_processing']": (
             _NEW_FIELD
         )
-        for field in ("action", "confirm")
+        for field in ("action", "confirm", "fileBytes")
     },
     f"{_ACTION} != 'delete' || has(self.filePath) || has(self.documentId)": _NEW_FIELD,
     f"{_ACTION} != 'delete_knowledge_base' || !(has(self.filePath) || has(self.documentId))": _NEW_FIELD,
-    f"{_ACTION} == 'upsert' || !(has(self.chunkSize) || has(self.chunkOverlap) || has(self.processingMode)"
-    " || has(self.embeddingModel) || has(self.metadata))": _NEW_FIELD,
+    f"{_ACTION} == 'upsert' || !(has(self.fileBytes) || has(self.chunkSize) || has(self.chunkOverlap)"
+    " || has(self.processingMode) || has(self.embeddingModel) || has(self.metadata))": _NEW_FIELD,
     ".spec: a new rule: !has(self.stallTimeout)"
     " || (duration(self.stallTimeout) >= duration('10s') && duration(self.stallTimeout) <= duration('168h'))": _NEW_FIELD,
+    ".spec: a new rule: has(self.resourceClass) == has(oldSelf.resourceClass)"
+    " && (!has(self.resourceClass) || self.resourceClass == oldSelf.resourceClass)": _NEW_FIELD,
     ".spec: a new rule: has(self.stallTimeout) == has(oldSelf.stallTimeout)"
     " && (!has(self.stallTimeout) || self.stallTimeout == oldSelf.stallTimeout)": _NEW_FIELD,
     ".spec: a new rule: has(self.idempotencyKey) == has(oldSelf.idempotencyKey)"

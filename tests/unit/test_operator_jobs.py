@@ -22,7 +22,7 @@ from task_operator.jobs import (
     queue_stamp,
     task_document,
 )
-from task_operator.memory import MemoryGrowth, in_bytes
+from task_operator.resources import MemoryGrowth, class_of, classes, in_bytes, unknown_class
 from tests.support.operator_values import (
     UID,
     at,
@@ -46,7 +46,7 @@ FULL = RunnerTemplate(
     stores_secret="stores",
     documents_claim="documents",
     priority_classes={Priority.HIGH: "tasks-high"},
-    resources={"requests": {"cpu": "1", "memory": "1Gi"}, "limits": {"memory": "4Gi"}},
+    classes={"medium": {"requests": {"cpu": "1", "memory": "1Gi"}, "limits": {"memory": "4Gi"}}},
     node_selector={"pool": "tasks"},
     tolerations=({"key": "tasks", "operator": "Exists", "effect": "NoSchedule"},),
     image_pull_secrets=("registry",),
@@ -340,8 +340,82 @@ def test_an_attempt_after_one_that_ran_out_of_memory_gets_more(
         for number, reason in enumerate(reasons, start=1)
     ]
     status = {"phase": "Retrying" if reasons else "Queued", "attempt": len(attempts), "attempts": attempts}
-    template = replace(FULL, resources=RESOURCES, memory_growth=growth)
+    template = replace(FULL, classes=classes(RESOURCES, configured={}), memory_growth=growth)
     made = build_job(task(status=status), attempt=len(attempts) + 1, template=template)
     found = made["spec"]["template"]["spec"]["containers"][0]["resources"]
     assert (found["requests"]["memory"], found["limits"]["memory"]) == memory
     assert found["requests"]["cpu"] == "250m"
+
+
+# ------------------------------------------------------------------------------------------------------ resource classes
+
+
+def _document(file: str, size: int | None = None, **more: Any) -> dict[str, Any]:
+    return {"payload": {"filePath": file} | ({} if size is None else {"fileBytes": size}), **more}
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        (HEALTH_CHECK, "small"),
+        ({"payload": {"action": "delete", "documentId": "a.pdf"}}, "small"),
+        ({"payload": {"action": "delete_knowledge_base", "confirm": "kb-42"}}, "small"),
+        (_document("/data/a.txt"), "small"),
+        (_document("/data/a.MD", 2**20), "small"),
+        (_document("/data/a.csv", 2**20 + 1), "medium"),
+        (_document("/data/a.json", 24 * 2**20), "medium"),
+        (_document("/data/a.html", 24 * 2**20 + 1), "large"),
+        (_document("/data/a.pdf"), "medium"),
+        (_document("/data/a.pdf", 0), "small"),
+        (_document("s3://manuals/a.pdf", 256 * 2**20), "medium"),
+        (_document("https://example.com/a.pdf", 2**30), "large"),
+        (_document("/data/a.docx"), "medium"),
+        (_document("/data/a.xlsx", 2**18), "small"),
+        (_document("/data/a.pptx", 6 * 2**20), "medium"),
+        (_document("/data/a.epub", 6 * 2**20 + 1), "large"),
+        (_document("/data/a.PNG"), "large"),
+        (_document("/data/a.tiff", 10), "large"),
+        (_document("/data/a.eml"), "medium"),
+        (_document("/data/a"), "medium"),
+        (_document("/data/a.pdf/b"), "medium"),
+        (_document("/data/a.png", resourceClass="small"), "small"),
+        (HEALTH_CHECK | {"resourceClass": "gpu"}, "gpu"),
+    ],
+    ids=str,
+)
+def test_the_class_of_a_task_follows_from_its_type_and_input(spec: dict[str, Any], name: str) -> None:
+    made = build_job(task(spec=spec), attempt=1, template=FULL)
+    assert class_of(task(spec=spec)) == name
+    assert made["metadata"]["labels"]["tasks.zzdsj.io/resource-class"] == name
+
+
+def test_small_and_large_follow_from_medium_unless_they_are_given() -> None:
+    medium = {"requests": {"cpu": "250m", "memory": "512Mi", "x/gpu": "1"}, "limits": {"cpu": "1.5", "memory": "2Gi"}}
+    assert classes(medium, configured={}) == {
+        "small": {"requests": {"cpu": "125m", "memory": "256Mi", "x/gpu": "1"}, "limits": {"cpu": "1.5", "memory": "2Gi"}},
+        "medium": medium,
+        "large": {
+            "requests": {"cpu": "500m", "memory": "1024Mi", "x/gpu": "1"},
+            "limits": {"cpu": "3000m", "memory": "4096Mi"},
+        },
+    }
+    own = {"large": {"limits": {"memory": "3Gi"}}, "gpu": {"limits": {"nvidia.com/gpu": "1"}}}
+    found = classes(medium, configured=own)
+    assert (sorted(found), found["large"], found["gpu"]) == (["gpu", "large", "medium", "small"], *own.values())
+
+
+def test_memory_grows_from_what_the_class_has() -> None:
+    status = retrying(1) | {"attempts": [ended_attempt(1, "OOMKilled")]}
+    given = task(spec=_document("/data/a.png"), status=status)
+    made = build_job(given, attempt=2, template=replace(FULL, classes=classes(RESOURCES, configured={})))
+    found = made["spec"]["template"]["spec"]["containers"][0]["resources"]
+    assert found == {"requests": {"cpu": "500m", "memory": "2048Mi"}, "limits": {"memory": "8192Mi"}}
+
+
+def test_a_class_that_the_settings_do_not_have_is_refused_with_those_that_they_have() -> None:
+    known = classes(RESOURCES, configured={"gpu": {}})
+    assert unknown_class(task(spec={"resourceClass": "gpu"}), known) is None
+    assert unknown_class(task(), {}) is None
+    problem = unknown_class(task(spec={"resourceClass": "huge"}), known)
+    assert problem is not None
+    assert problem.startswith("cannot give the pod resourceClass huge: the operator's settings have gpu, large, medium, sm")

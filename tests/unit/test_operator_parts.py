@@ -262,6 +262,7 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         "OPERATOR_PRIORITY_CLASSES": '{"high": "tasks-high"}',
         "OPERATOR_RUNNER_TOLERATIONS": '[{"key": "tasks", "operator": "Exists"}]',
         "OPERATOR_RUNNER_RESOURCES": '{"limits": {"memory": "1Gi"}}',
+        "OPERATOR_RUNNER_RESOURCE_CLASSES": '{"gpu": {"limits": {"memory": "8Gi", "nvidia.com/gpu": "1"}}}',
         "OPERATOR_IMAGE_PULL_SECRETS": '["registry"]',
         "OPERATOR_INSTANCE": "release-1",
         "OPERATOR_PENDING_DEADLINE_SECONDS": "600",
@@ -277,7 +278,12 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert template.documents_claim is None
     assert template.priority_classes == {Priority.HIGH: "tasks-high"}
     assert template.tolerations == ({"key": "tasks", "operator": "Exists"},)
-    assert template.resources == {"limits": {"memory": "1Gi"}}
+    assert template.classes == {
+        "small": {"limits": {"memory": "1Gi"}},
+        "medium": {"limits": {"memory": "1Gi"}},
+        "large": {"limits": {"memory": "2048Mi"}},
+        "gpu": {"limits": {"memory": "8Gi", "nvidia.com/gpu": "1"}},
+    }
     assert template.image_pull_secrets == ("registry",)
     assert (template.instance, template.version) == ("release-1", metadata.version("processing-tasks"))
     policy = settings.policy()

@@ -119,16 +119,14 @@ redis: TASKS_REDIS_URL
   value: {{ ternary (default "processing-task-documents" $root.Values.documents.existingClaim) "" $root.Values.documents.enabled | quote }}
 - name: OPERATOR_PRIORITY_CLASSES
   value: {{ include "processing-tasks.priorityClasses" $root | quote }}
-{{- $resources := dict }}
-{{- range $kind, $quantities := $root.Values.runner.resources }}
-{{- $strings := dict }}
-{{- range $resource, $quantity := $quantities }}
-{{- $_ := set $strings $resource (toString $quantity) }}
-{{- end }}
-{{- $_ := set $resources $kind $strings }}
-{{- end }}
 - name: OPERATOR_RUNNER_RESOURCES
-  value: {{ toJson $resources | quote }}
+  value: {{ include "processing-tasks.resources" $root.Values.runner.resources | quote }}
+{{- $classes := dict }}
+{{- range $name, $resources := $root.Values.runner.resourceClasses }}
+{{- $_ := set $classes $name (fromJson (include "processing-tasks.resources" $resources)) }}
+{{- end }}
+- name: OPERATOR_RUNNER_RESOURCE_CLASSES
+  value: {{ toJson $classes | quote }}
 - name: OPERATOR_RUNNER_MEMORY_FACTOR
   value: {{ $root.Values.runner.memoryGrowth.factor | quote }}
 - name: OPERATOR_RUNNER_MEMORY_LIMIT
@@ -203,6 +201,19 @@ redis: TASKS_REDIS_URL
 - apiGroups: [events.k8s.io]
   resources: [events]
   verbs: [create, list]
+{{- end }}
+
+{{/* Resources as JSON: quantities may be written as numbers. */}}
+{{- define "processing-tasks.resources" -}}
+{{- $all := dict }}
+{{- range $kind, $quantities := . }}
+{{- $strings := dict }}
+{{- range $resource, $quantity := $quantities }}
+{{- $_ := set $strings $resource (toString $quantity) }}
+{{- end }}
+{{- $_ := set $all $kind $strings }}
+{{- end }}
+{{- toJson $all }}
 {{- end }}
 
 {{/* Keys of a Secret for the values `sources`; what is empty has no key, and the runner its default. */}}
