@@ -292,9 +292,9 @@ class Spec(Model):
     """Longest time of an attempt without progress: a page, a batch, rows. Default by type: 15m, health_check 1m."""
     deadline: Duration | None = None
     """Longest time of the whole task, from its creation. Default: none."""
-    resource_class: (
-        Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")] | None
-    ) = None
+    resource_class: Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")] | None = (
+        None
+    )
     """Memory and CPU of the pod: small, medium, large, or a class of the operator's settings. Default: by the document."""
     executor: Executor = Executor.AUTO
     """What runs the task: a Job of its own, a warm worker pool, or whichever serves the type best."""

@@ -1,4 +1,4 @@
-"""What an attempt gets of memory and CPU: a class by what the task works on, and more memory after it ran out. Pure functions.
+"""What an attempt gets of memory and CPU: a class by what the task works on, more memory after it ran out. Pure functions.
 
 A class is chosen by the kind of the file, which its name tells well enough, and by its size where the caller knows it
 (``payload.fileBytes``); ``spec.resourceClass`` overrides. What a class is worth is a setting.
@@ -6,8 +6,8 @@ A class is chosen by the kind of the file, which its name tells well enough, and
 The bounds of :data:`_FILES` come from measurements of the largest resident sizes. Runner, packaged model, clients of the
 stores and parser take 252 MB together with a small document (docs/performance.md). To that a document adds, in parser,
 runner and rows, a byte of its file: 5 bytes where it is text (60 MiB), 10 where it is a table (42 MiB of CSV), 12 of a
-workbook (20 MB of XLSX), 43 of DOCX (8.5 MB), whose text is compressed, and less than 1 of PDF (1,000 pages: 30 MB). So of the
-requests that are the default, 256Mi are enough for 1 MiB of text and 512Mi for 24 MiB.
+workbook (20 MB of XLSX), 43 of DOCX (8.5 MB), whose text is compressed, and less than 1 of PDF (1,000 pages: 30 MB). So of
+the requests that are the default, 256Mi are enough for 1 MiB of text and 512Mi for 24 MiB.
 """
 
 import math

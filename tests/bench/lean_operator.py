@@ -24,7 +24,7 @@ from task_operator.jobs import RunnerTemplate, build_job
 
 TEMPLATE = RunnerTemplate(
     image="localhost/processing-tasks/runner:test",
-    resources={"requests": {"cpu": "250m", "memory": "512Mi"}, "limits": {"memory": "2Gi"}},
+    classes={"medium": {"requests": {"cpu": "250m", "memory": "512Mi"}, "limits": {"memory": "2Gi"}}},
     node_selector={"tests.tasks.zzdsj.io/node": "none"},
 )
 
