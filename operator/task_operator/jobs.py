@@ -52,6 +52,8 @@ TMP_SIZE: Final = "1Gi"
 NONROOT: Final = 65532
 
 _TASK_VOLUME: Final = "task"
+_LOST: Final = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
+"""Taints that the node controller gives a node whose kubelet has not been heard of for a while (50 s by default)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,8 @@ class RunnerTemplate:
     memory_growth: MemoryGrowth = field(default_factory=MemoryGrowth)
     node_selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: tuple[Mapping[str, Any], ...] = ()
+    lost_node_seconds: int = 30
+    """So long a pod stays on a node that is lost, before another one takes the attempt; Kubernetes' own default is 300."""
     image_pull_secrets: tuple[str, ...] = ()
     instance: str = "processing-tasks"
     """Name of the installation (the release of the chart), for the label ``app.kubernetes.io/instance``."""
@@ -320,11 +324,21 @@ def _pod(
         pod["priorityClassName"] = priority_class
     if template.node_selector:
         pod["nodeSelector"] = dict(template.node_selector)
-    if template.tolerations:
-        pod["tolerations"] = [dict(toleration) for toleration in template.tolerations]
+    if tolerations := _tolerations(template):
+        pod["tolerations"] = tolerations
     if template.image_pull_secrets:
         pod["imagePullSecrets"] = [{"name": name} for name in template.image_pull_secrets]
     return pod
+
+
+def _tolerations(template: RunnerTemplate) -> list[dict[str, Any]]:
+    """Return the tolerations of the settings, and for how long a lost node is borne with unless they say so."""
+    given = [dict(toleration) for toleration in template.tolerations]
+    named = {toleration.get("key", "") for toleration in given if toleration.get("effect") in {None, "", "NoExecute"}}
+    if "" in named:  # all keys
+        return given
+    lost = {"operator": "Exists", "effect": "NoExecute", "tolerationSeconds": template.lost_node_seconds}
+    return given + [{"key": key, **lost} for key in _LOST if key not in named]
 
 
 # ----------------------------------------------------------------------------------------------------- Job → state

@@ -96,6 +96,8 @@ class Settings(DatabaseSettings):
     """Most memory that an attempt gets by that."""
     runner_node_selector: dict[str, str] = {}
     runner_tolerations: tuple[dict[str, Any], ...] = ()
+    runner_lost_node_seconds: Annotated[int, Field(ge=0, le=86_400)] = 30
+    """So long a pod stays on a node that is lost, unless the tolerations name its taints."""
     image_pull_secrets: tuple[str, ...] = ()
     """Names of Secrets with registry credentials, as a JSON list."""
     pending_deadline_seconds: Annotated[float, Field(ge=0)] = 3600
@@ -140,6 +142,7 @@ class Settings(DatabaseSettings):
             memory_growth=MemoryGrowth(factor=self.runner_memory_factor, limit=self.runner_memory_limit),
             node_selector=self.runner_node_selector,
             tolerations=self.runner_tolerations,
+            lost_node_seconds=self.runner_lost_node_seconds,
             image_pull_secrets=self.image_pull_secrets,
             instance=self.instance,
             version=product_version(),

@@ -1,6 +1,7 @@
-"""Resource classes on a real API server: which one a pod gets, and one that is not there."""
+"""What pods get on a real API server: a resource class, refused if it is not there, and how long they bear a lost node."""
 
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -41,5 +42,14 @@ async def test_a_task_names_its_class_or_gets_one_by_its_document(place: Place, 
             "large": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": "4Gi"}},
             "gpu": GPU,
         }
+
+        async def pods() -> list[dict[str, Any]]:
+            found = await place.objects("pods")
+            return found if len(found) == 3 else []
+
+        for pod in await until("three pods are made", pods):
+            # Admission adds 300 s for what has none.
+            lost = {one["key"]: one["tolerationSeconds"] for one in pod["spec"]["tolerations"] if "tolerationSeconds" in one}
+            assert lost == {"node.kubernetes.io/not-ready": 30, "node.kubernetes.io/unreachable": 30}
     assert failed["attempt"] == 0
     assert "the operator's settings have gpu, large, medium, small" in failed["error"]["message"]

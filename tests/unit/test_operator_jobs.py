@@ -419,3 +419,36 @@ def test_a_class_that_the_settings_do_not_have_is_refused_with_those_that_they_h
     problem = unknown_class(task(spec={"resourceClass": "huge"}), known)
     assert problem is not None
     assert problem.startswith("cannot give the pod resourceClass huge: the operator's settings have gpu, large, medium, sm")
+
+
+# ------------------------------------------------------------------------------------------------------------ lost nodes
+
+NOT_READY, UNREACHABLE = (
+    {"key": f"node.kubernetes.io/{name}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 45}
+    for name in ("not-ready", "unreachable")
+)
+FOR_EVER = {"key": NOT_READY["key"], "operator": "Exists", "effect": "NoExecute"}
+NEW_PODS = {"key": UNREACHABLE["key"], "operator": "Exists", "effect": "NoSchedule"}
+ALL_KEYS = {"operator": "Exists"}
+ALL_EFFECTS = {"key": UNREACHABLE["key"], "operator": "Exists"}
+BATCH = {"key": "batch", "operator": "Equal", "value": "true", "effect": "NoExecute"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], [NOT_READY, UNREACHABLE]),
+        ([BATCH], [BATCH, NOT_READY, UNREACHABLE]),
+        ([FOR_EVER], [FOR_EVER, UNREACHABLE]),
+        ([NEW_PODS], [NEW_PODS, NOT_READY, UNREACHABLE]),
+        ([ALL_KEYS], [ALL_KEYS]),
+        ([ALL_KEYS | {"effect": "NoSchedule"}], [ALL_KEYS | {"effect": "NoSchedule"}, NOT_READY, UNREACHABLE]),
+        ([ALL_EFFECTS], [ALL_EFFECTS, NOT_READY]),
+    ],
+    ids=str,
+)
+def test_a_lost_node_is_left_soon_unless_the_settings_say_otherwise(
+    given: list[dict[str, Any]], expected: list[dict[str, Any]]
+) -> None:
+    made = build_job(task(), attempt=1, template=replace(FULL, tolerations=tuple(given), lost_node_seconds=45))
+    assert made["spec"]["template"]["spec"]["tolerations"] == expected

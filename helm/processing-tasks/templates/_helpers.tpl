@@ -135,6 +135,8 @@ redis: TASKS_REDIS_URL
   value: {{ toJson $root.Values.runner.nodeSelector | quote }}
 - name: OPERATOR_RUNNER_TOLERATIONS
   value: {{ toJson $root.Values.runner.tolerations | quote }}
+- name: OPERATOR_RUNNER_LOST_NODE_SECONDS
+  value: {{ int $root.Values.runner.lostNodeSeconds | quote }}
 {{- $secrets := list }}
 {{- range $root.Values.imagePullSecrets }}
 {{- $secrets = append $secrets .name }}
