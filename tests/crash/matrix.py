@@ -16,9 +16,9 @@ TRACKS = 4
 PATIENCE = 30.0
 """Seconds after the end of a task within which everything must have come to rest."""
 TRIES = 3
-UNSTEADY = ("operator SQL INSERT tasks", "operator API POST events")
+UNSTEADY = ("operator SQL COMMIT tasks", "operator API POST events")
 """Calls of which there are more or fewer from life to life: rows of the projection are written together if they come fast,
-and Events are written beside the work."""
+with events and attempts as there are any, and Events are written beside the work."""
 
 
 @dataclass(frozen=True)

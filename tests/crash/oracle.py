@@ -80,6 +80,7 @@ async def look(life: Life) -> End:
         "status": _status(task["status"]),
         "metadata": {name: task["metadata"].get(name) for name in ("finalizers", "annotations", "labels", "generation")},
         "tasks": [_projection(row, task) for row in projected],
+        "history": await _history(life, task["status"]),
         "task_results": [_outcome(row["outcome"]) for row in results if row["attempt"] == last],
         "earlier successes": [row["attempt"] for row in results if row["attempt"] < last and _succeeded(row)],
         "task_fences": await _rows(life, "SELECT * FROM task_fences WHERE task_uid = $1", life.uid),
@@ -176,7 +177,32 @@ def _projection(row: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, An
     kept["spec"] = orjson.loads(row["spec"]) == task["spec"]
     kept["attempt"] = row["attempt"] == status["attempt"]
     kept["job"] = row["job"] == status.get("job")
+    kept["told_version"] = row["told_version"] == row["resource_version"]
     return kept
+
+
+async def _history(life: Life, status: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what PostgreSQL tells of a task's life: its events without those of killed runners and of waits, its attempts.
+
+    Why a pod has not started yet is told when a machine is slow, and Processing once more after it.
+    """
+    query = "SELECT phase, attempt, reason FROM task_events WHERE task_uid = $1 ORDER BY number"
+    events = await _rows(life, query, life.uid)
+    killed = {event["attempt"] for event in events if (event["phase"], event["reason"]) == ("Retrying", KILLED)}
+    runs = [
+        (event["phase"], event["reason"])
+        for event in events
+        if event["phase"] != "Queued" and event["attempt"] not in killed
+    ]
+    failed = [event["attempt"] for event in events if event["phase"] == "Retrying"]
+    listed = [(one["number"], one["job"], one.get("reason")) for one in status.get("attempts", ())]
+    attempts = await _rows(life, "SELECT number, job, reason FROM attempts WHERE task_uid = $1 ORDER BY number", life.uid)
+    return {
+        "begins": [event["phase"] for event in events[:1]],
+        "goes on": [one for place, one in enumerate(runs) if one not in runs[max(0, place - 1) : place]],
+        "each attempt fails once": failed == sorted(set(failed)),
+        "attempts are those of the status": listed == [tuple(one.values()) for one in attempts],
+    }
 
 
 def _result(result: Mapping[str, Any]) -> dict[str, Any]:
