@@ -457,6 +457,8 @@ class PodReport:
     oom_killed: bool = False
     overused: bool = False
     """It was evicted for what it used itself, of disk: more than its volumes or its limits allow."""
+    under_pressure: bool = False
+    """It was evicted since its node was short of memory or disk, which it may have taken."""
     disrupted: str | None = None
     """Reason of its DisruptionTarget condition, or Evicted, NodeLost, ...: the end was not the task's doing."""
     message: str = ""
@@ -470,6 +472,9 @@ class PodReport:
 _NO_NEWS: Final = frozenset({"ContainerCreating", "PodInitializing", ""})
 # The kubelet goes back and forth between the two; told apart, each turn would cost a status write.
 _SAME: Final = {"ErrImagePull": "ImagePullBackOff", "ErrImageNeverPull": "ImagePullBackOff"}
+_BY_KUBELET: Final = frozenset({"TerminationByKubelet", "Evicted"})
+_SHORT: Final = "The node was low on resource"
+"""What the kubelet's message begins with; for the same reason it preempts for critical pods, and ends pods at a shutdown."""
 _DISRUPTIONS: Final = frozenset(
     {
         "Evicted",
@@ -521,6 +526,7 @@ def pod_report(manifest: Mapping[str, Any]) -> PodReport:
         exit_code=ended.get("exitCode"),
         oom_killed=ended.get("reason") == OOM_KILLED,
         overused=overused,
+        under_pressure=disrupted in _BY_KUBELET and (status.get("message") or "").startswith(_SHORT),
         disrupted=disrupted,
         message=disruption.get("message") or status.get("message") or "",
         outcome=outcome,

@@ -44,7 +44,7 @@ from task_operator.statuses import (
     with_attempt,
     without_attempt,
 )
-from task_operator.verdict import Verdict, judge_job, verdict_of, wait_for_store
+from task_operator.verdict import Verdict, burden_on_nodes, judge_job, verdict_of, wait_for_store
 from task_operator.waits import overdue, time_left, wait_of, waiting
 
 _DEFAULT: Final = Policy()
@@ -267,7 +267,7 @@ def _with_job(observed: Observed, view: View, job: JobState, *, now: datetime, r
         if ending := overdue(observed.task.status.queue, attempt=view.attempt, now=now, policy=policy):
             return _stop(observed, view, ending, now=now, policy=policy)
         return Decision(after=timedelta(seconds=5))  # by hand; judged when it is gone
-    return _starting(observed, view, job, now=now, policy=policy)
+    return _starting(observed, view, job, now=now, random=random, policy=policy)
 
 
 def _stopping(
@@ -347,7 +347,7 @@ def _running(observed: Observed, view: View, job: JobState, *, now: datetime, po
     )
 
 
-def _starting(observed: Observed, view: View, job: JobState, *, now: datetime, policy: Policy) -> Decision:
+def _starting(observed: Observed, view: View, job: JobState, *, now: datetime, random: float, policy: Policy) -> Decision:
     """Tell why a pod does not run, once it has had time to start."""
     task, status = observed.task, observed.task.status
     changed = observed.jobs_changed_at or job.created_at or now
@@ -356,6 +356,10 @@ def _starting(observed: Observed, view: View, job: JobState, *, now: datetime, p
     queue = wait_of(observed, job, now=now)
     if isinstance(queue, Need):
         return Decision(needs=frozenset({queue}))
+    pods = pods_of(job, observed.pods)
+    if (burden := burden_on_nodes(pods, most=policy.evictions_under_pressure)) is not None:
+        judged = _judge(observed, view, burden, now=now, random=random, policy=policy)
+        return replace(judged, delete_jobs=(*judged.delete_jobs, job))
     if queue is None:
         return Decision(after=timedelta(seconds=1))  # the Job controller has yet to say what the pods already do
     if ending := overdue(queue, attempt=view.attempt, now=now, policy=policy):

@@ -16,6 +16,8 @@ from task_operator.statuses import clip
 
 DISK_FULL: Final = "DiskFull"
 """Reason of an attempt whose pod was evicted for what it wrote itself."""
+NODE_PRESSURE: Final = "NodePressure"
+"""Reason of an attempt whose pods were evicted again and again since their nodes were short of memory or disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,23 @@ def _verdict_of_kubernetes(job: JobState, pod: PodReport | None) -> Verdict:
             return counted(AttemptStalled.reason, message)
         case code:
             return counted("ContainerFailed", f"the runner ended with {_how(code)} without saying why; see its last lines")
+
+
+def burden_on_nodes(pods: Sequence[PodReport], *, most: int) -> Verdict | None:
+    """Judge a Job whose pods are evicted and replaced without end: each may be what its node is short of memory for.
+
+    The kubelet takes pods first that use more than they requested, and the Job controller ignores disruptions of all kinds.
+    Drains, preemption and lost nodes do not count here.
+    """
+    evicted = [pod for pod in pods if pod.under_pressure]
+    if len(evicted) < most:
+        return None
+    message = (
+        f"cannot finish the attempt: {len(evicted)} pods of it were evicted, the last one: {evicted[-1].message.strip()} "
+        "Give the task a larger spec.resourceClass, or add a node"
+    )
+    failure = Failure(reason=NODE_PRESSURE, message=clip(message), retryable=True, log=_log_of(evicted[-1]))
+    return Verdict(failure=failure, started_at=evicted[-1].started_at)
 
 
 def _how(code: int) -> str:

@@ -178,6 +178,7 @@ def _terminated(**fields: Any) -> dict[str, Any]:
 
 
 UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes"}
+BY_KUBELET = {"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet"}
 VOLUME_FULL = 'Usage of EmptyDir volume "tmp" exceeds the limit "1Gi". '
 DISRUPTED = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "drained"}
 
@@ -258,8 +259,37 @@ DISRUPTED = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionBy
         ),
         pytest.param(
             _pod_manifest("Failed", reason="Evicted", message="The node was low on resource: memory."),
-            pod(alive=False, disrupted="Evicted", message="The node was low on resource: memory."),
+            pod(alive=False, disrupted="Evicted", under_pressure=True, message="The node was low on resource: memory."),
+            id="it was evicted by its node, a kubelet before 1.26",
+        ),
+        pytest.param(
+            _pod_manifest(
+                "Failed",
+                reason="Evicted",
+                message="The node was low on resource: memory.",
+                conditions=[BY_KUBELET | {"message": "The node was low on resource: memory."}],
+            ),
+            pod(
+                alive=False,
+                disrupted="TerminationByKubelet",
+                under_pressure=True,
+                message="The node was low on resource: memory.",
+            ),
             id="it was evicted by its node",
+        ),
+        pytest.param(
+            _pod_manifest(
+                "Failed",
+                reason="Preempting",
+                message="Preempted in order to admit critical pod",
+                conditions=[BY_KUBELET | {"message": "Pod was preempted by Kubelet to accommodate a critical pod."}],
+            ),
+            pod(
+                alive=False,
+                disrupted="TerminationByKubelet",
+                message="Pod was preempted by Kubelet to accommodate a critical pod.",
+            ),
+            id="it had to make room for a critical pod",
         ),
         pytest.param(
             {"metadata": {"name": "pod-1", "uid": "pod-1"}},

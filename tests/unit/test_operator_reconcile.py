@@ -683,6 +683,39 @@ ROWS = [
             ("though it stored that it hands back", None, stored(handed_back("HandedBack"), written=19)),
         )
     ),
+    *(
+        Row(
+            f"pods that are evicted again and again are counted when the node was short of something: {what}",
+            Observed(
+                task=task(status=processing(), spec={"retry": {"limit": limit}}),
+                jobs=(job(),),
+                jobs_changed_at=at(30),
+                answered=PODS,
+                pods=(
+                    *(
+                        ended_pod(
+                            uid=f"pod-{number}",
+                            exit_code=137,
+                            disrupted="TerminationByKubelet",
+                            under_pressure=pressed,
+                            message="The node was low on resource: memory. ",
+                        )
+                        for number in range(times)
+                    ),
+                    pod(uid="next", waiting=Waiting("PodPending")),
+                ),
+            ),
+            status=status,
+            delete=[name_of(1)] if status["phase"] != "Queued" else [],
+            after=after,
+        )
+        for what, times, pressed, limit, status, after in (
+            ("not yet", 2, True, 3, {"phase": "Queued", "queue.reason": "Evicted", "attempts": []}, 19.5),
+            ("not for a drain", 9, False, 3, {"phase": "Queued", "queue.reason": "Evicted", "attempts": []}, 19.5),
+            ("three times", 3, True, 3, {"phase": "Retrying", "error.reason": "NodePressure"}, 10),
+            ("the last attempt", 3, True, 0, {"phase": "Failed", "error.reason": "NodePressure"}, None),
+        )
+    ),
     Row(
         "unless its work was done before",
         Observed(
