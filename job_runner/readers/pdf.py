@@ -24,27 +24,29 @@ def read_pdf(file: BinaryIO, *, name: str, on_progress: OnProgress, recognize: R
     import pypdfium2
 
     pdf = _opened(file, name=name)
-    count = len(pdf)
-    if count == 0:
-        raise ReadingFailed("DocumentUnreadable", f"cannot read {name}: the PDF has no pages; it is damaged")
-    bookmarks = _bookmarks(pdf)
     lines: list[Line] = []
     failed: list[int] = []
     scans: list[int] = []
-    for number in range(1, count + 1):
-        if number % _WINDOW == 0:
-            pdf.close()
-            pdf = _opened(file, name=name)
-        try:
-            found, is_scan = _page_lines(pdf, number, with_sizes=not bookmarks, recognize=recognize)
-        except (pypdfium2.PdfiumError, ValueError, UnicodeError):
-            failed.append(number)
-        else:
-            lines += found
-            if is_scan and not found and recognize is None:
-                scans.append(number)
-        on_progress(number, count)
-    pdf.close()
+    try:
+        count = len(pdf)
+        if count == 0:
+            raise ReadingFailed("DocumentUnreadable", f"cannot read {name}: the PDF has no pages; it is damaged")
+        bookmarks = _bookmarks(pdf)
+        for number in range(1, count + 1):
+            if number % _WINDOW == 0:
+                pdf.close()
+                pdf = _opened(file, name=name)
+            try:
+                found, is_scan = _page_lines(pdf, number, with_sizes=not bookmarks, recognize=recognize)
+            except (pypdfium2.PdfiumError, ValueError, UnicodeError):
+                failed.append(number)
+            else:
+                lines += found
+                if is_scan and not found and recognize is None:
+                    scans.append(number)
+            on_progress(number, count)
+    finally:
+        pdf.close()  # also one that is closed
     if not lines:
         if scans:
             raise ReadingFailed("DocumentEmpty", f"cannot index {name}: none of its {count} pages has text; {NEEDS_OCR}")

@@ -14,8 +14,7 @@ from job_runner import export_onnx
 from job_runner.embed import make_embedder
 from job_runner.model_folder import folder_of
 from tests.support.runner_lab import NAMESPACE, ROOT, Lab
-
-NAME = "all-MiniLM-L6-v2"
+from tests.torch.conftest import NAME
 
 
 async def test_a_document_is_found_by_meaning_and_other_models_are_kept_apart(lab: Lab, tmp_path: Path) -> None:

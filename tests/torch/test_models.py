@@ -1,6 +1,5 @@
 """Models of sentence-transformers in all their shapes, whole and damaged. The contract of all models is in tests/unit."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,32 +14,17 @@ from sentence_transformers.sentence_transformer.modules import Dense, Pooling
 
 from job_runner.embed import Embedder, make_embedder
 from job_runner.embed_torch import SentenceTransformerEmbedder
-from job_runner.model_folder import described, folder_of
+from job_runner.model_folder import described
 from task_contract.errors import ModelUnavailable
+from tests.torch.conftest import NAME, carried, change_json
 
 TEXTS = ["A failed task is tried three times.", "知识库", "The meeting is on Monday."]
-NAME = "all-MiniLM-L6-v2"
-
-
-def carried() -> Path:
-    found = folder_of(NAME)
-    assert found is not None
-    return found
-
-
-@pytest.fixture(scope="module")
-def original() -> Embedder:
-    return make_embedder(NAME)
 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """A copy of the model that a test may change."""
     return Path(shutil.copytree(carried(), tmp_path / "a-model"))
-
-
-def change_json(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:

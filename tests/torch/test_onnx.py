@@ -1,10 +1,8 @@
 """Models exported to ONNX, beside the same ones under sentence-transformers."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +12,9 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from job_runner import export_onnx
 from job_runner.embed import Embedder, make_embedder
 from job_runner.embed_onnx import OnnxEmbedder
-from job_runner.model_folder import folder_of
 from task_contract.errors import ModelUnavailable
+from tests.torch.conftest import NAME, carried, change_json
 
-NAME = "all-MiniLM-L6-v2"
 TEXTS = [
     "A failed task is tried three times.",
     "The meeting is on Monday; bring the minutes of the last one, please.",
@@ -28,17 +25,6 @@ TEXTS = [
     "x",
     "A text beyond what the model reads. " * 60,
 ]
-
-
-def carried() -> Path:
-    found = folder_of(NAME)
-    assert found is not None
-    return found
-
-
-@pytest.fixture(scope="module")
-def original() -> Embedder:
-    return make_embedder(NAME)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +38,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(exported: Path, tmp_path: Path) -> Path:
     """A copy of the export that a test may change."""
     return Path(shutil.copytree(exported, tmp_path / "a-model"))
-
-
-def change_json(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_vectors_are_those_of_sentence_transformers(original: Embedder, exported: Path) -> None:
