@@ -19,7 +19,7 @@ from devstack.progress import DevstackError
 BENCHMARKS = ("devstack", "document", "operator", "pipeline", "projection", "store_limits")
 NAMED_ONLY = ("store_limits",)
 """Takes half an hour, and is left out where all are run."""
-PARTED = ("operator", "pipeline")
+PARTED = ("operator", "pipeline", "store_limits")
 """Have parts."""
 RESULTS = Path(__file__).resolve().parents[2] / "build/bench"
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -47,13 +47,17 @@ _MILVUS_LIMIT: Final = "QUOTAANDLIMITS_LIMITS_MAXCOLLECTIONNUM"
 """Milvus takes each of its settings from the environment too, in capitals and with underscores."""
 
 
-def run(*, most: int = MOST, minutes: float = MINUTES) -> list[Measurement]:
-    """Fill both stores until one has MOST knowledge bases, says no, or the time is over."""
+def run(only: Sequence[str] = (), *, most: int = MOST, minutes: float = MINUTES) -> list[Measurement]:
+    """Fill both stores, or one, until they have MOST knowledge bases, say no, or the time is over. Raises DevstackError."""
+    if unknown := [name for name in only if name not in {store.NAME for store in (milvus, elasticsearch)}]:
+        raise DevstackError(f"no part {', '.join(unknown)}: the parts are {milvus.NAME}, {elasticsearch.NAME}")
     measured = []
-    with _servers(most=2) as urls:
-        measured.append(asyncio.run(_refusal(urls)))
+    if milvus.NAME in (only or [milvus.NAME]):
+        with _servers(most=2) as urls:
+            measured.append(asyncio.run(_refusal(urls)))
     with _servers() as urls:
-        return measured + asyncio.run(_fill_both(urls, most=most, until=time.monotonic() + 60 * minutes))
+        sides = [side for side in _sides(urls) if side.process in (only or [side.process])]
+        return measured + asyncio.run(_fill_all(sides, most=most, until=time.monotonic() + 60 * minutes))
 
 
 # ----------------------------------------------------------------------------------------------------------- the servers
@@ -178,8 +182,8 @@ def _row(number: int) -> Row:
 # -------------------------------------------------------------------------------------------------------------- filling
 
 
-async def _fill_both(urls: dict[str, str], *, most: int, until: float) -> list[Measurement]:
-    found = await asyncio.gather(*(_fill(side, most=most, until=until) for side in _sides(urls)))
+async def _fill_all(sides: Sequence[Side], *, most: int, until: float) -> list[Measurement]:
+    found = await asyncio.gather(*(_fill(side, most=most, until=until) for side in sides))
     return [one for measured in found for one in measured]
 
 
@@ -209,20 +213,21 @@ async def _grow(side: Side, mark: int, *, until: float) -> bool:
         nonlocal failed
         while waiting and failed < TRIES:
             if time.monotonic() > until:
+                failed = TRIES  # for the other worker too
                 side.told.append("the time was over")
-                failed = TRIES
                 return
             number = waiting.pop()
             try:
                 seconds = await _make(side, number)
             except TaskError as error:
                 waiting.append(number)
-                if isinstance(error, StoreCapacity) and side.raise_limit is not None:
-                    side.told.append(f"{error.reason} at {len(side.created)}: {error.message}; {await side.raise_limit()}")
-                    side.raise_limit = None
-                    continue
-                failed += 1
                 side.told.append(f"{error.reason} at {len(side.created)}: {error.message[:300]}")
+                raise_limit, side.raise_limit = side.raise_limit, None
+                if isinstance(error, StoreCapacity) and raise_limit is not None:
+                    side.told.append(await raise_limit())
+                else:
+                    side.raise_limit = raise_limit
+                    failed += 1
             else:
                 failed = 0
                 side.created.append(seconds)

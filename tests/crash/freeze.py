@@ -13,16 +13,19 @@ import re
 import shutil
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from devstack import up
+from task_contract.lifecycle import ExitCode
 from task_contract.names import DOCUMENT_ROOT
 from tests.crash.faults import Action
 from tests.crash.life import NEW, OLD, Life, Scenario, Track, World
 from tests.crash.oracle import look
+from tests.crash.sweeping import SweepLife
 from tests.support.devstack import Kubectl
 from tests.support.frozen_stores import taken
 from tests.support.operator_lab import ROOT, until
@@ -34,6 +37,7 @@ SCENARIOS = (
     Scenario("given-back", first_pod={"TASKS_MILVUS_URL": "http://127.0.0.1:9"}),
     Scenario("cancel", runner={"Elasticsearch PUT _bulk #1 after": Action.STOP}, cancel=True, phase="Canceled"),
     Scenario("unchanged"),
+    Scenario("delete", deletes=True),
     Scenario("missing", seeded=False, phase="Failed"),
 )
 FILES = {"unchanged": OLD, "missing": "missing.txt"}
@@ -78,12 +82,15 @@ def keep(name: str, task: dict[str, Any], seen: dict[str, dict[str, Any]]) -> No
     seen.setdefault(f"{name}-{status['phase']}-{ready['reason']}{stage}".lower(), task)
 
 
-async def others(track: Track, seen: dict[str, dict[str, Any]]) -> None:
-    """Keep a task that is suspended, and a health check from its beginning to its end."""
+async def others(track: Track, seen: dict[str, dict[str, Any]]) -> set[str]:
+    """Keep a task that is suspended, and two of other kinds from beginning to end; return the statements that were sent."""
+    gone = {"action": "delete_knowledge_base", "confirm": "kb-gone"}
     specs: dict[str, dict[str, Any]] = {
         "suspended": {"type": "document_processing", "kbId": "kb", "payload": {"filePath": "a.txt"}, "suspend": True},
         "health": {"type": "health_check", "priority": "high", "payload": {"components": ["postgres", "milvus"]}},
+        "deletion": {"type": "document_processing", "kbId": "kb-gone", "payload": gone},
     }
+    await track.seed("kb-gone", "document", uid=str(uuid.uuid4()))
     for name, spec in specs.items():
         body = {"apiVersion": "tasks.zzdsj.io/v1", "kind": "ProcessingTask", "metadata": {"name": name}, "spec": spec}
         await track.place.kube.do("POST", track.place.path("processingtasks"), body)
@@ -93,9 +100,22 @@ async def others(track: Track, seen: dict[str, dict[str, Any]]) -> None:
             task = await track.place.task(name)
             assert task is not None
             keep(name, task, seen)
-        return any(key.startswith("health-completed") for key in seen) and "suspended-queued-suspended" in seen
+        return {"suspended-queued-suspended", "health-completed-completed", "deletion-completed-deleted"} <= seen.keys()
 
-    await until("the health check has ended", done, interval=0.02)
+    await until("the health check and the deletion have ended", done, interval=0.02, seconds=60)
+    assert track.node.life is not None
+    return track.node.life.record("operator").statements | track.node.life.record("runner").statements
+
+
+async def swept(world: World) -> set[str]:
+    """Sweep a namespace that has everything to be swept; return the statements that were sent."""
+    life = SweepLife(world)
+    try:
+        await life.prepare()
+        assert await life.sweep() == ExitCode.SUCCEEDED
+        return life.record.statements
+    finally:
+        await life.aclose()
 
 
 async def rows(world: World) -> dict[str, list[dict[str, Any]]]:
@@ -122,9 +142,11 @@ async def freeze(release: Path) -> None:
             for scenario in SCENARIOS:
                 print(f"  > {scenario.name}", file=sys.stderr, flush=True)
                 statements |= await record(track, scenario, seen)
-            await others(track, seen)
+            print("  > other tasks, and a sweep", file=sys.stderr, flush=True)
+            statements |= await others(track, seen) | await swept(world)
             written = await rows(world)
-            document = await world.sql.fetchval("SELECT max(document_id) FROM documents WHERE kb_id = $1", track.kb_id)
+            published = "SELECT max(document_id) FROM documents WHERE namespace = $1 AND kb_id = $2 AND chunk_count > 0"
+            document = await world.sql.fetchval(published, track.place.namespace, track.kb_id)
             stored = await taken(track.stores(track.kb_id), document)
             root = str(world.documents)
     write(release, _without(root, seen), _without(root, written), sorted(statements), stored)

@@ -233,7 +233,7 @@ class Track:
                 "payload": (
                     {"action": "delete", "documentId": life.document_id}
                     if life.scenario.deletes
-                    else self._payload(life, life.file)
+                    else self._payload(life.document_id, life.file)
                 ),
                 "retry": {"limit": 4, "initialDelay": "1s", "maxDelay": "1s", "jitter": 0},
             }
@@ -309,26 +309,25 @@ class Track:
             raise AssertionError(f"{error}\n{operator.log.read_text()[-3000:]}") from None
 
     @staticmethod
-    def _payload(life: Life, file: str) -> dict[str, object]:
-        return {"filePath": file, "documentId": life.document_id, "chunkSize": 100, "chunkOverlap": 0}
+    def _payload(document_id: str, file: str) -> dict[str, object]:
+        return {"filePath": file, "documentId": document_id, "chunkSize": 100, "chunkOverlap": 0}
 
     async def _seed(self, life: Life) -> None:
         """Publish the old content; in a new knowledge base, nothing."""
-        if not life.scenario.seeded:
-            return
+        if life.scenario.seeded:
+            await self.seed(life.kb_id, life.document_id, uid=life.seed)
+
+    async def seed(self, kb_id: str, document_id: str, *, uid: str) -> None:
+        """Publish the old content as a document, by a task of this uid."""
         task = ProcessingTask.model_validate(
             {
                 "metadata": {
                     "name": "seed",
                     "namespace": self.place.namespace,
-                    "uid": life.seed,
+                    "uid": uid,
                     "creationTimestamp": NOON.isoformat(),
                 },
-                "spec": {
-                    "type": "document_processing",
-                    "kbId": life.kb_id,
-                    "payload": self._payload(life, OLD),
-                },
+                "spec": {"type": "document_processing", "kbId": kb_id, "payload": self._payload(document_id, OLD)},
             }
         )
         done = await run_pipeline(task, self.world.settings(holder="seed"), HashEmbedder())

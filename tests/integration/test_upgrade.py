@@ -165,7 +165,9 @@ async def _insert(sql: "asyncpg.Connection[Any]", rows: Mapping[str, list[dict[s
     for table, found in rows.items():
         columns = ", ".join(found[0])
         await sql.execute(
-            f"INSERT INTO {table} ({columns}) SELECT {columns} FROM json_populate_recordset(NULL::{table}, $1)",
+            # As in a dump: also numbers that the table itself counts.
+            f"INSERT INTO {table} ({columns}) OVERRIDING SYSTEM VALUE "
+            f"SELECT {columns} FROM json_populate_recordset(NULL::{table}, $1)",
             json.dumps(found),
         )
 
