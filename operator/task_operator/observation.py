@@ -96,7 +96,7 @@ class Policy:
     give_back_memory: timedelta = timedelta(minutes=10)
     """An attempt that ran longer than this starts the doubling anew."""
     evictions_under_pressure: int = 3
-    """An attempt whose pods were evicted so often, since nodes were short of something, is counted: it may be their doing."""
+    """An attempt whose pods nodes under pressure evicted so often is counted: it may be their doing."""
     stuck_patience: timedelta = timedelta(seconds=60)
     """So long after its grace period a pod that was told to stop may be there, before its attempt goes elsewhere."""
     job_ttl: timedelta = timedelta(minutes=5)
