@@ -545,14 +545,15 @@ def _seen(values: Sequence[Any]) -> Seen:
 
 
 def _attempts(text: str) -> list[Attempt]:
-    """Read ``status.attempts``; what has no number is left out."""
-    return [
-        Attempt(
+    """Read ``status.attempts``; what has no number is left out, and of two with the same one the last counts."""
+    read = {
+        number: Attempt(
             number, _text(one.get("job")) or "", _time(one.get("startedAt")), _time(one.get("finishedAt")), one.get("reason")
         )
         for one in orjson.loads(text)
         if (number := _small(one.get("number"))) is not None
-    ]
+    }
+    return list(read.values())
 
 
 def _error_of(attempt: Attempt, values: Sequence[Any]) -> str | None:

@@ -5,6 +5,7 @@ import json
 import uuid
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -366,7 +367,7 @@ async def test_fences_that_are_too_many_to_wait_are_raised_by_the_next_sweep(
 
 @pytest.fixture
 def operator(place: Place, cluster: Endpoints, url: str, tmp_path: Path) -> OperatorProcess:
-    environment = {"OPERATOR_POSTGRES_URL": url}
+    environment = {"OPERATOR_POSTGRES_URL": url, "OPERATOR_HISTORY_DAYS": "2"}
     return OperatorProcess(kubeconfig=cluster.kubeconfig, namespaces=[place.namespace], folder=tmp_path, **environment)
 
 
@@ -394,3 +395,22 @@ async def test_all_nine_attempts_of_a_flaky_task_are_kept(
         assert told == [*story, ("Processing", 9, "Processing"), ("Completed", 9, "Completed")]
         messages = await sql.fetch("SELECT error->>'message' AS text FROM attempts WHERE task_uid = $1 AND number < 9", uid)
         assert {row["text"] for row in messages} <= {None, *(f"cannot parse page {number}" for number in range(1, 9))}
+
+
+async def test_the_operator_deletes_history_after_so_many_days_as_it_is_told(
+    operator: OperatorProcess, database: Database, sql: "asyncpg.Connection[Any]"
+) -> None:
+    old, young = (str(uuid.uuid4()) for _ in range(2))
+    for version, (uid, hours) in enumerate([(old, 49), (young, 47)], 1):
+        database.submit(_task(version, uid=uid, status=finished()), deleted=True)
+        look = partial(sql.fetchval, "SELECT phase FROM tasks WHERE uid = $1", uid)
+        await _eventually("it is archived", "Completed", look)
+        await sql.execute("UPDATE tasks SET deleted_at = now() - $1::interval WHERE uid = $2", timedelta(hours=hours), uid)
+    async with operator.at_work():
+        await _eventually("the old one has gone", [], lambda: _story(sql, old))
+        assert await _count(sql, "tasks", "task_events", "attempts") == {"tasks": 1, "task_events": 3, "attempts": 1}
+
+        async def counted() -> bool:
+            return "task_operator_history_expired_total 1.0" in (await operator.get("/metrics"))[1]
+
+        await until("it is counted", counted)

@@ -237,11 +237,12 @@ def test_an_attempt_that_was_given_back_is_withdrawn(
 
 
 def test_attempts_are_read_from_the_status_as_far_as_they_can_be() -> None:
-    odd = [{"job": "x"}, {"number": 70_000}, {"number": 2, "startedAt": "soon"}, {"number": 1, "finishedAt": stamp(20)}]
+    ends = {"number": 1, "finishedAt": stamp(20)}
+    odd = [{"job": "x"}, {"number": 70_000}, {"number": 1}, {"number": 2, "startedAt": "soon"}, ends]
     read = _attempts(json.dumps(odd))
     assert [(one.number, one.job, one.started_at, one.finished_at) for one in read] == [
-        (2, "", None, None),
         (1, "", None, at(20)),
+        (2, "", None, None),
     ]
 
 
