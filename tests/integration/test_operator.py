@@ -34,15 +34,6 @@ Start = Callable[..., OperatorProcess]
 
 
 @pytest.fixture
-def process(place: Place, cluster: Endpoints, tmp_path: Path) -> Start:
-    def start(**environment: str) -> OperatorProcess:
-        given = {"kubeconfig": cluster.kubeconfig, "namespaces": [place.namespace], "folder": tmp_path}
-        return OperatorProcess(**(given | environment))  # type: ignore[arg-type]  # a test may replace any of them
-
-    return start
-
-
-@pytest.fixture
 async def proxy(cluster: Endpoints, tmp_path: Path) -> AsyncIterator[Proxy]:
     proxy = Proxy(Access.from_kubeconfig(cluster.kubeconfig), folder=tmp_path)
     await proxy.start()

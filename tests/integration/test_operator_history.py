@@ -3,7 +3,7 @@
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,6 @@ import asyncpg
 import pytest
 
 from devstack import Endpoints
-from devstack.stores import postgres
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.models import Failure
 from task_operator.archive import Archive
@@ -21,7 +20,6 @@ from task_operator.backlog import Row
 from task_operator.jobs import RunnerTemplate
 from task_operator.metrics import Metrics
 from task_operator.projection import _ALONE, Database, _upsert, _values
-from task_operator.schema import migrate
 from task_operator.sweeper import Sweeper
 from tests.docs.blocks import ROOT, blocks
 from tests.support.operator_lab import Kubelet, OperatorProcess, Place, until
@@ -31,33 +29,6 @@ pytestmark = pytest.mark.integration
 
 UID = manifest()["metadata"]["uid"]
 Sql = "asyncpg.Connection[Any]"
-
-
-@pytest.fixture
-async def url(stores: Endpoints) -> AsyncIterator[str]:
-    name = f"history_{uuid.uuid4().hex[:10]}"
-    url = await asyncio.to_thread(postgres.create_database, name)
-    await migrate(url)
-    yield url
-    await asyncio.to_thread(postgres.drop_database, name)
-
-
-@pytest.fixture
-async def sql(url: str) -> "AsyncIterator[asyncpg.Connection[Any]]":
-    connection = await asyncpg.connect(url)
-    yield connection
-    await connection.close()
-
-
-@pytest.fixture
-async def database(url: str) -> AsyncIterator[Database]:
-    database = Database(url, metrics=Metrics())
-    await database.warm_up()
-    work = asyncio.create_task(database.run())
-    yield database
-    work.cancel()
-    await asyncio.wait([work])
-    await database.aclose()
 
 
 def _task(version: int, *, uid: str = UID, **parts: Any) -> dict[str, Any]:

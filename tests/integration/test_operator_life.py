@@ -11,10 +11,8 @@ import asyncpg
 import pytest
 
 from devstack import Endpoints
-from devstack.stores import postgres
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.models import Result
-from task_operator.schema import migrate
 from tests.support.devstack import Kubectl
 from tests.support.operator_lab import Kubelet, OperatorProcess, Place, ended, running, until
 
@@ -25,31 +23,6 @@ GOES_ON: dict[int, AttemptOutcome | None] = {1: None}
 STUCK = 3  # seconds, instead of a minute
 
 Start = Callable[..., OperatorProcess]
-
-
-@pytest.fixture
-async def url(stores: Endpoints) -> AsyncIterator[str]:
-    name = f"operator_{uuid.uuid4().hex[:10]}"
-    url = await asyncio.to_thread(postgres.create_database, name)
-    await migrate(url)
-    yield url
-    await asyncio.to_thread(postgres.drop_database, name)
-
-
-@pytest.fixture
-async def sql(url: str) -> "AsyncIterator[asyncpg.Connection[Any]]":
-    connection = await asyncpg.connect(url)
-    yield connection
-    await connection.close()
-
-
-@pytest.fixture
-def process(place: Place, cluster: Endpoints, tmp_path: Path) -> Start:
-    def start(**environment: str) -> OperatorProcess:
-        given = {"kubeconfig": cluster.kubeconfig, "namespaces": [place.namespace], "folder": tmp_path}
-        return OperatorProcess(**(given | environment))  # type: ignore[arg-type]  # a test may replace any of them
-
-    return start
 
 
 # -------------------------------------------------------------------------------------------------------------- limits

@@ -4,7 +4,7 @@ import asyncio
 import json
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,33 +35,6 @@ FAILURE = AttemptOutcome(
     reason="ParserCrashed",
     error=Failure(reason="ParserCrashed", message="cannot parse", retryable=True),
 )
-
-
-@pytest.fixture
-async def url(stores: Endpoints) -> AsyncIterator[str]:
-    name = f"operator_{uuid.uuid4().hex[:10]}"
-    url = await asyncio.to_thread(postgres.create_database, name)
-    await migrate(url)
-    yield url
-    await asyncio.to_thread(postgres.drop_database, name)
-
-
-@pytest.fixture
-async def sql(url: str) -> "AsyncIterator[asyncpg.Connection[Any]]":
-    connection = await asyncpg.connect(url)
-    yield connection
-    await connection.close()
-
-
-@pytest.fixture
-async def database(url: str) -> AsyncIterator[Database]:
-    database = Database(url, metrics=Metrics())
-    await database.warm_up()
-    work = asyncio.create_task(database.run())
-    yield database
-    work.cancel()
-    await asyncio.wait([work])
-    await database.aclose()
 
 
 async def _acknowledged(database: Database, uid: str, version: int) -> None:
