@@ -16,6 +16,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.e2e, pytest.mark.timeout(600)
 
 SEGFAULT = "import faulthandler, ctypes; faulthandler.enable(); ctypes.string_at(0)"
 IMPORT = "import a_module_of_another_release"
+# What the runner's watchdog leaves of a library that holds the interpreter's lock.
+LOCK = "import faulthandler, re; faulthandler.dump_traceback_later(1, exit=True); re.match(r'(x+x+)+y', 'x' * 64)"
 MEMORY = "import time; print('reading', flush=True); x = bytearray(b'x') * (1 << 30); time.sleep(600)"
 DISK = """
 import os, time
@@ -77,6 +79,7 @@ async def poisoned(kube: Kube, place: Place, node: Endpoints, tmp_path: Path) ->
     [
         pytest.param(SEGFAULT, "ContainerFailed", "139 (SIGSEGV)", 'File "<string>", line 1 in <module>', id="segfault"),
         pytest.param(IMPORT, "ContainerFailed", "exit code 1 ", "ModuleNotFoundError: No module named", id="import"),
+        pytest.param(LOCK, "NoProgress", "no progress for spec.stallTimeout", " in match", id="lock"),
         pytest.param(MEMORY, "OOMKilled", "more memory than its limit", "reading", id="memory"),
         pytest.param(DISK, "DiskFull", 'EmptyDir volume "tmp" exceeds the limit "16Mi"', "", id="disk"),
     ],
