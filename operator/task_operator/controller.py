@@ -467,10 +467,9 @@ class Controller:
             await self._list_jobs(namespace)
         if held is not None:
             await self._mark_deleted(held)
-        soon = self._clock().timestamp() + self._resync_seconds
+        now = self._clock().timestamp()
         for key, cached in self._cache.tasks():
-            if (self._idle_until(key, cached) or 0) <= soon:
-                self._queue.add(key)
+            self._look_after(key, (self._idle_until(key, cached) or now) - now)
         for key in self._cache.job_keys():
             known = self._cache.task(key)
             if known is None:
@@ -525,13 +524,13 @@ class Controller:
                 self._gone(key, None)
 
     async def _list_jobs(self, namespace: str | None) -> None:
-        before = self._cache.job_uids()
+        before, now = self._cache.job_uids(), self._clock()
         seen: set[str] = set()
         async for page in self._api.list_jobs(namespace):
             for manifest in page.items:
                 job = JobState.from_manifest(manifest)
                 seen.add(job.uid)
-                self._cache.put_job(job, now=self._clock())
+                self._cache.put_job(job, now=now)
         for key in self._cache.job_keys():
             for job in self._cache.jobs(key):
                 inside = namespace is None or key[0] == namespace
@@ -606,11 +605,11 @@ class Controller:
         if changed:
             self._queue.add(key)  # whether that was all, a look at what is there now tells
         elif decision.after is not None:
-            self._look_after(key, decision.after.total_seconds())
+            self._look_after(key, max(decision.after.total_seconds(), 0.05))
 
     def _look_after(self, key: Key, seconds: float) -> None:
         if seconds <= self._resync_seconds:  # else the resync comes first
-            self._queue.add_after(key, max(seconds, 0.05))
+            self._queue.add_after(key, seconds)
 
     async def _decide(self, task: _Task, facts: _Facts) -> Decision:
         if task.parsed is None:

@@ -227,8 +227,8 @@ async def test_a_task_that_has_changed_is_not_deleted(server: Server, client: Cl
 async def test_lists_come_in_pages(server: Server, client: Cluster) -> None:
     server.says(200, {"metadata": {"resourceVersion": "9", "continue": "next"}, "items": [{"a": 1}]})
     server.says(200, {"metadata": {"resourceVersion": "9"}, "items": None})
-    pages = [page async for page in client.list_jobs("knowledge")]
-    assert [(page.items, page.resource_version) for page in pages] == [([{"a": 1}], 9), ([], 9)]
+    pages = [(list(page.items), page.resource_version) async for page in client.list_jobs("knowledge")]
+    assert pages == [([{"a": 1}], 9), ([], 9)]
     assert "labelSelector=app.kubernetes.io/managed-by%3Dprocessing-tasks" in server.asked[0][1]
     assert "continue=next" in server.asked[1][1]
 
