@@ -215,8 +215,7 @@ class Lab:
 
     async def warm_up(self) -> None:
         """Have a few tasks completed, so that nothing is done for the first time in what is measured."""
-        deadline = time.monotonic() + 30
-        await self.load.run(name="warm-up", count=WARM_UP, rate=10, patience=deadline - time.monotonic())
+        await self.load.run(name="warm-up", count=WARM_UP, rate=10, patience=60)  # it may have to start first
         if self.load.completed < WARM_UP:
             raise DevstackError(f"cannot warm up: {self.load.completed} of {WARM_UP} completed\n{self.operator.said()}")
         self.load.forget()
