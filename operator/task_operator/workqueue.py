@@ -24,7 +24,7 @@ class WorkQueue(Generic[K]):
         self._due: dict[K, float] = {}
         self._later: list[tuple[float, int, K]] = []  # a heap; what :attr:`_due` does not confirm has been overtaken
         self._order = count()
-        self._timer: asyncio.TimerHandle | None = None  # one for all: a timer a key takes 0.9 KB, and thousands wait
+        self._timer: asyncio.Handle | None = None  # one for all: a timer a key takes 0.9 KB, and thousands wait
         self._failures: dict[K, int] = {}
         self._waiting: deque[asyncio.Future[None]] = deque()
 
@@ -87,7 +87,7 @@ class WorkQueue(Generic[K]):
     def _schedule(self, key: K, at: float) -> None:
         self._due[key] = at
         heapq.heappush(self._later, (at, next(self._order), key))
-        if self._timer is None or at < self._timer.when():
+        if at == self._later[0][0]:
             self._set_timer()
 
     def _set_timer(self) -> None:

@@ -198,6 +198,12 @@ class Running:
             self._process.kill()
             self._process.wait()
 
+    def require_alive(self) -> None:
+        """Raise DevstackError, with the end of its log, if it has ended by itself."""
+        ended = self._operator.exit_code() if self._process is None else self._process.poll()
+        if ended is not None:
+            raise DevstackError(f"cannot measure an operator that has ended with {ended}:\n{self.said()}")
+
     def said(self) -> str:
         """Return the end of its log."""
         return (self._operator.log if self._ours else self._log).read_text()[-3000:]
@@ -224,6 +230,7 @@ class Lab:
         """Run the load, and tell what it took."""
         before, requests = cpu_of_all(self.operator.pid), await self.admin.requests()
         await self.load.run(name="task", count=self.scenario.count, rate=self.scenario.rate, patience=self.scenario.patience)
+        self.operator.require_alive()
         after = cpu_of_all(self.operator.pid)
         used = {name: after[name] - before[name] for name in before}
         requests = await self.admin.requests() - requests
@@ -243,6 +250,7 @@ class Lab:
         await self.operator.start()
         ready = time.monotonic() - began
         cpu = await _quiet(self.operator.pid, seconds=60)
+        self.operator.require_alive()
         requests = await self.admin.requests() - before
         writes = {f"{verb} {what}": float(n) for (verb, what, _), n in requests.items() if verb not in _READS}
         return Round(

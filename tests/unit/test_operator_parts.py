@@ -9,6 +9,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.exposition import generate_latest
@@ -87,6 +88,19 @@ async def test_after_errors_waits_double_to_a_minute_and_a_success_ends_that() -
     queue.done("a")
     assert queue.failed("a") == 1
     queue.close()
+
+
+def test_many_times_on_the_loop_of_the_operator_come_in_their_order() -> None:
+    async def run() -> list[str]:
+        queue: WorkQueue[str] = WorkQueue()
+        loop = asyncio.get_running_loop()
+        for number, late in enumerate((0.02, 0.01, 0.03, 0.00001)):
+            queue.add_after(str(number), late)
+        queue._schedule("past", loop.time() - 1)  # uvloop answers it with a handle that is no timer
+        queue.add_after("last", 0.04)
+        return [await asyncio.wait_for(queue.get(), 5) for _ in range(6)]
+
+    assert uvloop.run(run()) == ["past", "3", "1", "0", "2", "last"]
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
