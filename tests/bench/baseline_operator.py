@@ -77,6 +77,8 @@ def _ended(job: Any, namespace: str) -> dict[str, Any]:
     if outcome is not None and outcome.outcome is Outcome.SUCCEEDED:
         result = None if outcome.result is None else outcome.result.manifest()
         status |= {"phase": "Completed", "progress": 100, "result": result}
+    elif not found.items and any(one["type"] == "Complete" for one in job.status.get("conditions", [])):
+        status |= {"phase": "Completed", "progress": 100}  # a Job that the load ends has no pod
     return status
 
 
