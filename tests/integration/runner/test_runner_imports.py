@@ -10,6 +10,8 @@ import pytest
 
 from job_runner.without_pandas import without_pandas
 
+pytestmark = pytest.mark.integration
+
 NOWHERE = "http://127.0.0.1:9"
 
 
