@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
-from devstack import PARTS, Endpoints
+from devstack import PARTS, DevstackError, Endpoints, images
 from devstack import endpoints as where
 from tests.support import evidence
 from tests.support.devstack import bring_up, fresh_namespace, started_here
@@ -18,13 +18,16 @@ FIXTURES = {"cluster": ["cluster"], "node": ["cluster", "node"], "stores": ["sto
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Bring up all that the collected tests need; if that fails, the fixtures fail with the reason."""
+    """Bring up all that the collected tests need, and build the images; if that fails, the fixtures fail with the reason."""
     if session.config.option.collectonly:
         return
     used = {name for item in session.items if isinstance(item, pytest.Function) for name in item.fixturenames}
     if parts := {part for name in used & FIXTURES.keys() for part in FIXTURES[name]}:
         with contextlib.suppress(pytest.fail.Exception):
             bring_up([part for part in PARTS if part in parts])
+    if "installed" in used:
+        with contextlib.suppress(DevstackError):
+            images.build()
 
 
 @pytest.fixture(scope="session")
