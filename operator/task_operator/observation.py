@@ -82,6 +82,8 @@ class Policy:
 
     pod_patience: timedelta = timedelta(seconds=3)
     """So long a pod may take to start before anybody looks why."""
+    controller_patience: timedelta = timedelta(seconds=30)
+    """So long the Job controller may take to notice a Job before anybody looks for a pod of it."""
     pod_look_interval: timedelta = timedelta(seconds=60)
     """Longest time between two looks at pods that do not start."""
     pending_deadline: timedelta = timedelta(hours=1)

@@ -278,8 +278,8 @@ def _stopping(
     The Job controller makes no other pod before that one has stopped, which may be never. None: no such pod.
     """
     changed = observed.jobs_changed_at or job.created_at or now
-    if job.suspended or now - changed < policy.pod_patience:
-        return None
+    if job.suspended or job.started_at is None or now - changed < policy.pod_patience:
+        return None  # or the Job controller has not taken it up: there is no pod
     if Need.PODS not in observed.answered:
         return Decision(needs=frozenset({Need.PODS}))
     alive = [pod for pod in pods_of(job, observed.pods) if pod.alive]
@@ -353,6 +353,9 @@ def _starting(observed: Observed, view: View, job: JobState, *, now: datetime, r
     changed = observed.jobs_changed_at or job.created_at or now
     if now - changed < policy.pod_patience:
         return Decision(after=policy.pod_patience - max(now - changed, timedelta()))
+    unseen = now - (job.created_at or changed)
+    if job.started_at is None and not job.suspended and timedelta() <= unseen < policy.controller_patience:
+        return Decision(after=policy.controller_patience - unseen)  # in a burst it lags behind: there is no pod to look at
     queue = wait_of(observed, job, now=now)
     if isinstance(queue, Need):
         return Decision(needs=frozenset({queue}))

@@ -142,6 +142,7 @@ def job(attempt: int = 1, *, queued_at: float = 0, **fields: Any) -> JobState:
         "attempt": attempt,
         "queue_stamp": stamp(queued_at),
         "created_at": at(1),
+        "started_at": at(1),
     }
     return JobState(**(known | fields))
 

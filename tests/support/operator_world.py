@@ -190,7 +190,7 @@ class World:
                         "containerStatuses": [_container({"running": {"startedAt": _stamp(self.now)}})],
                     },
                 }
-                job["status"] = {"active": 1, "ready": 1}
+                job["status"] = {"active": 1, "ready": 1, "startTime": _stamp(self.now)}
                 self._touch("job", "MODIFIED", job)
                 return True
         return False
@@ -236,7 +236,7 @@ class World:
             if pod["status"]["phase"] == "Running" and job is not None and name not in self.lost:
                 self.lost.add(name)
                 pod["metadata"]["deletionTimestamp"] = _stamp(self.now + timedelta(seconds=30))
-                job["status"] = {"terminating": 1}
+                job["status"] = {"terminating": 1, "startTime": _stamp(self.now)}
                 self._touch("job", "MODIFIED", job)
 
     def return_node(self) -> None:

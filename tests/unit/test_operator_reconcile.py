@@ -95,6 +95,18 @@ ROWS = [
         Observed(task=QUEUED, jobs=(job(),), jobs_changed_at=at(NOW - 1)),
         after=2,
     ),
+    Row(
+        "a Job that the Job controller has yet to notice has no pod to look at",
+        Observed(task=QUEUED, jobs=(job(started_at=None),)),
+        now=21,
+        after=10,
+    ),
+    Row(
+        "one that it does not notice is looked at all the same",
+        Observed(task=QUEUED, jobs=(job(started_at=None),)),
+        now=31,
+        needs=PODS,
+    ),
     Row("a Job without a ready pod has its pods looked at", Observed(task=QUEUED, jobs=(job(),)), needs=PODS),
     Row(
         "why a pod does not start stands in the status",
