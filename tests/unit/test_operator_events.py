@@ -212,7 +212,7 @@ async def test_a_long_wait_is_told_once_by_a_process_and_by_the_next_under_the_s
         world.now = at(seconds)
         await look(first)
     assert [one["note"] for one in told] == [
-        f"waiting for 1m5s (PodNotCreated): the pod of Job {name_of(1)} does not exist yet: kubectl describe job"
+        f"waiting for 1m10s (PodNotCreated): the pod of Job {name_of(1)} does not exist yet: kubectl describe job"
     ]
     await look(controller(world, told))
     assert len(told) == 2
