@@ -19,7 +19,7 @@ EMBEDDED = "Milvus upsert #1 after"
 PUBLISH = Scenario("publish")
 SCENARIOS: list[tuple[Scenario, int, Mapping[str, int]]] = [
     # A new version of a document that readers see.
-    (PUBLISH, 16, {"POST jobs": 1, "PATCH status": 2}),
+    (PUBLISH, 12, {"POST jobs": 1, "PATCH status": 2}),
     # The first document of a knowledge base: collection and index are made.
     (Scenario("first document", seeded=False, own_knowledge_base=True, published=1, roles=("runner",)), 3, {}),
     # An attempt fails and the next one goes on with what it left.
@@ -42,7 +42,7 @@ SCENARIOS: list[tuple[Scenario, int, Mapping[str, int]]] = [
     # The runner's node is lost before it has published. Another pod does; the first one comes back and wants to as well.
     (
         Scenario("lost node", runner={EMBEDDED: Action.STOP}, loses_node=True, roles=("operator",)),
-        6,
+        3,
         {"POST jobs": 2, "PATCH status": 4, "DELETE jobs": 1},
     ),
 ]

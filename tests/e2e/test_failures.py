@@ -21,7 +21,7 @@ from tests.e2e.test_installation import document, long_text, poll, unique, verif
 pytestmark = pytest.mark.e2e
 
 MINUTES = timedelta(minutes=4)
-DOWN = float(os.environ.get("STORE_DOWN_SECONDS", "20"))
+DOWN = float(os.environ.get("STORE_DOWN_SECONDS", "8"))
 """So long a store is down; 600 is the promise (docs/operator.md), seconds suffice to see what becomes of tasks."""
 
 
