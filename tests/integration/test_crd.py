@@ -96,7 +96,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         spec(payload={"action": "delete"}),
         "spec.payload.documentId: delete needs it, or the filePath",
     ),
-    ("delete with a size", with_payload(action="delete", chunkSize=300), "spec.payload.action: only upsert takes fileBytes, chunkSize"),
+    (
+        "delete with a size",
+        with_payload(action="delete", chunkSize=300),
+        "spec.payload.action: only upsert takes fileBytes, chunkSize",
+    ),
     ("delete with labels", with_payload(action="delete", metadata={"a": "b"}), "spec.payload.action: only upsert takes"),
     ("unknown action", with_payload(action="remove"), "spec.payload.action: Unsupported value"),
     ("upsert without a file", spec(payload={"action": "upsert", "documentId": "a"}), "spec.payload.filePath: required"),
