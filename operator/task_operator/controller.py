@@ -75,7 +75,6 @@ from task_operator.metrics import Metrics
 from task_operator.observation import Decision, Fence, Need, Observed, Policy, Refusal, Store, StoredOutcome, view_of
 from task_operator.projection import Database, DatabaseUnavailable, Held
 from task_operator.reconcile import decide, refuse
-from task_operator.resources import unknown_class
 from task_operator.waits import refused_for
 from task_operator.workqueue import WorkQueue
 
@@ -731,9 +730,7 @@ class Controller:
             self._announce(event)
 
     async def _create(self, task: ProcessingTask, *, attempt: int) -> Refusal | None:
-        """Create the Job of an attempt, or find it created; return why it cannot be."""
-        if (problem := unknown_class(task, self._template.classes)) is not None:
-            return Refusal(reason="InvalidTask", message=problem, permanent=True)
+        """Create the Job of an attempt, or find it created; return why the API server refuses it."""
         job = build_job(task, attempt=attempt, template=self._template)
         namespace, name = job["metadata"]["namespace"], job["metadata"]["name"]
         try:

@@ -15,9 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from enum import StrEnum
 from typing import Final, TypeAlias
 
 from task_contract.models import Priority
+from task_operator.cache import Key
 
 HEAD_START: Final[Mapping[str, timedelta]] = {
     str(Priority.HIGH): timedelta(hours=1),
@@ -27,10 +29,17 @@ HEAD_START: Final[Mapping[str, timedelta]] = {
 """So much earlier than it was created a task of a priority counts as created."""
 _CLOSE: Final = 10  # positions in which every step forward is told
 
-Key: TypeAlias = tuple[str, str]
-"""(namespace, name) of a task."""
 _Rank: TypeAlias = tuple[float, Key]
 _Group: TypeAlias = tuple[str, str | None, str]
+
+
+class Limit(StrEnum):
+    """What bounds places; the value is the reason in ``status.queue`` of a task that waits for it."""
+
+    TOTAL = "TotalLimit"
+    NAMESPACE = "NamespaceLimit"
+    TYPE = "TypeLimit"
+    KNOWLEDGE_BASE = "KnowledgeBaseLimit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +55,18 @@ class Limits:
     def __bool__(self) -> bool:
         """Whether there is any limit."""
         return bool(self.total or self.namespace or self.knowledge_base or any(self.types.values()))
+
+    def most(self, limit: Limit, kind: str) -> int:
+        """Return how many places there are; of types those of ``kind``. 0: any number."""
+        match limit:
+            case Limit.TOTAL:
+                return self.total
+            case Limit.NAMESPACE:
+                return self.namespace
+            case Limit.TYPE:
+                return self.types.get(kind, 0)
+            case Limit.KNOWLEDGE_BASE:
+                return self.knowledge_base
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +123,7 @@ class Dispatch:
         self._limits = limits
         self._wake = wake
         self._holders: dict[Key, Claim] = {}
-        self._held: Counter[tuple[str, ...]] = Counter()
+        self._held: Counter[tuple[Limit, tuple[str, ...]]] = Counter()
         self._waiting: dict[Key, Claim] = {}
         self._asked: dict[Key, int] = {}
         self._line: list[_Rank] = []
@@ -177,38 +198,29 @@ class Dispatch:
 
     def _first(self) -> Key | None:
         """Return the first in line whom all limits allow; of each group only its first is looked at."""
-        if self._limits.total and self._held["total",] >= self._limits.total:
+        if self._limits.total and len(self._holders) >= self._limits.total:
             return None
         heads = [group[0] for group in self._groups.values() if self._full(self._waiting[group[0][1]]) is None]
         return min(heads)[1] if heads else None
 
     def _full(self, claim: Claim) -> tuple[str, str] | None:
-        """Return which limit allows no more, as reason and message; None: all do. The widest limit comes first."""
-        limits, held = self._limits, self._held
-        _, namespace, knowledge_base, kind = _counted(claim)
-        of_type = limits.types.get(claim.type, 0)
-        if limits.total and held["total",] >= limits.total:
-            return "TotalLimit", f"{limits.total} tasks have a Job, as many as may"
-        if limits.namespace and held[namespace] >= limits.namespace:
-            return "NamespaceLimit", f"{limits.namespace} tasks of namespace {claim.namespace} have a Job, as many as may"
-        if of_type and held[kind] >= of_type:
-            return "TypeLimit", f"{of_type} tasks of type {claim.type} have a Job, as many as may"
-        if limits.knowledge_base and claim.kb_id is not None and held[knowledge_base] >= limits.knowledge_base:
-            return (
-                "KnowledgeBaseLimit",
-                f"{limits.knowledge_base} tasks of knowledge base {claim.kb_id} have a Job, as many as may",
-            )
+        """Return which limit allows no more, and in words; None: all do. The widest limit comes first."""
+        for limit, whose in _counted(claim):
+            most = self._limits.most(limit, claim.type)
+            if most and self._held[limit, whose] >= most:
+                of = f" of {whose[-1]}" if whose else ""
+                return limit, f"as many tasks{of} have a Job as may: {most}"
         return None
 
 
-def _counted(claim: Claim) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Return what a place counts against: all, its namespace, its knowledge base, its type."""
-    return (
-        ("total",),
-        ("namespace", claim.namespace),
-        ("knowledge base", claim.namespace, claim.kb_id or ""),
-        ("type", claim.type),
-    )
+def _counted(claim: Claim) -> list[tuple[Limit, tuple[str, ...]]]:
+    """Return what a place counts against, and whose."""
+    counted: list[tuple[Limit, tuple[str, ...]]] = [
+        (Limit.TOTAL, ()),
+        (Limit.NAMESPACE, (claim.namespace,)),
+        (Limit.TYPE, (claim.type,)),
+    ]
+    return counted if claim.kb_id is None else [*counted, (Limit.KNOWLEDGE_BASE, (claim.namespace, claim.kb_id))]
 
 
 def _group(claim: Claim) -> _Group:

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from task_contract.lifecycle import ExitCode
 from task_contract.messages import AttemptOutcome, last_lines
-from task_contract.models import Priority, ProcessingTask, Status
+from task_contract.models import Priority, ProcessingTask
 from task_contract.names import (
     API_VERSION,
     ATTEMPT_LABEL,
@@ -102,7 +102,23 @@ def queue_stamp(task: ProcessingTask) -> str:
     return "" if at is None else at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def current_attempt(status: Status) -> int:
+class _Numbered(Protocol):
+    @property
+    def number(self) -> int: ...
+    @property
+    def finished_at(self) -> datetime | None: ...
+
+
+class Attempted(Protocol):
+    """A status, or as much of it as tells the number of an attempt."""
+
+    @property
+    def attempt(self) -> int: ...  # noqa: D102 - see Status
+    @property
+    def attempts(self) -> Sequence[_Numbered]: ...  # noqa: D102 - see Status
+
+
+def current_attempt(status: Attempted) -> int:
     """Return the number of the attempt that runs, waits or comes next: the latest, or the one after if that was counted.
 
     ``status.attempts`` holds counted attempts only (one that is given back leaves it): a finished entry is a spent number.

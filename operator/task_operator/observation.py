@@ -9,6 +9,7 @@ from task_contract.models import Phase, ProcessingTask, Status
 from task_contract.names import job_name
 from task_operator.dispatch import Place
 from task_operator.jobs import JobState, PodReport, current_attempt, queue_stamp
+from task_operator.resources import Size
 
 
 class Need(StrEnum):
@@ -90,6 +91,8 @@ class Policy:
     """So long a pod may fail to start for reasons of its own, such as its image; zero: for ever."""
     capacity_deadline: timedelta = timedelta(days=1)
     """So long it may wait for room (a node, quota) that others may hold; zero: for ever."""
+    resource_classes: frozenset[str] = frozenset(Size)
+    """Names that ``spec.resourceClass`` may have."""
     queue_patience: timedelta = timedelta(seconds=5)
     """So long a task waits for a place before its status says so: most waits are shorter, and each would cost a write."""
     give_back_delay: timedelta = timedelta(seconds=5)

@@ -30,6 +30,7 @@ from task_contract.models import (
 from task_operator.dispatch import Place, worth_telling
 from task_operator.jobs import JobState, pods_of
 from task_operator.observation import Decision, Ending, FenceState, Need, Observed, Policy, Refusal, View, view_of
+from task_operator.resources import unknown_class
 from task_operator.statuses import (
     clip,
     completed,
@@ -459,6 +460,8 @@ def _without_job(observed: Observed, view: View, *, now: datetime, random: float
         if observed.result is not None and observed.result.outcome.outcome in {Outcome.SUCCEEDED, Outcome.FAILED}:
             verdict = verdict_of(observed.result.outcome, None)
             return _judge(observed, view, verdict, now=now, random=random, policy=policy)
+    if (problem := unknown_class(task, policy.resource_classes)) is not None:
+        return Decision(status=failed(task, Failure(reason="InvalidTask", message=clip(problem), retryable=False), now=now))
     if observed.limited and Need.PLACE not in observed.answered:
         return Decision(needs=frozenset({Need.PLACE}))
     if observed.place is not None and not observed.place.granted:

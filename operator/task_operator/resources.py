@@ -12,7 +12,7 @@ the requests that are the default, 256Mi are enough for 1 MiB of text and 512Mi 
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
@@ -118,7 +118,7 @@ def resources_of(task: ProcessingTask, classes: Mapping[str, Resources], growth:
     return {kind: _grown(values, killed, growth) for kind, values in resources.items()}
 
 
-def unknown_class(task: ProcessingTask, classes: Mapping[str, Resources]) -> str | None:
+def unknown_class(task: ProcessingTask, classes: Collection[str]) -> str | None:
     """Return why a task cannot have its class; None if it can."""
     if (name := task.spec.resource_class) is None or name in classes:
         return None

@@ -163,6 +163,7 @@ class Settings(DatabaseSettings):
             pending_deadline=timedelta(seconds=self.pending_deadline_seconds),
             capacity_deadline=timedelta(seconds=self.capacity_deadline_seconds),
             job_ttl=timedelta(seconds=self.job_ttl_seconds),
+            resource_classes=frozenset(self.runner_template().classes),
             stuck_patience=timedelta(seconds=self.stuck_seconds),
         )
 

@@ -20,6 +20,7 @@ from datetime import datetime
 from typing import Final, NamedTuple
 
 from task_contract.models import Phase
+from task_operator.jobs import current_attempt
 
 DELETED: Final = "Deleted"
 """In place of a phase: the task was deleted before it had ended. A finished one has said its last word."""
@@ -80,12 +81,6 @@ class Seen:
     waits_since: datetime | None = None
     """``status.queue.since``."""
 
-    @property
-    def next_attempt(self) -> int:
-        """Number of the attempt that runs, or comes next."""
-        spent = any(one.number == self.attempt and one.finished_at is not None for one in self.attempts)
-        return self.attempt + 1 if spent else max(1, self.attempt)
-
 
 def transitions(told: Transition | None, seen: Seen) -> list[Transition]:
     """Return the events that lead from the last one that was told (None: nothing was) to what is seen now, in order.
@@ -142,7 +137,7 @@ def _goal(seen: Seen) -> Transition:
             at = None if current is None else current.finished_at or current.started_at
         case _:
             at = seen.finished_at
-    attempt = seen.next_attempt if seen.phase == _QUEUED else seen.attempt
+    attempt = current_attempt(seen) if seen.phase == _QUEUED else seen.attempt
     return Transition(seen.phase, attempt, seen.queued_at, seen.reason or seen.phase, seen.message or None, at)
 
 

@@ -18,6 +18,7 @@ from enum import StrEnum
 from typing import Final
 
 from task_contract.models import Phase, QueueStatus, Status, format_duration
+from task_operator.dispatch import Limit
 from task_operator.jobs import JobState, pods_of
 from task_operator.observation import Ending, Need, Observed, Policy
 from task_operator.statuses import clip, to_second
@@ -28,8 +29,7 @@ PENDING_DEADLINE_EXCEEDED: Final = "PendingDeadlineExceeded"
 _QUOTA: Final = "QuotaExceeded"
 _FORBIDDEN: Final = "PodForbidden"
 _ROOM: Final = frozenset({"Unschedulable", "SchedulingGated", _QUOTA})
-_LIMITS: Final = frozenset({"TotalLimit", "NamespaceLimit", "KnowledgeBaseLimit", "TypeLimit"})
-_WANTED: Final = _LIMITS | {
+_WANTED: Final = frozenset(Limit) | {
     "Suspended",
     "JobSuspended",
     "HandedBack",

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from task_operator.dispatch import Claim, Dispatch, Key, Limits, worth_telling
+from task_operator.cache import Key
+from task_operator.dispatch import Claim, Dispatch, Limits, worth_telling
 from tests.support.operator_values import at
 
 

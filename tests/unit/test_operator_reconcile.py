@@ -80,7 +80,7 @@ def waits_since(reason: str, since: float) -> ProcessingTask:
 
 QUEUED = task()
 PLACE = frozenset({Need.PLACE})
-THIRD = Place(3, "KnowledgeBaseLimit", "4 tasks of knowledge base kb-42 have a Job, as many as may")
+THIRD = Place(3, "KnowledgeBaseLimit", "as many tasks of kb-42 have a Job as may: 4")
 STOPPING = pod(running=True, stop_by=at(70))
 STUCK = 131  # seconds: a minute after the grace of that pod
 CANCEL = {"cancel": True}
@@ -162,6 +162,15 @@ ROWS = [
         Observed(task=waits_since("QuotaExceeded", 10), jobs=(job(),), answered=PODS),
         after=19.5,
     ),
+    Row(
+        "a class that the settings have not ends the task before it waits for anything",
+        Observed(task=task(spec={"resourceClass": "huge"}), limited=True),
+        status={"phase": "Failed", "error.reason": "InvalidTask"},
+    ),
+    Row(
+        "one that was taken out of the settings ends no attempt that runs",
+        Observed(task=task(spec={"resourceClass": "huge"}, status=processing()), jobs=(job(ready=1),)),
+    ),
     # ------------------------------------------------------------------------------------------------- limits
     Row("where there are limits a Job needs a place", Observed(task=QUEUED, limited=True), needs=PLACE),
     Row(
@@ -183,7 +192,7 @@ ROWS = [
             "queue": {
                 "position": 3,
                 "reason": "KnowledgeBaseLimit",
-                "message": "4 tasks of knowledge base kb-42 have a Job, as many as may",
+                "message": "as many tasks of kb-42 have a Job as may: 4",
                 "since": stamp(NOW),
             },
             "conditions.Ready": "False/KnowledgeBaseLimit",
