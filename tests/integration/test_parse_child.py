@@ -1,4 +1,4 @@
-"""The parser's child process: its answers, its errors, and its end in every case."""
+"""The parser's child process: its answers, its errors, and its end in every case. No server, but a process for each."""
 
 import asyncio
 import os
@@ -22,6 +22,8 @@ from tests.support.docx import DOCUMENT_TYPE, make_docx, paragraph, part, relati
 from tests.support.pdf import PdfPage, make_pdf
 from tests.support.runner import until
 from tests.support.workbooks import Value, make_xls
+
+pytestmark = pytest.mark.integration
 
 LIMITS = ParserLimits(memory_bytes=1 << 30, seconds=60, cpu_seconds=60, output_bytes=1 << 24)
 
