@@ -23,6 +23,8 @@ from job_runner.remote import download
 from job_runner.settings import Settings
 from task_contract.errors import DocumentNotFound, DocumentRefused, SourceUnavailable, StoreUnavailable, TaskError
 
+pytestmark = pytest.mark.integration
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 SECRET = "body-that-nobody-may-see"
 LIMIT = 1 << 20
