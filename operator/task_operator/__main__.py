@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import contextlib
-import logging
 import socket
 import sys
 from collections.abc import Coroutine, Sequence
@@ -16,54 +15,24 @@ import structlog
 import uvloop
 
 from task_operator.archive import Archive
-from task_operator.cluster import Access, Cluster, ClusterError, KubeconfigError, Watches
+from task_operator.cluster import Cluster, Watches
 from task_operator.controller import Controller, VersionsWentBack
 from task_operator.events import Events
 from task_operator.handlers import build_registry, event_sinks, kopf_settings
 from task_operator.health import Health
 from task_operator.jobs import common_labels
 from task_operator.metrics import Metrics
-from task_operator.progress import ProgressFeed
 from task_operator.projection import Database
 from task_operator.schema import migrate
-from task_operator.settings import DatabaseSettings, Settings, SettingsError, load_settings
+from task_operator.settings import DatabaseSettings, Settings
 from task_operator.sweeper import Sweeper
+from task_platform.kubernetes import Access, ClusterError, KubeconfigError
+from task_platform.logs import configure_logging
+from task_platform.progress import ProgressFeed
+from task_platform.settings import SettingsError, load_settings
 
 _log = structlog.get_logger("task_operator")
 _STOP_TIMEOUT: Final = 3.0  # seconds for a look in progress to end
-
-
-def configure_logging(level: str) -> None:
-    """Write one JSON object a line to standard error: our own messages, and those of libraries."""
-    shared: list[structlog.types.Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_logger_name,
-        structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.format_exc_info,
-    ]
-    structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
-        cache_logger_on_first_use=True,
-    )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.JSONRenderer(),
-            ],
-        )
-    )
-    root = logging.getLogger()
-    root.handlers = [handler]
-    root.setLevel(level)
-    # kopf says "handler succeeded" for every event; that is a line, and a tenth of a millisecond, a time.
-    logging.getLogger("kopf").setLevel(logging.WARNING)
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
 
 
 async def run(settings: Settings) -> int:
@@ -224,10 +193,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging("INFO")
     try:
         if command == "migrate":
-            database = load_settings(DatabaseSettings)
+            database = load_settings(DatabaseSettings, program="operator")
             configure_logging(database.log_level)
             return uvloop.run(run_migrations(database))
-        settings = load_settings(Settings)
+        settings = load_settings(Settings, program="operator")
         configure_logging(settings.log_level)
         return uvloop.run(run(settings))
     except (SettingsError, KubeconfigError) as error:

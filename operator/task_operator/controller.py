@@ -49,17 +49,6 @@ from pydantic import ValidationError
 from task_contract.messages import ProgressEvent
 from task_contract.models import Metadata, ProcessingTask, Status, describe
 from task_operator.cache import FINISHED, Cache, CachedTask, Key, job_key, surplus
-from task_operator.cluster import (
-    ClusterError,
-    Conflict,
-    Forbidden,
-    Gone,
-    Invalid,
-    Manifest,
-    NotFound,
-    Page,
-    Unavailable,
-)
 from task_operator.dispatch import Claim, Dispatch, Limits, Place
 from task_operator.events import of_transition, of_wait
 from task_operator.jobs import (
@@ -77,6 +66,7 @@ from task_operator.projection import Database, DatabaseUnavailable, Held
 from task_operator.reconcile import decide, refuse
 from task_operator.waits import refused_for
 from task_operator.workqueue import WorkQueue
+from task_platform.kubernetes import ClusterError, Conflict, Forbidden, Gone, Invalid, Manifest, NotFound, Page, Unavailable
 
 _log = structlog.get_logger(__name__)
 
@@ -118,12 +108,17 @@ class Api(Protocol):
     async def patch_status(  # noqa: D102
         self, namespace: str, name: str, *, uid: str, resource_version: int, patch: Mapping[str, Any]
     ) -> Manifest: ...
+    async def replace_status(  # noqa: D102
+        self, namespace: str, name: str, *, uid: str, generation: int, before: Mapping[str, Any], after: Mapping[str, Any]
+    ) -> Manifest: ...
 
 
 @dataclass(slots=True)
 class _Facts:
     """What one look has found out beyond the cache."""
 
+    insist: bool = False
+    """Earlier looks in the same row ended in conflicts: write unless spec or status have changed, whatever else has."""
     answered: frozenset[Need] = frozenset()
     pods: tuple[PodReport, ...] = ()
     pod_refusal: str | None = None
@@ -289,9 +284,10 @@ class Controller:
     async def _look(self, key: Key) -> None:
         for left in reversed(range(_CONFLICTS)):
             try:
-                return await self._reconcile(key)
+                return await self._reconcile(key, insist=not left)
             except Conflict as error:
-                # Somebody has written since: decide upon what is there now, unless two writers chase each other.
+                # Somebody has written since: decide upon what is there now. Who writes labels all the time could win every
+                # race for the resourceVersion, so the last look does without it.
                 self._metrics.reconcile_errors.labels(type(error).__name__).inc()
                 await self._refresh(key)
                 if not left:
@@ -560,8 +556,8 @@ class Controller:
 
     # ---------------------------------------------------------------------------------------- gather, decide, apply
 
-    async def _reconcile(self, key: Key) -> None:
-        facts = _Facts()
+    async def _reconcile(self, key: Key, *, insist: bool) -> None:
+        facts = _Facts(insist=insist)
         try:
             await self._act(key, facts)
         finally:
@@ -579,7 +575,7 @@ class Controller:
         decision = await self._decide(task, facts)
         changed = False
         if decision.status is not None:
-            changed = await self._write_status(task, decision.status)
+            changed = await self._write_status(task, decision.status, insist=facts.insist)
         for job in decision.delete_jobs:
             await self._api.delete_job(job.namespace, job.name, uid=job.uid)
             self._cache.mark_deleting(job)
@@ -594,7 +590,7 @@ class Controller:
                 task = _read(key, cached)
                 decision = await self._decide(task, facts)
                 if decision.status is not None:
-                    await self._write_status(task, decision.status)
+                    await self._write_status(task, decision.status, insist=facts.insist)
                 changed = False
         if decision.delete_task:
             _log.info("deleting a task after its TTL", namespace=key[0], task=key[1])
@@ -684,15 +680,22 @@ class Controller:
                 except DatabaseUnavailable as error:
                     _log.warning("PostgreSQL does not answer", task=task.metadata.name, error=str(error))
 
-    async def _write_status(self, task: _Task, status: Status) -> bool:
+    async def _write_status(self, task: _Task, status: Status, *, insist: bool) -> bool:
         """Write what differs; return whether anything did."""
         patch = merge_patch(task.status.manifest(), status.manifest())
         if not patch:
             return False
         try:
-            answer = await self._api.patch_status(
-                *task.key, uid=task.cached.uid, resource_version=task.cached.resource_version, patch=patch
-            )
+            if insist and not task.cached.finished:
+                before = task.cached.manifest()
+                generation, stored = before["metadata"]["generation"], before.get("status") or {}
+                answer = await self._api.replace_status(
+                    *task.key, uid=task.cached.uid, generation=generation, before=stored, after=merged(stored, patch)
+                )
+            else:
+                answer = await self._api.patch_status(
+                    *task.key, uid=task.cached.uid, resource_version=task.cached.resource_version, patch=patch
+                )
         except NotFound:
             self._gone(task.key, None)
             return False
@@ -786,6 +789,24 @@ def merge_patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str
         else:
             patch[key] = new
     return dict(sorted(patch.items()))
+
+
+def merged(before: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a JSON merge patch makes of a mapping, as the API server does it.
+
+    >>> merged({"phase": "Queued", "queue": {"reason": "Suspended"}}, {"phase": "Processing", "queue": None})
+    {'phase': 'Processing'}
+    """
+    after = dict(before)
+    for key, value in patch.items():
+        if value is None:
+            after.pop(key, None)
+        elif isinstance(value, Mapping):
+            inner = before.get(key)
+            after[key] = merged(inner if isinstance(inner, Mapping) else {}, value)
+        else:
+            after[key] = value
+    return after
 
 
 def _claim(key: Key, cached: CachedTask) -> Claim:

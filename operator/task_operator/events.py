@@ -16,8 +16,8 @@ import structlog
 
 from task_contract.models import Metadata, Phase, Status, format_duration
 from task_contract.names import API_VERSION, GROUP, KIND, digest
-from task_operator.cluster import ClusterError, Conflict, Manifest
 from task_operator.metrics import Metrics
+from task_platform.kubernetes import ClusterError, Conflict, Manifest
 
 _log = structlog.get_logger(__name__)
 

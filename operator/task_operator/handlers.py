@@ -16,8 +16,9 @@ import kopf
 import structlog
 
 from task_contract.names import GROUP, PLURAL, VERSION
-from task_operator.cluster import MANAGED_SELECTOR, Access, Sink, Watches, open_session
+from task_operator.cluster import MANAGED_SELECTOR, Sink, Watches, open_watching
 from task_operator.controller import Controller
+from task_platform.kubernetes import Access
 
 _log = structlog.get_logger(__name__)
 _EXIT: Final = 9.0  # seconds
@@ -91,7 +92,7 @@ def build_registry(
 
     @kopf.on.login(registry=registry, errors=kopf.ErrorsMode.PERMANENT)
     async def login(**_: Any) -> kopf.AiohttpSession:
-        session = open_session(access, watches=watches)
+        session = open_watching(access, watches)
         return kopf.AiohttpSession(server=access.server, aiohttp_session=session, default_namespace=access.namespace)
 
     @kopf.on.startup(registry=registry)

@@ -1,39 +1,22 @@
 """The operator's settings: environment variables with prefix ``OPERATOR_``, read and checked once at start."""
 
-import re
 from datetime import timedelta
-from importlib import metadata
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import AfterValidator, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from task_contract.models import Priority, TaskType
 from task_operator.dispatch import Limits
 from task_operator.jobs import RunnerTemplate
 from task_operator.observation import Policy
 from task_operator.resources import MemoryGrowth, classes, in_bytes
+from task_platform.settings import Address, Names, OptionalUrl, product_version
 
 PREFIX: Final = "OPERATOR_"
 _LABEL_VALUE: Final = r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
 
 _CLASS: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
-
-
-class SettingsError(ValueError):
-    """Variables of the environment are missing or wrong; the message names each of them."""
-
-
-def _names(value: object) -> object:
-    """Split a comma separated list; an empty one is no names."""
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-
-
-def _address(value: str) -> str:
-    host, _, port = value.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise ValueError('must be HOST:PORT, such as "0.0.0.0:8081"')
-    return value
 
 
 def _memory(value: str) -> str:
@@ -45,13 +28,6 @@ def _resources(value: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
     for of in value.values():
         in_bytes(of.get("memory", "1"))
     return value
-
-
-def _empty_is_none(value: object) -> object:
-    return None if value == "" else value
-
-
-OptionalUrl = Annotated[str | None, BeforeValidator(_empty_is_none)]
 
 
 class DatabaseSettings(BaseSettings):
@@ -69,7 +45,7 @@ class Settings(DatabaseSettings):
 
     redis_url: OptionalUrl = None
     """Redis that carries live progress. None: no progress in the status."""
-    namespaces: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)] = ()
+    namespaces: Names = ()
     """Namespaces to look after, comma separated; empty: all of the cluster."""
     runner_image: Annotated[str, Field(min_length=1)]
     """Image of the runner pods."""
@@ -120,7 +96,7 @@ class Settings(DatabaseSettings):
     """So many tasks of a namespace stay: over it, the oldest finished ones go before their TTL; 0: any number."""
     instance: Annotated[str, Field(pattern=_LABEL_VALUE)] = "processing-tasks"
     """Name of the installation, for the label app.kubernetes.io/instance of what the operator makes."""
-    listen: Annotated[str, AfterValidator(_address)] = "0.0.0.0:8081"
+    listen: Address = "0.0.0.0:8081"
     """Where /healthz, /readyz and /metrics are served."""
     resync_seconds: Annotated[float, Field(ge=1, le=3600)] = 300
     """How often everything is listed and looked at again, whatever the watch said."""
@@ -166,30 +142,3 @@ class Settings(DatabaseSettings):
             resource_classes=frozenset(self.runner_template().classes),
             stuck_patience=timedelta(seconds=self.stuck_seconds),
         )
-
-
-def product_version() -> str:
-    """Return the version of the product as a label may hold it; empty when it runs without being installed."""
-    try:
-        version = metadata.version("processing-tasks")
-    except metadata.PackageNotFoundError:
-        return ""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", version)[:63]
-
-
-S = TypeVar("S", bound=DatabaseSettings)
-
-
-def load_settings(kind: type[S]) -> S:
-    """Read the environment. Raises :class:`SettingsError` that names every bad variable at once."""
-    try:
-        return kind()
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{PREFIX}{'.'.join(str(part) for part in problem['loc']).upper()}: "
-            f"{'is required' if problem['type'] == 'missing' else problem['msg'].removeprefix('Value error, ')}"
-            for problem in error.errors(include_url=False, include_input=False)
-        )
-        raise SettingsError(f"cannot start the operator: {problems}") from error
-    except ValueError as error:  # pydantic-settings: text that should be JSON and is not
-        raise SettingsError(f"cannot start the operator: {error}; give a JSON value in {PREFIX}… variables") from error

@@ -13,11 +13,11 @@ from typing import Final, Protocol
 
 import structlog
 
-from task_operator.cluster import ClusterError, Conflict, Manifest
 from task_operator.jobs import RunnerTemplate, build_sweep_job
 from task_operator.metrics import Metrics
 from task_operator.observation import Fence
 from task_operator.projection import DatabaseUnavailable, Intent, Swept
+from task_platform.kubernetes import ClusterError, Conflict, Manifest
 
 LOOK: Final = timedelta(seconds=30)
 """From one comparison to the next. With it and the start of a pod, what a task left is gone within a minute of its end."""

@@ -18,9 +18,10 @@ import uvloop
 
 from task_contract.models import ProcessingTask
 from task_contract.names import TASK_NAME_ANNOTATION
-from task_operator.cluster import Access, Cluster, Conflict, Watches
+from task_operator.cluster import Cluster, Watches
 from task_operator.handlers import build_registry, kopf_settings
 from task_operator.jobs import RunnerTemplate, build_job
+from task_platform.kubernetes import Access, Conflict
 
 TEMPLATE = RunnerTemplate(
     image="localhost/processing-tasks/runner:test",

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.models import Result
 from task_contract.names import TASK_NAME_ANNOTATION, TASK_UID_LABEL
-from task_operator.cluster import Access, open_session
+from task_platform.kubernetes import Access, open_session
 from tests.support.operator_lab import JOBS, MERGE, TASKS, ended, running
 
 OUTCOME: Final = AttemptOutcome(
@@ -48,7 +48,7 @@ class Server:
 
     def __init__(self, access: Access) -> None:
         self._access = access
-        self._session = open_session(access)
+        self._session = open_session(access, user_agent="tests")
 
     async def aclose(self) -> None:
         await self._session.close()

@@ -30,9 +30,9 @@ from devstack import DevstackError, cluster, process
 from devstack.stores import postgres
 from task_contract.crd import custom_resource_definition
 from task_contract.models import ProcessingTask
-from task_operator.cluster import Access
 from task_operator.jobs import RunnerTemplate, build_job
 from task_operator.schema import migrate
+from task_platform.kubernetes import Access
 from tests.bench.operator_load import (
     OUTCOME,
     Hand,

@@ -27,8 +27,8 @@ from job_runner.settings import Settings
 from job_runner.stores import Stores, opener
 from task_contract.models import ProcessingTask
 from task_contract.names import CONTAINER, TASK_ANNOTATION, TASK_UID_LABEL
-from task_operator.cluster import Access
 from task_operator.schema import migrate
+from task_platform.kubernetes import Access
 from tests.crash.faults import PLAN, RECORD, Action, Record
 from tests.crash.process import COUNTER
 from tests.support.operator_lab import ROOT, Kube, OperatorProcess, Place, exited, running, until

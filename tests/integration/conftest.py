@@ -10,9 +10,9 @@ import pytest
 
 from devstack import Endpoints
 from task_contract import names
-from task_operator.cluster import Access
 from task_operator.metrics import Metrics
 from task_operator.projection import Database
+from task_platform.kubernetes import Access
 from tests.support.databases import fresh_database
 from tests.support.devstack import Kubectl
 from tests.support.operator_lab import Kube, OperatorProcess, Place

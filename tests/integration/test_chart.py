@@ -17,7 +17,8 @@ import yaml
 
 from devstack import Endpoints, tools
 from task_contract.models import parse_manifest
-from task_operator.settings import Settings, load_settings
+from task_operator.settings import Settings
+from task_platform.settings import load_settings
 from tests.support.devstack import Kubectl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -431,7 +432,7 @@ def test_operator_reads_its_settings_from_the_rendered_environment(
         with monkeypatch.context() as patch:
             for name, value in environment(container).items():
                 patch.setenv(name, value)
-            settings = load_settings(Settings)
+            settings = load_settings(Settings, program="operator")
         assert settings.runner_image
         if values == "full":
             given = yaml.safe_load((DATA / "full.values.yaml").read_text(encoding="utf-8"))

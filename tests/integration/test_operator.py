@@ -14,7 +14,8 @@ from devstack import Endpoints
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.models import Failure, Result
 from task_contract.names import job_name
-from task_operator.cluster import Access
+from task_operator.cluster import Cluster
+from task_platform.kubernetes import Access, Conflict, Invalid
 from tests.support.devstack import Kubectl
 from tests.support.operator_lab import Kubelet, OperatorProcess, Place, Proxy, ended, running, until
 
@@ -400,12 +401,11 @@ async def test_a_second_writer_costs_no_transition(place: Place, process: Start)
 
         async def label() -> int:
             count = 0
-            while not done.is_set():
+            while not done.is_set():  # as fast as it goes: no version that the operator has read is the newest for long
                 patch = {"metadata": {"labels": {"count": str(count)}}}
                 path = place.path("processingtasks", "handbook")
                 await place.kube.do("PATCH", path, patch, content_type="application/merge-patch+json")
                 count += 1
-                await asyncio.sleep(0.02)
             return count
 
         labelling = asyncio.create_task(label())
@@ -413,6 +413,30 @@ async def test_a_second_writer_costs_no_transition(place: Place, process: Start)
         done.set()
         assert await labelling > 10
     assert [(one["number"], one["reason"]) for one in status["attempts"]] == [(1, "Succeeded")]
+
+
+async def test_a_status_is_replaced_beside_new_labels_but_not_over_another_status(place: Place, cluster: Endpoints) -> None:
+    api = Cluster(Access.from_kubeconfig(cluster.kubeconfig))
+    await api.warm_up()
+    created = await place.create()
+    uid, before = created["metadata"]["uid"], created["status"]
+    which = {"uid": uid, "generation": created["metadata"]["generation"]}
+    path = place.path("processingtasks", "handbook")
+    await place.kube.do("PATCH", path, {"metadata": {"labels": {"a": "b"}}}, content_type="application/merge-patch+json")
+    after = before | {"stage": "parse"}
+    stored = await api.replace_status(place.namespace, "handbook", **which, before=before, after=after)
+    assert (stored["status"], stored["metadata"]["labels"]) == (after, {"a": "b"})
+    with pytest.raises(Conflict):  # the status is another one
+        await api.replace_status(place.namespace, "handbook", **which, before=before, after=after)
+    await place.kube.do("PATCH", path, {"spec": {"cancel": True}}, content_type="application/merge-patch+json")
+    with pytest.raises(Conflict):  # the spec is another one
+        await api.replace_status(place.namespace, "handbook", **which, before=after, after=before)
+    which["generation"] += 1
+    with pytest.raises(Conflict):  # the task is another one
+        await api.replace_status(place.namespace, "handbook", **(which | {"uid": "gone"}), before=after, after=before)
+    with pytest.raises(Invalid, match="phase"):  # what the schema refuses is no conflict
+        await api.replace_status(place.namespace, "handbook", **which, before=after, after=after | {"phase": "Lost"})
+    await api.aclose()
 
 
 async def test_missing_rights_end_the_operator_with_the_reason(process: Start, proxy: Proxy) -> None:

@@ -17,11 +17,11 @@ from devstack.stores import postgres
 from task_contract.messages import AttemptOutcome, Outcome, progress_event
 from task_contract.models import Failure, Result, Stage
 from task_contract.names import PROGRESS_CHANNEL
-from task_operator.cluster import Access
 from task_operator.metrics import Metrics
 from task_operator.observation import FenceState
 from task_operator.projection import Database, DatabaseUnavailable, Held
 from task_operator.schema import migrate
+from task_platform.kubernetes import Access
 from tests.support.operator_lab import Kubelet, OperatorProcess, Place, Proxy, until
 from tests.support.operator_values import at, finished, manifest, processing
 from tests.support.servers import free_port

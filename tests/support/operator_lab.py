@@ -24,7 +24,7 @@ from aiohttp import web
 
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.names import ATTEMPT_LABEL
-from task_operator.cluster import Access, open_session
+from task_platform.kubernetes import Access, open_session
 from tests.support.servers import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +50,7 @@ class Kube:
 
     def __init__(self, access: Access) -> None:
         self.access = access
-        self._session = open_session(access)
+        self._session = open_session(access, user_agent="tests")
 
     async def aclose(self) -> None:
         await self._session.close()
@@ -360,7 +360,7 @@ class Proxy:
 
     def __init__(self, access: Access, *, folder: Path) -> None:
         self._access = access
-        self._session = open_session(access)
+        self._session = open_session(access, user_agent="tests")
         self._runner: web.AppRunner | None = None
         self.kubeconfig = folder / f"proxy-{uuid.uuid4().hex[:8]}.kubeconfig"
         self.writes: list[str] = []

@@ -14,12 +14,12 @@ from typing import Any
 from task_contract.lifecycle import ARROWS
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.models import Phase
-from task_operator.cluster import Conflict, NotFound, Page, Unavailable
 from task_operator.controller import Controller, VersionsWentBack
 from task_operator.jobs import RunnerTemplate
 from task_operator.metrics import Metrics
 from task_operator.observation import Fence, FenceState, StoredOutcome
 from task_operator.projection import DatabaseUnavailable, Held
+from task_platform.kubernetes import Conflict, NotFound, Page, Unavailable
 from tests.support.operator_values import T0, UID, failure, handed_back, manifest, success
 
 KEY = ("knowledge", "handbook")
@@ -56,6 +56,8 @@ class World:
     """Number of half-writes until the crash: 0 is before the next write, 1 after it, 2 before the one after."""
     fault: type[BaseException] = Crash
     """What happens there: the process is killed, or the connection is cut and the process goes on without an answer."""
+    labelled: bool = False
+    """Somebody writes labels all the time, faster than any read and write of the status."""
     writes: list[str] = field(default_factory=list)
     phases: list[str] = field(default_factory=list)
     created: int = 0
@@ -108,16 +110,29 @@ class World:
     ) -> dict[str, Any]:
         self._half_write("patch status")
         task = _found(self.tasks, (namespace, name))
+        if self.labelled:
+            self._touch("task", "MODIFIED", task)
         if task["metadata"]["resourceVersion"] != str(resource_version) or task["metadata"]["uid"] != uid:
             raise Conflict("cannot PATCH: the object has been modified")
-        before = Phase(task["status"]["phase"])
-        task["status"] = _merge(task["status"], patch)
-        after = Phase(task["status"]["phase"])
+        return self._put_status(task, _merge(task["status"], patch), what=str(patch.get("phase", "")))
+
+    async def replace_status(
+        self, namespace: str, name: str, *, uid: str, generation: int, before: Mapping[str, Any], after: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        self._half_write("replace status")
+        task = _found(self.tasks, (namespace, name))
+        if (task["metadata"]["uid"], task["metadata"]["generation"], task["status"]) != (uid, generation, before):
+            raise Conflict("cannot PATCH: testing value /status failed: test failed")
+        return self._put_status(task, copy.deepcopy(dict(after)), what=str(after.get("phase", "")))
+
+    def _put_status(self, task: dict[str, Any], status: dict[str, Any], *, what: str) -> dict[str, Any]:
+        before, after = Phase(task["status"]["phase"]), Phase(status["phase"])
         assert after is before or after in ARROWS[before], f"{before} → {after}"
+        task["status"] = status
         if after is not before:
             self.phases.append(str(after))
         self._touch("task", "MODIFIED", task)
-        self._half_write(f"patched status {patch.get('phase', '')}")
+        self._half_write(f"patched status {what}")
         return copy.deepcopy(task)
 
     async def delete_task(self, namespace: str, name: str, *, uid: str, resource_version: int) -> None:

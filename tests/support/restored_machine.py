@@ -17,8 +17,8 @@ from devstack import process
 from devstack.cache import state_dir
 from devstack.cluster import NAMES
 from devstack.stores import common, postgres
-from task_operator.cluster import Access
 from task_operator.schema import migrate
+from task_platform.kubernetes import Access
 from tests.support.devstack import Kubectl
 from tests.support.operator_lab import ROOT, Kube, Kubelet, OperatorProcess, Place, until
 

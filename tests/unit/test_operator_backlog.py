@@ -13,9 +13,9 @@ import pytest
 from task_contract.models import Phase
 from task_operator.backlog import LIMIT, Backlog, Row
 from task_operator.cache import Cache
-from task_operator.cluster import Page
 from task_operator.controller import VersionsWentBack
 from task_operator.projection import _values
+from task_platform.kubernetes import Page
 from tests.support.operator_values import at, manifest, processing, success
 from tests.support.operator_world import KEY, Operator, World
 

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from aiohttp import web
 
-from task_operator import cluster as cluster_module
-from task_operator.cluster import (
+from task_operator.cluster import Cluster, Watches, open_watching
+from task_platform import kubernetes as kubernetes_module
+from task_platform.kubernetes import (
     Access,
-    Cluster,
     ClusterError,
     Conflict,
     Forbidden,
@@ -25,8 +25,6 @@ from task_operator.cluster import (
     Manifest,
     NotFound,
     Unavailable,
-    Watches,
-    open_session,
 )
 
 Answer = Callable[[web.Request], web.StreamResponse]
@@ -141,7 +139,7 @@ async def test_a_server_that_is_not_there_is_unavailable() -> None:
 
 
 async def test_a_server_that_does_not_answer_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster_module, "_REQUEST_TIMEOUT", 0.2)
+    monkeypatch.setattr(kubernetes_module, "_REQUEST_TIMEOUT", 0.2)
     hangs = asyncio.Event()
 
     async def hang(_: web.Request) -> web.StreamResponse:
@@ -277,7 +275,7 @@ async def test_each_byte_of_a_watch_is_noted_and_none_of_another_answer(server: 
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    session = open_session(Access(server=url, ssl=None), watches=watches)
+    session = open_watching(Access(server=url, ssl=None), watches)
 
     relists: list[str] = []
     watches.on_relist = lambda: relists.append("tasks")
@@ -336,7 +334,7 @@ async def test_events_go_to_their_sink_and_leave_bookmarks() -> None:
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     watches = Watches()
     watches.sinks = {"tasks": take}
-    session = open_session(Access(server=url, ssl=None), watches=watches)
+    session = open_watching(Access(server=url, ssl=None), watches)
     read = {}
     for name in ("tasks", "pods"):
         async with session.get(f"{url}/{name}", params={"watch": "true"}) as response:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from task_contract.messages import ProgressEvent
 from task_contract.models import Phase, Stage
-from task_operator.cluster import Unavailable
+from task_platform.kubernetes import Unavailable
 from tests.support.operator_values import UID, failure, name_of, success
 from tests.support.operator_world import OUTCOMES, Crash, Operator, World
 
@@ -234,6 +234,21 @@ async def test_a_task_that_is_done_costs_three_writes() -> None:
         "patched status Completed",
     ]
     assert world.phases == ["Queued", "Processing", "Completed"]
+
+
+@pytest.mark.parametrize("outcome", ["success", "permanent"])
+async def test_who_writes_labels_all_the_time_holds_no_task_up(outcome: str) -> None:
+    world, operator = World(labelled=True), None
+    world.add_task()
+    operator = Operator(world)
+    await operator.settle()
+    world.run_pod()
+    operator.deliver()
+    await operator.settle()
+    world.end_pod(OUTCOMES[outcome])
+    operator.deliver()
+    await operator.settle()
+    assert world.phases == ["Queued", "Processing", "Completed" if outcome == "success" else "Failed"]
 
 
 async def test_progress_costs_one_look_a_second_however_often_it_is_told() -> None:

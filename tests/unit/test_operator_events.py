@@ -7,11 +7,11 @@ import pytest
 from prometheus_client.exposition import generate_latest
 
 from task_contract.models import Metadata, Status
-from task_operator.cluster import Conflict, Forbidden, Manifest, Unavailable
 from task_operator.controller import Controller
 from task_operator.events import Events, of_transition, of_wait
 from task_operator.jobs import RunnerTemplate
 from task_operator.metrics import Metrics
+from task_platform.kubernetes import Conflict, Forbidden, Manifest, Unavailable
 from tests.support.operator_lab import until
 from tests.support.operator_values import UID, at, finished, given_back, name_of, processing, retrying, stamp, success
 from tests.support.operator_values import failure as failure_outcome

@@ -23,8 +23,9 @@ from task_operator.dispatch import Limits
 from task_operator.handlers import kopf_settings
 from task_operator.health import Health
 from task_operator.metrics import Metrics
-from task_operator.settings import Settings, SettingsError, load_settings
+from task_operator.settings import Settings
 from task_operator.workqueue import WorkQueue
+from task_platform.settings import SettingsError, load_settings
 from tests.support.operator_values import at, complete, finished, job, manifest, name_of, processing, stamp
 from tests.support.servers import free_port
 
@@ -285,7 +286,7 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         "OPERATOR_LIMIT_TYPES": '{"health_check": 2}',
     }.items():
         monkeypatch.setenv(key, value)
-    settings = load_settings(Settings)
+    settings = load_settings(Settings, program="operator")
     assert settings.namespaces == ("knowledge", "other")
     assert settings.postgres_url is None
     template = settings.runner_template()
@@ -311,7 +312,7 @@ def test_one_error_names_every_bad_variable(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("OPERATOR_RESYNC_SECONDS", "soon")
     monkeypatch.setenv("OPERATOR_PRIORITY_CLASSES", '{"urgent": "x"}')
     with pytest.raises(SettingsError) as caught:
-        load_settings(Settings)
+        load_settings(Settings, program="operator")
     for variable in ("RUNNER_IMAGE: is required", "LISTEN: must be HOST:PORT", "RESYNC_SECONDS", "PRIORITY_CLASSES"):
         assert f"OPERATOR_{variable}" in str(caught.value)
 
@@ -320,7 +321,7 @@ def test_json_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPERATOR_RUNNER_IMAGE", "runner:1")
     monkeypatch.setenv("OPERATOR_RUNNER_NODE_SELECTOR", "pool=tasks")
     with pytest.raises(SettingsError, match=r"runner_node_selector.*give a JSON value"):
-        load_settings(Settings)
+        load_settings(Settings, program="operator")
 
 
 def test_the_command_line_says_what_it_can(capsys: pytest.CaptureFixture[str]) -> None:

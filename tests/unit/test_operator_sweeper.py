@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
-from task_operator.cluster import Conflict, Forbidden, Manifest, Unavailable
 from task_operator.jobs import RunnerTemplate, build_sweep_job, sweep_job_name
 from task_operator.metrics import Metrics
 from task_operator.observation import Fence, FenceState
 from task_operator.projection import Intent, Swept
 from task_operator.sweeper import STRANGER, Sweeper, dead, is_due
+from task_platform.kubernetes import Conflict, Forbidden, Manifest, Unavailable
 from tests.support.operator_values import at
 from tests.unit.test_operator_jobs import DATA, FULL
 

@@ -70,7 +70,7 @@ def _large() -> Iterator[Hostile]:
     yield Hostile("deep.json", b"[" * 1_000_000, REFUSED, "too deep in one another")
     yield Hostile("deep-objects.json", b'{"a":' * 100_000 + b"1" + b"}" * 100_000, REFUSED, "too deep in one another")
     yield Hostile("number.json", b'{"a": ' + b"9" * 1_000_000 + b"}", EMPTY, "no text in it")
-    yield Hostile("line.csv", b"a,b\n" + b"x" * (60 << 20), REFUSED, "within 512 MiB of memory")
+    yield Hostile("line.csv", b"a,b\n" + b"x" * (60 << 20), REFUSED, "cannot parse line.csv within")  # memory or time
     yield Hostile("quote.csv", b'a,b,c\n1,"' + b"x,\n" * 1_000_000, says="| a: x |")
     yield Hostile("columns.csv", b"a," * 1_000_000 + b"\n" + b"1," * 1_000_000, says="| a | a |")
     yield Hostile("line.txt", b"x" * (60 << 20), REFUSED, "larger than")

@@ -7,12 +7,15 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from pymilvus import MilvusClient
 
 from tests.support.databases import fresh_database
 from tests.support.runner_lab import KnowledgeBases, Lab
 from tests.support.servers import free_port, serving
 
 _NEEDED = ("TASKS_POSTGRES_URL", "TASKS_MILVUS_URL", "TASKS_ELASTICSEARCH_URL")
+
+_PATIENCE = 60.0  # seconds until milvus-lite answers
 
 
 @pytest.fixture(scope="session")
@@ -37,8 +40,11 @@ def milvus_lite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port = free_port()
     folder = tmp_path_factory.mktemp("milvus-lite")
     command = [str(Path(sys.executable).with_name("milvus-lite")), "server", "--data-dir", str(folder), "--port", str(port)]
+    url = f"http://127.0.0.1:{port}"
     with serving(command, port=port, log=folder / "log"):
-        yield f"http://127.0.0.1:{port}"
+        # It listens long before it answers, on a busy machine longer than the runner has patience.
+        MilvusClient(url, timeout=_PATIENCE).close()
+        yield url
 
 
 @pytest.fixture(scope="module")
