@@ -73,10 +73,10 @@ generate: $(READY) ## Write the CRD from the models
 	@$(BIN)/python crds/generate.py
 
 lock: $(READY) ## Pin all dependencies anew within the bounds of pyproject.toml
-	@for extra in operator runner dev; do \
-	  echo "locking $$extra"; \
+	@for extras in "operator gateway" runner dev; do \
+	  echo "locking $$extras"; \
 	  $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-	    --no-header --extra $$extra pyproject.toml -o requirements/$$extra.txt; \
+	    --no-header $$(printf -- '--extra %s ' $$extras) pyproject.toml -o requirements/$${extras%% *}.txt; \
 	done
 	@echo "locking ocr"
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
