@@ -122,7 +122,7 @@ class World:
         self._half_write("replace status")
         task = _found(self.tasks, (namespace, name))
         if (task["metadata"]["uid"], task["metadata"]["generation"], task["status"]) != (uid, generation, before):
-            raise Conflict("cannot PATCH: testing value /status failed: test failed")
+            raise Conflict("cannot PATCH: the server rejected our request due to an error in our request")
         return self._put_status(task, copy.deepcopy(dict(after)), what=str(after.get("phase", "")))
 
     def _put_status(self, task: dict[str, Any], status: dict[str, Any], *, what: str) -> dict[str, Any]:
