@@ -252,9 +252,7 @@ class Cluster(Kubernetes):
                 content_type="application/json-patch+json",
             )
         except Invalid as error:
-            if (
-                "is invalid" in error.message
-            ):  # by the schema; of a test that failed it only says that it rejects the request
+            if "is invalid" in error.message:  # by the schema; of a test that failed it names nothing
                 raise
             raise Conflict(error.message, status=error.status) from error
 
