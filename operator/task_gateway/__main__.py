@@ -11,16 +11,19 @@ import uvloop
 from aiohttp import web
 
 from task_gateway.app import Gate, make_app
+from task_gateway.batches import Batches
 from task_gateway.callers import Callers
 from task_gateway.cluster import Cluster
 from task_gateway.database import Database
 from task_gateway.limits import RateLimit
+from task_gateway.logs import Logs
 from task_gateway.metrics import Metrics
 from task_gateway.openapi import OpenApi
 from task_gateway.probes import Probes
 from task_gateway.routes import Part
 from task_gateway.settings import Auth, Settings
 from task_gateway.tasks import Tasks
+from task_gateway.tickets import Tickets
 from task_platform.kubernetes import Access, KubeconfigError
 from task_platform.logs import configure_logging
 from task_platform.settings import SettingsError, load_settings
@@ -59,7 +62,13 @@ async def run(settings: Settings) -> int:
         metrics=metrics,
         ready=lambda: not gate.draining,
     )
-    parts: list[Part] = [tasks, probes]
+    parts: list[Part] = [
+        tasks,
+        Batches(tasks=tasks, callers=callers, charge=gate.charge, settings=settings),
+        Logs(tasks=tasks, cluster=cluster, database=database),
+        Tickets(callers),
+        probes,
+    ]
     app = make_app(gate, [*parts, OpenApi(parts)])
     if trusting:
         _log.warning(

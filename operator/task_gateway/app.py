@@ -195,7 +195,7 @@ def make_app(gate: Gate, parts: Sequence[Part]) -> web.Application:
 
 def problem_response(problem: Problem, request: web.Request) -> web.Response:
     """Return the answer that tells of a problem."""
-    body = problem.body(instance=request.path[:500], request_id=request.get(REQUEST_ID))
+    body = problem.body(instance=request.rel_url.raw_path[:500], request_id=request.get(REQUEST_ID))
     return web.Response(body=orjson.dumps(body), status=problem.status, content_type=CONTENT_TYPE, headers=problem.headers)
 
 

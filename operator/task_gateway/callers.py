@@ -157,7 +157,7 @@ class Callers:
         if name == ALL:
             return name
         if not is_namespace(name):
-            raise Problem(422, "invalid-parameter", f"cannot use namespace {name[:80]!r}: it is no name of a namespace")
+            raise Problem(422, "invalid-parameter", f"cannot use namespace {name[:80]!a}: it is no name of a namespace")
         if self._namespaces and name not in self._namespaces:
             served = ", ".join(self._namespaces)
             raise Problem(403, "namespace-not-served", f"cannot use namespace {name}: this gateway serves {served}")

@@ -4,6 +4,7 @@ that speaks to PostgreSQL.
 Nothing connects before it is needed: a gateway starts without its database, and accepts tasks without it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -11,6 +12,7 @@ from typing import Any, Final
 import asyncpg
 
 from task_contract.models import Phase, Priority, TaskType
+from task_gateway.models import Cursor
 
 _CONNECTIONS: Final = 8
 _CONNECT_TIMEOUT: Final = 5.0  # seconds
@@ -38,6 +40,50 @@ class TaskFilter:
     """Inclusive."""
     created_before: datetime | None = None
     """Exclusive."""
+
+
+def page_statement(
+    wanted: TaskFilter, *, scope: Sequence[str] | None, after: Cursor | None, limit: int
+) -> tuple[str, list[Any]]:
+    """Return the statement of a page of a list, and its values; the youngest tasks come first.
+
+    Every namespace has a part of the index of its own: each gives its first rows, and of these the first ones are the page.
+    Words that are enumerated stand in the statement: only so it is seen that an index of rare ones can serve.
+    """
+    values: list[Any] = []
+
+    def value(one: Any) -> str:
+        values.append(one)
+        return f"${len(values)}"
+
+    if scope is None:
+        # Steps from one namespace of the index to the next: they are few, and the rows between them many.
+        places = (
+            "WITH RECURSIVE places AS ((SELECT namespace FROM tasks ORDER BY namespace LIMIT 1) UNION ALL "
+            "SELECT (SELECT namespace FROM tasks WHERE namespace > places.namespace ORDER BY namespace LIMIT 1) "
+            "FROM places WHERE places.namespace IS NOT NULL) "
+        )
+        source = "places"
+    else:
+        places, source = "", f"unnest({value(list(scope))}::text[]) AS places (namespace)"
+    conditions = ["tasks.namespace = places.namespace"]
+    for column, word in (("type", wanted.task_type), ("phase", wanted.phase), ("priority", wanted.priority)):
+        if word is not None:
+            conditions.append(f"{column} = '{word.value}'")
+    if wanted.kb_id is not None:
+        conditions.append(f"kb_id = {value(wanted.kb_id)}")
+    if wanted.created_after is not None:
+        conditions.append(f"created_at >= {value(wanted.created_after)}")
+    if wanted.created_before is not None:
+        conditions.append(f"created_at < {value(wanted.created_before)}")
+    if after is not None:
+        conditions.append(f"(created_at, uid) < ({value(after.created_at)}, {value(after.uid)})")
+    order = f"ORDER BY created_at DESC, uid DESC LIMIT {value(limit)}"
+    statement = (
+        f"{places}SELECT found.* FROM {source} CROSS JOIN LATERAL (SELECT {_COLUMNS} FROM tasks "  # noqa: S608 - see above
+        f"WHERE {' AND '.join(conditions)} {order}) AS found {order}"
+    )
+    return statement, values
 
 
 class Database:
@@ -99,6 +145,32 @@ class Database:
             name,
         )
         return found[0] if found else None
+
+    async def page(
+        self, wanted: TaskFilter, *, scope: Sequence[str] | None, after: Cursor | None, limit: int
+    ) -> list[asyncpg.Record]:
+        """Return a page of a list, of these namespaces or (None) of all; the youngest tasks come first."""
+        if scope is not None and not scope:
+            return []
+        statement, values = page_statement(wanted, scope=scope, after=after, limit=limit)
+        return await self.rows(statement, *values)
+
+    async def events(self, uid: str, *, after: int, limit: int) -> list[asyncpg.Record]:
+        """Return transitions of a task after a number, in their order."""
+        return await self.rows(
+            "SELECT number, task_uid, namespace, name, kb_id, type, phase, attempt, reason, message, at FROM task_events "
+            "WHERE task_uid = $1 AND number > $2 ORDER BY number LIMIT $3",
+            uid,
+            after,
+            limit,
+        )
+
+    async def kept_log(self, uid: str, *, attempt: int) -> str | None:
+        """Return the last lines of the log of an attempt that failed."""
+        found = await self.rows(
+            "SELECT error->>'log' AS log FROM attempts WHERE task_uid = $1 AND number = $2", uid, attempt
+        )
+        return found[0]["log"] if found else None
 
     # ---------------------------------------------------------------------------------------------------------- tickets
 

@@ -13,10 +13,10 @@ from typing import Annotated, Any, ClassVar, Final, Literal, Protocol
 from uuid import UUID
 
 import orjson
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from task_contract.messages import ProgressEvent
-from task_contract.models import Attempt, Failure, Phase, Priority, QueueStatus, Result, Spec, Timestamp
+from task_contract.models import Attempt, Failure, Phase, Priority, QueueStatus, Result, Spec, TaskType, Timestamp
 from task_contract.names import API_VERSION, GROUP, KIND, digest
 from task_contract.views import task_view, timestamp
 from task_gateway.problems import FieldError, Problem, field_errors
@@ -136,6 +136,62 @@ class PriorityChange(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
     priority: Priority
+
+
+def _moment(at: datetime) -> datetime:
+    if not 1970 <= at.year < 3000:
+        raise ValueError("must be a time between the years 1970 and 3000")
+    return at.astimezone(UTC)
+
+
+Moment = Annotated[AwareDatetime, AfterValidator(_moment)]
+
+
+class ListQuery(BaseModel):
+    """Parameters of GET /api/v1/tasks."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    kb_id: Annotated[str, Field(pattern=r"^[!-~]{1,63}$")] | None = None
+    """Tasks of a knowledge base."""
+    task_type: TaskType | None = None
+    """Tasks of a type."""
+    status: TasksStatus | None = None
+    """Tasks in a state."""
+    priority: Priority | None = None
+    """Tasks of a priority."""
+    created_after: Moment | None = None
+    """Created at this time or later; with time zone, such as 2026-01-31T09:30:00Z."""
+    created_before: Moment | None = None
+    """Created before this time."""
+    limit: Annotated[int, Field(ge=1, le=200)] = 50
+    """Tasks of a page."""
+    cursor: Annotated[str, Field(max_length=64), AfterValidator(lambda text: Cursor.parse(text).text())] | None = None
+    """next_cursor of the page before."""
+
+
+class EventsQuery(BaseModel):
+    """Parameters of GET /api/v1/tasks/{id}/events."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    after: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    """Transitions with a higher number."""
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+    """Transitions of a page."""
+
+
+class LogQuery(BaseModel):
+    """Parameters of GET /api/v1/tasks/{id}/logs."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    attempt: Annotated[int, Field(ge=1, le=32767)] | None = None
+    """Number of an attempt. Default: the latest one that has a pod."""
+    tail: Annotated[int, Field(ge=1, le=10_000)] = 500
+    """Lines from the end."""
+    follow: bool = False
+    """Go on with what is written until the attempt ends."""
 
 
 # -------------------------------------------------------------------------------------------------------------- answers

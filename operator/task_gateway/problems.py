@@ -128,9 +128,6 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()[:500]
 
 
-_SPEC: Final = re.compile(r"^spec\.|(?<=\s)spec\.")
-
-
 def wire_field(path: str) -> str:
     """Return the path of a field of the resource in the words of REST.
 
@@ -146,7 +143,11 @@ def _wire_message(message: str) -> tuple[str | None, str]:
     match = re.search(r"\bspec((?:\.[A-Za-z]+)*): (.+)$", message, re.DOTALL)
     if match is None:
         return None, message
-    return wire_field("spec" + match.group(1)), match.group(2)
+    return wire_field("spec" + match.group(1)), _CAMEL.sub(lambda word: to_snake(word.group()), match.group(2))
+
+
+_CAMEL: Final = re.compile(r"\b[a-z]+(?:[A-Z][a-z]+)+\b")
+"""Names of fields in our own messages."""
 
 
 def of_cluster(error: ClusterError, *, what: str) -> Problem:

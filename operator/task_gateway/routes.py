@@ -9,15 +9,16 @@ A part of the gateway (tasks, live updates, knowledge) is an object with a metho
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import orjson
 from aiohttp import web
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from task_gateway.callers import ANYBODY, Caller
-from task_gateway.problems import Problem
+from task_gateway.problems import Problem, of_validation
 
+M = TypeVar("M", bound=BaseModel)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 CALLER: Final = web.RequestKey("caller", Caller)
@@ -93,6 +94,14 @@ NAMESPACE: Final = (
 )
 
 
+LIST_NAMESPACE: Final = (
+    Parameter(
+        "namespace", "query", {"type": "string", "maxLength": 63}, "A namespace, or * for all that the caller may list."
+    ),
+    NAMESPACE[1],
+)
+
+
 def caller_of(request: web.Request) -> Caller:
     """Return who asks."""
     caller: Caller = request.get(CALLER, ANYBODY)
@@ -107,6 +116,37 @@ def asked_namespace(request: web.Request) -> tuple[str | None, ...]:
 def answer(data: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     """Return JSON."""
     return web.Response(body=orjson.dumps(data), status=status, content_type="application/json", headers=headers)
+
+
+def read_query(request: web.Request, model: type[M]) -> M:
+    """Return the parameters of a query. Raises :class:`Problem` 422 that names each bad one."""
+    given: dict[str, str] = {}
+    for name, value in request.query.items():
+        if name in {"namespace", "ticket"}:
+            continue
+        if name in given:
+            raise Problem(422, "invalid-parameter", f"cannot read the query: {name[:80]!a} is given twice; give it once")
+        given[name] = value
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        raise of_validation(error, kind="invalid-parameter", what="cannot read the query") from error
+
+
+def query_parameters(model: type[BaseModel]) -> tuple[Parameter, ...]:
+    """Return the parameters that :func:`read_query` takes for a model, for the OpenAPI document."""
+    schema = model.model_json_schema()
+    found = []
+    for name, one in schema["properties"].items():
+        plain = {key: value for key, value in one.items() if key not in {"title", "description", "default"}}
+        branches = [branch for branch in plain.pop("anyOf", ()) if branch != {"type": "null"}]
+        plain |= branches[0] if branches else {}
+        if reference := plain.pop("$ref", None):
+            plain = {"type": "string", "enum": schema["$defs"][reference.rpartition("/")[2]]["enum"]}
+        if one.get("default") is not None:
+            plain["default"] = one["default"]
+        found.append(Parameter(name, "query", plain, one.get("description", "")))
+    return tuple(found)
 
 
 async def read_body(request: web.Request, *, limit: int) -> bytes:
@@ -128,10 +168,17 @@ async def read_body(request: web.Request, *, limit: int) -> bytes:
     return bytes(data)
 
 
+def check_media_type(request: web.Request, *allowed: str) -> str:
+    """Return the media type of a body. Raises :class:`Problem` 415 for another one than these."""
+    if request.content_type not in allowed:
+        named = " or ".join(allowed)
+        raise Problem(415, "unsupported-media-type", f"cannot read the body: send it with Content-Type: {named}")
+    return request.content_type
+
+
 async def read_json(request: web.Request, *, limit: int) -> Any:
     """Return the JSON of a body. Raises :class:`Problem` 400, 413 or 415."""
-    if request.content_type != "application/json":
-        raise Problem(415, "unsupported-media-type", "cannot read the body: send it with Content-Type: application/json")
+    check_media_type(request, "application/json")
     return parse_json(await read_body(request, limit=limit))
 
 

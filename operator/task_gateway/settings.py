@@ -57,7 +57,7 @@ class Settings(BaseSettings):
     """So many at once."""
     body_bytes: Annotated[int, Field(ge=1024, le=2**24)] = 262_144
     """Largest body of a request. A spec may have 64 KiB."""
-    batch_bytes: Annotated[int, Field(ge=1024, le=2**28)] = 16_777_216
+    batch_bytes: Annotated[int, Field(ge=1024, le=2**28)] = 8_388_608
     """Largest body of a batch."""
     batch_concurrency: Annotated[int, Field(ge=1, le=256)] = 16
     """So many tasks of a batch are created at once."""
