@@ -38,8 +38,8 @@ _log = structlog.get_logger(__name__)
 POLL: Final = 3.0  # seconds without a notification after which the table is asked all the same
 _PAGE: Final = 1000
 _MAX_BACKOFF: Final = 5.0  # seconds
-RUNNING: Final = 20_000
-"""Running tasks whose progress can be told apart, at 0.4 KB each."""
+RUNNING: Final = 10_000
+"""Running tasks whose progress can be told, at some 1 KB each."""
 QUEUE: Final = 1000
 """Updates that may wait for one client; some 0.4 KB each, shared with all others that are sent them."""
 _BATCH: Final = 64
@@ -68,15 +68,6 @@ class Event:
     reason: str
     message: str | None
     at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far an attempt has come, as its runner said last."""
-
-    attempt: int
-    stage: str
-    percent: int
 
 
 class EventSource(Protocol):
@@ -183,6 +174,7 @@ class Subscriber:
         self._following: dict[str, _Following] = {}
         self._queue: OrderedDict[int | str, Update] = OrderedDict()  # by number, or by uid of the task whose progress it is
         self._wake = asyncio.Event()
+        self._nudged = False
         self.gone: asyncio.Future[Drop] = asyncio.get_running_loop().create_future()
         """Done once the hub has parted with the client, be it in the middle of a write that does not end."""
 
@@ -247,11 +239,19 @@ class Subscriber:
             self._wake.set()
             self._hub.drops[drop] += 1
 
+    def nudge(self) -> None:
+        """Have :meth:`take` return at once, with nothing if there is nothing."""
+        self._nudged = True
+        self._wake.set()
+
     async def take(self) -> list[Update]:
         """Wait for updates and return the oldest ones. Raises :class:`Dropped`."""
         while True:
             if self.gone.done():
                 raise Dropped(self.gone.result())
+            if self._nudged:
+                self._nudged = False
+                return []
             found: list[Update] = []
             while self._queue and len(found) < _BATCH:
                 _, update = self._queue.popitem(last=False)
@@ -270,13 +270,26 @@ class Subscriber:
         )
 
 
-def task_update(event: Event, progress: Progress | None, *, kind: str = "task", number: int | None) -> dict[str, Any]:
+def task_update(
+    event: Event,
+    latest: ProgressEvent | None,
+    *,
+    kind: str = "task",
+    number: int | None,
+    stored: tuple[str | None, int | None] = (None, None),
+) -> dict[str, Any]:
     """Return an update as it goes over the wire.
 
-    A task that was deleted before it had ended is canceled, for the reason Deleted: nothing of it will be published.
+    ``latest`` is what the runner of whichever attempt has said last; ``stored`` are stage and percentage of the status, for
+    when that is of no use. A task that was deleted before it had ended is canceled, for the reason Deleted: nothing of it
+    will be published.
     """
-    phase = Phase.CANCELED if event.phase == _DELETED else event.phase
-    known = progress if progress is not None and progress.attempt == event.attempt and phase == Phase.PROCESSING else None
+    phase = str(Phase.CANCELED) if event.phase == _DELETED else event.phase
+    stage, done = None, None
+    if phase == Phase.PROCESSING:
+        stage, done = stored
+        if latest is not None and latest.attempt == event.attempt:
+            stage, done = str(latest.stage), latest.progress
     return {
         "type": kind,
         **({} if number is None else {"event": number}),
@@ -286,8 +299,8 @@ def task_update(event: Event, progress: Progress | None, *, kind: str = "task", 
         "kb_id": event.kb_id,
         "task_type": event.type,
         "status": status_word(phase),
-        "progress": percent(phase, None if known is None else known.percent),
-        "stage": None if known is None else known.stage,
+        "progress": percent(phase, done),
+        "stage": stage,
         "attempt": event.attempt,
         "reason": event.reason or None,
         "message": event.message,
@@ -313,7 +326,7 @@ class Hub:
         self._most_running = most_running
         self._position: int | None = None
         self._running: dict[str, Event] = {}
-        self._progress: OrderedDict[str, Progress] = OrderedDict()
+        self._progress: OrderedDict[str, ProgressEvent] = OrderedDict()
         self._routes: dict[Route, dict[Subscriber, int]] = {}
         self._subscribers: set[Subscriber] = set()
         self._ready = asyncio.Event()
@@ -376,7 +389,7 @@ class Hub:
         """Part with a subscriber that is closed; called by it."""
         self._subscribers.discard(subscriber)
 
-    def latest(self, uid: str) -> Progress | None:
+    def latest(self, uid: str) -> ProgressEvent | None:
         """Return how far the current attempt of a task has come, if its runner has said so lately."""
         return self._progress.get(uid)
 
@@ -446,18 +459,20 @@ class Hub:
 
         Said of a task that is not known to run it is kept: the runner is often heard of before PostgreSQL says that it runs.
         """
-        progress = Progress(said.attempt, str(said.stage), said.progress)
         before = self._progress.get(said.uid)
-        if progress == before or (before is not None and before.attempt > progress.attempt):
+        if before is not None and (
+            before.attempt > said.attempt
+            or (before.attempt, before.stage, before.progress) == (said.attempt, said.stage, said.progress)
+        ):
             return
-        self._progress[said.uid] = progress
+        self._progress[said.uid] = said
         self._progress.move_to_end(said.uid)
         if len(self._progress) > self._most_running:
             self._progress.popitem(last=False)
         event = self._running.get(said.uid)
         if event is None or event.attempt != said.attempt:
             return
-        told = task_update(event, progress, number=None) | {"at": timestamp(said.at)}
+        told = task_update(event, said, number=None) | {"at": timestamp(said.at)}
         self._publish(Update(event.uid, event.namespace, event.name, event.kb_id, None, orjson.dumps(told)))
 
     def _publish(self, update: Update) -> None:
