@@ -105,12 +105,25 @@ class Begun:
 class Watchers:
     """Makes a :class:`Watcher` of each client."""
 
-    def __init__(self, *, hub: Hub, past: Past, callers: Callers, most: int) -> None:
-        """``most``: clients at once."""
+    def __init__(
+        self,
+        *,
+        hub: Hub,
+        past: Past,
+        callers: Callers,
+        most: int,
+        snapshot: int = SNAPSHOT,
+        resumed: int = RESUMED,
+        reach: int = REACH,
+    ) -> None:
+        """``most``: clients at once; ``snapshot``, ``resumed``, ``reach``: see the constants."""
         self.hub = hub
         self.past = past
         self.callers = callers
         self.reading = asyncio.Semaphore(_READS)
+        self.snapshot = snapshot
+        self.resumed = resumed
+        self.reach = reach
         self._most = most
 
     def watcher(self, caller: Caller, *namespaces: str | None) -> "Watcher":
@@ -192,8 +205,9 @@ class Watcher:
     async def _begin(self, wanted: Filter, since: int | None, position: int) -> Begun:
         if since is not None and (resumed := await self._resume(wanted, since, position)) is not None:
             return resumed
-        head, tasks = await self._watchers.past.standing(wanted, limit=SNAPSHOT + 1)
-        truncated, tasks = len(tasks) > SNAPSHOT, tasks[:SNAPSHOT]
+        most = self._watchers.snapshot
+        head, tasks = await self._watchers.past.standing(wanted, limit=most + 1)
+        truncated, tasks = len(tasks) > most, tasks[:most]
         frames = []
         for place, task in enumerate(tasks, 1):
             # The number is on the last one alone: a client that comes back after half a snapshot needs a whole one.
@@ -205,10 +219,11 @@ class Watcher:
 
     async def _resume(self, wanted: Filter, since: int, position: int) -> Begun | None:
         """Return what has passed since a number; None when that cannot be told any more."""
-        if position - since > REACH:
+        most = self._watchers.resumed
+        if position - since > self._watchers.reach:
             return None
-        passed = await self._watchers.past.events_between(wanted, after=since, upto=position, limit=RESUMED + 1)
-        if not passed.lowest - 1 <= since <= passed.head or len(passed.events) > RESUMED:
+        passed = await self._watchers.past.events_between(wanted, after=since, upto=position, limit=most + 1)
+        if not passed.lowest - 1 <= since <= passed.head or len(passed.events) > most:
             return None
         frames = [Frame(self._watchers.hub.resumed(event), event.number) for event in passed.events]
         return Begun(frames, event=max(since, position), resumed=True)
