@@ -15,8 +15,10 @@ from task_gateway.batches import Batches
 from task_gateway.callers import Callers
 from task_gateway.cluster import Cluster
 from task_gateway.database import Database
+from task_gateway.documents import DocumentVolumes
 from task_gateway.following import Watchers
 from task_gateway.hub import Hub
+from task_gateway.knowledge import Knowledge
 from task_gateway.limits import RateLimit
 from task_gateway.listener import Listener
 from task_gateway.live import Live
@@ -26,8 +28,10 @@ from task_gateway.openapi import OpenApi
 from task_gateway.probes import Probes
 from task_gateway.routes import Part
 from task_gateway.settings import Auth, Settings
+from task_gateway.stats import Statistics, connects
 from task_gateway.tasks import Tasks
 from task_gateway.tickets import Tickets
+from task_gateway.uploads import Uploads
 from task_platform.kubernetes import Access, KubeconfigError
 from task_platform.logs import configure_logging
 from task_platform.progress import ProgressFeed
@@ -65,6 +69,12 @@ async def run(settings: Settings) -> int:
     )
     tasks = Tasks(cluster=cluster, database=database, callers=callers, metrics=metrics, settings=settings, latest=hub.latest)
     live = Live(Watchers(hub=hub, past=database, callers=callers, most=settings.live_clients), origins=settings.cors_origins)
+    uploads = Uploads(
+        tasks=tasks,
+        callers=callers,
+        volumes=None if settings.documents is None else DocumentVolumes(settings.documents),
+        most_bytes=settings.upload_bytes,
+    )
     metrics.watch_hub(hub)
     probes = Probes(
         checks={"kubernetes": cluster.ping, "postgres": database.ping},
@@ -78,6 +88,18 @@ async def run(settings: Settings) -> int:
         Logs(tasks=tasks, cluster=cluster, database=database),
         Tickets(callers),
         live,
+        uploads,
+        Knowledge(database=database, callers=callers),
+        Statistics(
+            counts=database,
+            callers=callers,
+            stores={
+                "postgres": database.ping,
+                "redis": None if feed is None else feed.ping,
+                "milvus": None if settings.milvus_url is None else connects(settings.milvus_url),
+                "elasticsearch": None if settings.elasticsearch_url is None else connects(settings.elasticsearch_url),
+            },
+        ),
         probes,
     ]
     app = make_app(gate, [*parts, OpenApi(parts)])
@@ -89,7 +111,7 @@ async def run(settings: Settings) -> int:
         )
     await cluster.warm_up()
     await database.warm_up()
-    work = [asyncio.create_task(hub.run(), name="hub")]
+    work = [asyncio.create_task(hub.run(), name="hub"), asyncio.create_task(uploads.tidy(), name="uploads")]
     if feed is not None:
         work.append(asyncio.create_task(feed.run(), name="progress"))
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=settings.stop_seconds, handler_cancellation=True)

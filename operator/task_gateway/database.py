@@ -257,6 +257,62 @@ class Database:
         events = [Event(*row[2:]) for row in rows if row["number"] is not None]
         return Passed(lowest=rows[0]["lowest"], head=rows[0]["head"], events=events)
 
+    # -------------------------------------------------------------------------------------------------------- knowledge
+
+    async def knowledge_base(self, namespace: str, kb_id: str) -> asyncpg.Record | None:
+        """Return the state of a knowledge base; None for one in which nothing was ever published."""
+        found = await self.rows(
+            "SELECT generation, model_fingerprint, dimension, documents, chunks::bigint AS chunks, "
+            "missing::bigint AS missing, extra::bigint AS extra, checked_at, intents, state, updated_at "
+            "FROM knowledge_base_states WHERE namespace = $1 AND kb_id = $2",
+            namespace,
+            kb_id,
+        )
+        return found[0] if found else None
+
+    async def documents(self, namespace: str, kb_id: str, *, after: str | None, limit: int) -> list[asyncpg.Record]:
+        """Return documents that readers see, in the order of their ids, from the one after ``after``."""
+        beyond, values = ("AND document_id > $4", [after]) if after is not None else ("", [])
+        return await self.rows(
+            "SELECT document_id, published_version, chunk_count, content_hash, published_task_uid::text AS task_uid, "  # noqa: S608
+            "missing, extra, checked_at, updated_at FROM documents WHERE namespace = $1 AND kb_id = $2 "
+            f"AND published_version IS NOT NULL AND chunk_count > 0 {beyond} ORDER BY document_id LIMIT $3",
+            namespace,
+            kb_id,
+            limit,
+            *values,
+        )
+
+    # ------------------------------------------------------------------------------------------------------- statistics
+
+    async def unfinished(self, scope: Sequence[str] | None) -> list[asyncpg.Record]:
+        """Return how many unfinished tasks there are by phase and priority, and since when the oldest one of each waits."""
+        where, values = _within(scope)
+        return await self.rows(
+            "SELECT phase, priority, count(*) AS tasks, "  # noqa: S608
+            "extract(epoch FROM now() - min(coalesce(queued_at, created_at)))::float8 AS oldest FROM tasks "
+            f"WHERE finished_at IS NULL AND deleted_at IS NULL {where} GROUP BY phase, priority",
+            *values,
+        )
+
+    async def ended(self, scope: Sequence[str] | None, *, seconds: Sequence[int]) -> list[asyncpg.Record]:
+        """Return for each of these times until now how many tasks have ended how, and how long successful ones ran."""
+        where, values = _within(scope, first=2)
+        return await self.rows(
+            "SELECT period.seconds, count(*) FILTER (WHERE phase = 'Completed') AS completed, "  # noqa: S608
+            "count(*) FILTER (WHERE phase = 'Failed') AS failed, count(*) FILTER (WHERE phase = 'Canceled') AS canceled, "
+            "avg(extract(epoch FROM finished_at - started_at)) FILTER (WHERE phase = 'Completed')::float8 AS ran "
+            "FROM unnest($1::int[]) AS period (seconds) LEFT JOIN tasks "
+            f"ON finished_at > now() - make_interval(secs => period.seconds) {where} GROUP BY period.seconds ORDER BY 1",
+            list(seconds),
+            *values,
+        )
+
+
+def _within(scope: Sequence[str] | None, *, first: int = 1) -> tuple[str, list[list[str]]]:
+    """Return the condition that rows are in some namespaces, and its value; None: in any."""
+    return ("", []) if scope is None else (f"AND namespace = ANY(${first}::text[])", [list(scope)])
+
 
 def _conditions(wanted: Filter, *, table: str, first: int) -> tuple[list[str], list[list[str]]]:
     """Return a filter as conditions, with the values of their parameters, which count from ``first``."""

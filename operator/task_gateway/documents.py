@@ -284,8 +284,8 @@ _FOREIGN: Final[tuple[tuple[bytes, str], ...]] = (
 )
 
 
-def wrong_content(head: bytes, *, name: str, declared: str | None) -> str | None:
-    """Return what is wrong with a file by its beginning, its name and the type that the sender gave it; None: nothing.
+def wrong_content(head: bytes, *, name: str, declared: str) -> str | None:
+    """Return what is wrong with a file by its beginning, its name and the type that it was sent as; None: nothing.
 
     What only the whole file shows, such as which Office format a ZIP archive is, the runner says when it reads it.
     """
@@ -294,7 +294,7 @@ def wrong_content(head: bytes, *, name: str, declared: str | None) -> str | None
     suffix = PurePosixPath(name).suffix.lower()
     for claimed, by in (
         (suffix, f"its name ends with {suffix}"),
-        (_TYPES.get(declared or "", ""), f"it was sent as {declared}"),
+        (_TYPES.get(declared, ""), f"it was sent as {declared}"),
     ):
         if claimed and (said := _contradicts(head, claimed)) is not None:
             return f"{by}, but {said}"

@@ -366,6 +366,8 @@ async def _first(futures: Sequence[asyncio.Future[Any]], *, seconds: float) -> a
 def _wish_of(request: web.Request) -> Wish:
     """Return what the query, or a browser that comes back, asks for. Raises :class:`Problem` 422."""
     query = request.query
+    if unknown := sorted(query.keys() - {"namespace", "ticket", "control", "kb_id", "task_id", "since"}):
+        raise Problem(422, "invalid-parameter", f"cannot follow tasks: {unknown[0][:80]!a} is no parameter; take it out")
     given: dict[str, Any] = {
         name: [part for text in query.getall(name) for part in text.split(",") if part]
         for name in ("kb_id", "task_id")

@@ -195,25 +195,25 @@ PNG, ZIP, OLD = b"\x89PNG\r\n\x1a\n" + b"\0" * 9, b"PK\x03\x04" + b"\0" * 9, b"\
     ("head", "name", "declared", "wrong"),
     [
         (PDF, "a.pdf", "application/pdf", None),
-        (b"junk of a printer " + PDF, "a.pdf", None, None),
+        (b"junk of a printer " + PDF, "a.pdf", "", None),
         (ZIP, "a.docx", "application/vnd.openxmlformats-officedocument.wordprocessingml.document", None),
         (OLD, "a.xls", "application/vnd.ms-excel", None),
-        (OLD, "with-a-password.docx", None, None),  # the runner says that it is encrypted
+        (OLD, "with-a-password.docx", "", None),  # the runner says that it is encrypted
         (PNG, "scan.jpg", "image/png", None),  # a picture under the wrong name is read all the same
         (b"\xff\xd8\xff\xe0", "scan.jpeg", "image/jpeg", None),
         (b"# Title\n", "a.md", "text/markdown", None),
         (b"MZ is no program here", "a.txt", "text/plain", None),
-        ("\ufeff标题".encode("utf-16"), "a.txt", None, None),
+        ("\ufeff标题".encode("utf-16"), "a.txt", "", None),
         (b"a,b\n1,2\n", "no-suffix", "application/octet-stream", None),
-        (b"", "a.txt", None, "the file is empty"),
-        (b"<html>", "a.pdf", None, "its name ends with .pdf, but it has no PDF header"),
+        (b"", "a.txt", "", "the file is empty"),
+        (b"<html>", "a.pdf", "", "its name ends with .pdf, but it has no PDF header"),
         (b"plain", "a", "application/pdf", "it was sent as application/pdf, but it has no PDF header"),
-        (PDF, "a.docx", None, "its name ends with .docx, but it is no ZIP archive, which such a file is"),
-        (b"plain", "a.png", None, "its name ends with .png, but it is no picture"),
-        (b"\x7fELF\x02\0", "a.txt", None, "it is a Linux program, which is not read"),
-        (b"MZ\x90\0", "setup", None, "it is a Windows program, which is not read"),
-        (b"\x00\x01\x02", "a.bin", None, "it is binary data of an unknown kind"),
+        (PDF, "a.docx", "", "its name ends with .docx, but it is no ZIP archive, which such a file is"),
+        (b"plain", "a.png", "", "its name ends with .png, but it is no picture"),
+        (b"\x7fELF\x02\0", "a.txt", "", "it is a Linux program, which is not read"),
+        (b"MZ\x90\0", "setup", "", "it is a Windows program, which is not read"),
+        (b"\x00\x01\x02", "a.bin", "", "it is binary data of an unknown kind"),
     ],
 )
-def test_a_file_is_what_it_says(head: bytes, name: str, declared: str | None, wrong: str | None) -> None:
+def test_a_file_is_what_it_says(head: bytes, name: str, declared: str, wrong: str | None) -> None:
     assert wrong_content(head, name=name, declared=declared) == wrong
