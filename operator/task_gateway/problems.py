@@ -36,6 +36,7 @@ TITLES: Final[Mapping[str, str]] = {
     "no-log": "There is no log",
     "conflict": "Somebody else has written since",
     "too-large": "The body is too large",
+    "volume-full": "There is no room for the document",
     "unsupported-media-type": "The body is of another type",
     "too-many-requests": "Too many requests",
     "refused-by-cluster": "The cluster refuses it",
