@@ -37,6 +37,7 @@ TITLES: Final[Mapping[str, str]] = {
     "no-callback": "The task has no callback",
     "conflict": "Somebody else has written since",
     "too-large": "The body is too large",
+    "volume-full": "There is no room for the document",
     "unsupported-media-type": "The body is of another type",
     "too-many-requests": "Too many requests",
     "refused-by-cluster": "The cluster refuses it",
