@@ -12,7 +12,8 @@ from aiohttp import web
 
 from task_gateway.app import Gate, make_app
 from task_gateway.batches import Batches
-from task_gateway.callers import Callers
+from task_gateway.callbacks import Callbacks
+from task_gateway.callers import ANYBODY, Caller, Callers
 from task_gateway.cluster import Cluster
 from task_gateway.database import Database
 from task_gateway.documents import DocumentVolumes
@@ -86,6 +87,7 @@ async def run(settings: Settings) -> int:
         tasks,
         Batches(tasks=tasks, callers=callers, charge=gate.charge, settings=settings),
         Logs(tasks=tasks, cluster=cluster, database=database),
+        Callbacks(tasks=tasks, database=database, callers=callers),
         Tickets(callers),
         live,
         uploads,
@@ -114,6 +116,19 @@ async def run(settings: Settings) -> int:
     work = [asyncio.create_task(hub.run(), name="hub"), asyncio.create_task(uploads.tidy(), name="uploads")]
     if feed is not None:
         work.append(asyncio.create_task(feed.run(), name="progress"))
+    if settings.rabbitmq_url is not None:
+        from task_gateway.submissions import Submissions  # a library that few need
+
+        submissions = Submissions(
+            settings.rabbitmq_url,
+            queue=settings.rabbitmq_queue,
+            caller=Caller(settings.rabbitmq_account) if settings.rabbitmq_account else ANYBODY,
+            tasks=tasks,
+            callers=callers,
+            metrics=metrics,
+            prefetch=settings.rabbitmq_prefetch,
+        )
+        work.append(asyncio.create_task(submissions.run(), name="submissions"))
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=settings.stop_seconds, handler_cancellation=True)
     try:
         await runner.setup()

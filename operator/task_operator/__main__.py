@@ -16,7 +16,7 @@ import kopf
 import structlog
 import uvloop
 
-from task_contract.callbacks import CALLBACKS_CHANNEL, STATES
+from task_contract.callbacks import CALLBACKS_CHANNEL, REPLAY, STATES
 from task_contract.names import GROUP
 from task_operator.archive import Archive
 from task_operator.callbacks import Sender
@@ -29,7 +29,7 @@ from task_operator.handlers import build_registry, event_sinks, kopf_settings
 from task_operator.health import Health
 from task_operator.jobs import common_labels
 from task_operator.metrics import Metrics
-from task_operator.outbox import LIST, REPLAY, Listener, Outbox
+from task_operator.outbox import LIST, Listener, Outbox
 from task_operator.projection import Database
 from task_operator.schema import migrate
 from task_operator.settings import DatabaseSettings, Settings
@@ -111,7 +111,7 @@ async def run(settings: Settings) -> int:
         if settings.redis_url is not None:
             sinks.append(RedisSink(settings.redis_url))
         if settings.rabbitmq_url is not None:
-            from task_operator.broker import RabbitSink  # 10 MB that few need
+            from task_operator.broker import RabbitSink  # a library that few need
 
             sinks.append(RabbitSink(settings.rabbitmq_url, exchange=settings.rabbitmq_exchange))
         publishers = [Publisher(settings.postgres_url, sink, source=source, metrics=metrics) for sink in sinks]
