@@ -30,11 +30,12 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from job_runner.guard import Address, AllowList, Guard, Resolve, Target, resolve
+from job_runner.guard import Guard, Resolve, Target, resolve
 from job_runner.settings import Settings, revealed
 from job_runner.watchdog import asking, beat
 from task_contract.errors import DocumentNotFound, DocumentRefused, SourceUnavailable, StoreUnavailable, TaskError
 from task_contract.location import bucket_and_key
+from task_contract.networks import Address, AllowList
 
 if TYPE_CHECKING:
     from obstore.store import S3Credential

@@ -15,9 +15,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from job_runner.cpus import cpu_limit
 from job_runner.embed import PACKAGED_MODEL
-from job_runner.guard import AllowList
 from task_contract.errors import StoreUnavailable
 from task_contract.names import DOCUMENT_ROOT, TERMINATION_LOG
+from task_contract.networks import AllowList
 
 PREFIX = "TASKS_"
 

@@ -6,7 +6,15 @@ message names the field and the remedy.
 
 from typing import Any, Final
 
-from task_contract.location import HTTP_MESSAGE, HTTP_PATTERN, S3_MESSAGE, S3_PATTERN, SCHEME_MESSAGE
+from task_contract.location import (
+    CALLBACK_MESSAGE,
+    CALLBACK_PATTERN,
+    HTTP_MESSAGE,
+    HTTP_PATTERN,
+    S3_MESSAGE,
+    S3_PATTERN,
+    SCHEME_MESSAGE,
+)
 from task_contract.models import AVAILABLE_TYPES, Spec, Status, TaskType
 from task_contract.names import DOCUMENT_ROOT, GROUP, KIND, PART_OF, PLURAL, SHORT_NAME, VERSION
 from task_contract.structural import Schema, structural_schema
@@ -72,10 +80,9 @@ def _type_rules() -> list[Rule]:
             field=".executor",
         ),
         _rule(
-            "!has(self.callback)",
-            "spec.callback: callbacks are not available in this version; watch the task instead",
+            f"!has(self.callback) || self.callback.url.matches(r'{CALLBACK_PATTERN}')",
+            f"spec.callback.url: {CALLBACK_MESSAGE}",
             field=".callback",
-            reason="FieldValueForbidden",
         ),
     ]
     fields = sorted({field for fields in _PAYLOAD_FIELDS.values() for field in fields})

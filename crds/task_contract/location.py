@@ -1,4 +1,5 @@
-"""The forms of ``payload.filePath``: a path of the document volume, ``s3://bucket/key``, ``https://`` or ``http://``.
+"""The forms of ``payload.filePath``: a path of the document volume, ``s3://bucket/key``, ``https://`` or ``http://``; and
+of ``callback.url``.
 
 The same patterns stand in the CRD, in RE2, and in the models. A URL carries neither user nor query: a specification is
 kept by etcd and PostgreSQL and shown by kubectl, and a query is where signatures and tokens stand.
@@ -11,6 +12,16 @@ HTTP_PATTERN: Final = r"^https?://([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0
 """Host names in ASCII only (others in their xn-- form); the path may have any script and is encoded when it is asked for."""
 S3_PATTERN: Final = r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/([^/?#.]|[.][^/?#.]|[.][.][^/?#])[^/?#]*)+$"
 """Bucket by Amazon's rules; the key is made of segments that are neither empty nor ``.`` nor ``..``."""
+
+CALLBACK_PATTERN: Final = (
+    r"^https?://([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?"
+    r"([/?]([^#\\{}\s]|\{(task_id|namespace|kb_id)\})*)?$"
+)
+"""In RE2, as the CRD has it, and in the models. Host names in ASCII only; fields stand behind the host alone."""
+CALLBACK_MESSAGE: Final = (
+    "must be http(s)://HOST[:PORT]/PATH without user, password and fragment; {task_id}, {namespace} and {kb_id} in the path"
+    " are filled in, other braces are written %7B and %7D"
+)
 
 SCHEME_MESSAGE: Final = (
     "a URL begins with s3://, https:// or http:// in lower case; any other path lies below the document volume"
@@ -40,6 +51,13 @@ def check_file_path(file_path: str) -> str:
                 raise ValueError(message)
             return file_path
     raise ValueError(SCHEME_MESSAGE)
+
+
+def check_callback_url(url: str) -> str:
+    """Return the URL as it is. Raises ValueError for one of another form."""
+    if re.fullmatch(CALLBACK_PATTERN, url) is None:
+        raise ValueError(CALLBACK_MESSAGE)
+    return url
 
 
 def bucket_and_key(file_path: str) -> tuple[str, str]:

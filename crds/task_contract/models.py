@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic.alias_generators import to_camel
 
 from task_contract.errors import InvalidTask
-from task_contract.location import check_file_path
+from task_contract.location import check_callback_url, check_file_path
 
 
 class TaskType(StrEnum):
@@ -259,8 +259,10 @@ class SecretKeyRef(Model):
 class Callback(Model):
     """Where to tell that a task has finished."""
 
-    url: Annotated[str, Field(min_length=1, max_length=2048, pattern=r"^https?://")]
+    url: Annotated[str, Field(min_length=1, max_length=2048, pattern=r"^https?://"), AfterValidator(check_callback_url)]
+    """``https://host/path`` or ``http://``; ``{task_id}``, ``{namespace}`` and ``{kb_id}`` in the path are filled in."""
     secret_ref: SecretKeyRef | None = None
+    """The Secret, of those that the operator may read, and the key in it whose value signs; without it nothing is signed."""
 
 
 class Executor(StrEnum):
@@ -299,7 +301,7 @@ class Spec(Model):
     executor: Executor = Executor.AUTO
     """What runs the task: a Job of its own, a warm worker pool, or whichever serves the type best."""
     callback: Callback | None = None
-    """Where to tell that the task has finished."""
+    """Where to tell that the task has finished. Default: that of the operator's settings, if there is one."""
     idempotency_key: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")] | None = None
     """Of the tasks of a namespace with the same key one runs, the first; the others end as Canceled, with its name in
     status.duplicateOf. For callers that cannot know whether their first request arrived."""
@@ -410,6 +412,30 @@ def _known(values: type[StrEnum]) -> BeforeValidator:
     return BeforeValidator(lambda value: None if isinstance(value, str) and value not in {*values} else value)
 
 
+class CallbackState(StrEnum):
+    """What has become of a callback."""
+
+    PENDING = "Pending"
+    DELIVERED = "Delivered"
+    DEAD = "Dead"
+    """Given up: it can be sent again by hand."""
+
+
+class CallbackStatus(Model):
+    """Whether the receiver of the callback knows of the end of the task; written when the first delivery has been tried."""
+
+    state: Annotated[CallbackState | None, _known(CallbackState)] = None
+    """Pending, Delivered or Dead."""
+    attempts: Annotated[int, Field(ge=0)] | None = None
+    """Deliveries tried when this was written."""
+    last_attempt_at: Timestamp | None = None
+    """When the last of them ended."""
+    status_code: Annotated[int, Field(ge=100, le=999)] | None = None
+    """What the receiver answered; absent when it did not."""
+    message: Text | None = None
+    """Why it is not delivered."""
+
+
 class Status(Model):
     """What the operator has seen."""
 
@@ -448,6 +474,8 @@ class Status(Model):
         Field(max_length=5, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["number"]}),
     ] = []
     """The last five attempts; all are in PostgreSQL."""
+    callback: CallbackStatus | None = None
+    """What has become of the callback; absent before it was tried, and when there is none."""
     conditions: Annotated[
         list[Condition],
         Field(max_length=8, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),

@@ -41,6 +41,9 @@ DOCUMENT_ROOT: Final = "/data"
 PROGRESS_CHANNEL: Final = f"{GROUP}:progress"
 """Redis pub/sub channel of :class:`task_contract.messages.ProgressEvent`; what it carries may be lost."""
 
+EVENTS_CHANNEL: Final = f"{GROUP}:events"
+"""Redis pub/sub channel of the life-cycle events, as CloudEvents in JSON."""
+
 KNOWLEDGE_BASE_PREFIX: Final = "kb_"
 """Names of collections, indices and aliases begin with it."""
 

@@ -7,6 +7,8 @@ Each store has a module with one shape: NAME, SERVICE_PORT, `port`, `environment
 and interrupted: folders and passwords get their names when they are complete, and a store counts as up when it has
 answered a question, not when its process is there. A store's files lie in the state folder under its name.
 
+RabbitMQ (`rabbitmq`) is there for tests that start it by themselves, with `up_optional`: the product can do without.
+
 Pods reach them through Services in the namespace `stores`, which lead to the bridge's address.
 """
 
@@ -19,7 +21,7 @@ from devstack import network
 from devstack.cache import state_dir
 from devstack.process import running
 from devstack.progress import step
-from devstack.stores import common, elasticsearch, milvus, milvus_lite, postgres, redis
+from devstack.stores import common, elasticsearch, milvus, milvus_lite, postgres, rabbitmq, redis
 from devstack.stores.postgres import create_database, drop_database
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "status",
     "stop",
     "up",
+    "up_optional",
 ]
 
 NAMESPACE = "stores"
@@ -60,6 +63,8 @@ class Store(Protocol):
 
 _STORES: tuple[Store, ...] = (postgres, redis, milvus, elasticsearch)
 
+_OPTIONAL: tuple[Store, ...] = (rabbitmq,)
+
 NAMES = tuple(store.NAME for store in _STORES)
 """The names of the stores, which are those of their processes."""
 
@@ -75,25 +80,33 @@ def up() -> dict[str, str]:
     return host_urls()
 
 
+def up_optional(name: str) -> None:
+    """Bring up a store that `up` leaves out; `down` stops it. Raises DevstackError."""
+    common.make_bridge()
+    with step(f"bringing up {name}"):
+        next(store for store in _OPTIONAL if name == store.NAME).up()
+
+
 def down(*, purge: bool = False) -> None:
     """Stop all stores; with PURGE also delete their data and passwords, at once."""
     _side_by_side(
-        [lambda store=store: store.down(kill=purge) for store in _STORES] + [lambda: milvus_lite.down(purge=purge)]
+        [lambda store=store: store.down(kill=purge) for store in (*_STORES, *_OPTIONAL)]
+        + [lambda: milvus_lite.down(purge=purge)]
     )
     if purge:
-        for name in (*NAMES, "passwords"):
+        for name in (*NAMES, *(store.NAME for store in _OPTIONAL), "passwords"):
             shutil.rmtree(state_dir() / name, ignore_errors=True)
 
 
 def stop(name: str) -> None:
-    """Stop one store, of :data:`NAMES`; its data is kept, and `up` starts it again."""
-    next(store for store in _STORES if name == store.NAME).down()
+    """Stop one store; its data is kept, and `up` or `up_optional` starts it again."""
+    next(store for store in (*_STORES, *_OPTIONAL) if name == store.NAME).down()
 
 
 def status() -> dict[str, str]:
     """Return what each store is doing, by name."""
     told = {}
-    for store in _STORES:
+    for store in (*_STORES, *(store for store in _OPTIONAL if running(store.NAME))):
         told[store.NAME] = f"running on {common.HOST}:{store.port()}" if running(store.NAME) else "not running"
     return told
 

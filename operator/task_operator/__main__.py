@@ -1,12 +1,14 @@
-"""The operator's command line: ``python -m task_operator run`` and ``python -m task_operator migrate``."""
+"""The operator's command line: ``python -m task_operator run``, ``migrate`` and ``callbacks``."""
 
 import argparse
 import asyncio
 import contextlib
+import json
+import os
 import socket
 import sys
 from collections.abc import Coroutine, Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import asyncpg
@@ -14,22 +16,29 @@ import kopf
 import structlog
 import uvloop
 
+from task_contract.callbacks import CALLBACKS_CHANNEL, STATES
+from task_contract.names import GROUP
 from task_operator.archive import Archive
+from task_operator.callbacks import Sender
+from task_operator.channel import RedisSink
+from task_operator.cloud_events import Publisher, Sink
 from task_operator.cluster import Cluster, Watches
 from task_operator.controller import Controller, VersionsWentBack
-from task_operator.events import Events
+from task_operator.events import Events, of_dead_callback
 from task_operator.handlers import build_registry, event_sinks, kopf_settings
 from task_operator.health import Health
 from task_operator.jobs import common_labels
 from task_operator.metrics import Metrics
+from task_operator.outbox import LIST, REPLAY, Listener, Outbox
 from task_operator.projection import Database
 from task_operator.schema import migrate
 from task_operator.settings import DatabaseSettings, Settings
 from task_operator.sweeper import Sweeper
+from task_operator.targets import api_servers
 from task_platform.kubernetes import Access, ClusterError, KubeconfigError
 from task_platform.logs import configure_logging
 from task_platform.progress import ProgressFeed
-from task_platform.settings import SettingsError, load_settings
+from task_platform.settings import SettingsError, load_settings, product_version
 
 _log = structlog.get_logger("task_operator")
 _STOP_TIMEOUT: Final = 3.0  # seconds for a look in progress to end
@@ -45,7 +54,9 @@ async def run(settings: Settings) -> int:
     metrics = Metrics()
     watches = Watches(expected=2 * max(1, len(settings.namespaces)))  # tasks and Jobs
     cluster = Cluster(access)
-    database = None if settings.postgres_url is None else Database(settings.postgres_url, metrics=metrics)
+    database = None
+    if settings.postgres_url is not None:
+        database = Database(settings.postgres_url, metrics=metrics, default_callback=settings.default_callback())
     template = settings.runner_template()
     events = Events(
         cluster.create_event,
@@ -79,6 +90,31 @@ async def run(settings: Settings) -> int:
     archive = None
     if database is not None and settings.history_days:
         archive = Archive(database=database, keep=timedelta(days=settings.history_days), metrics=metrics)
+    sender, listener = None, None
+    publishers: list[Publisher] = []
+    if database is not None and settings.postgres_url is not None:
+        timeout = timedelta(seconds=settings.callbacks_timeout_seconds)
+        sender = Sender(
+            outbox=Outbox(database, lease=timeout + timedelta(seconds=30)),
+            targets=settings.callback_targets(api_servers(os.environ, access.server)),
+            api=cluster,
+            secrets=frozenset(settings.callbacks_secrets),
+            metrics=metrics,
+            announce=lambda dead: events.submit(of_dead_callback(dead, now=datetime.now(UTC))),
+            timeout=timeout,
+            authorities=settings.callbacks_ca,
+            user_agent=f"processing-tasks/{product_version() or 'unknown'}",
+        )
+        listener = Listener(settings.postgres_url, {CALLBACKS_CHANNEL: sender.wake})
+        source = f"//{GROUP}/{settings.instance}"
+        sinks: list[Sink] = []
+        if settings.redis_url is not None:
+            sinks.append(RedisSink(settings.redis_url))
+        if settings.rabbitmq_url is not None:
+            from task_operator.broker import RabbitSink  # 10 MB that few need
+
+            sinks.append(RabbitSink(settings.rabbitmq_url, exchange=settings.rabbitmq_exchange))
+        publishers = [Publisher(settings.postgres_url, sink, source=source, metrics=metrics) for sink in sinks]
     health = Health(
         listen=settings.listen,
         watches=watches,
@@ -95,6 +131,8 @@ async def run(settings: Settings) -> int:
     await cluster.warm_up()
     if database is not None:
         await database.warm_up()
+    if sender is not None:
+        await sender.warm_up()
     await health.warm_up()
     # Started before kopf: on its way out kopf cancels every task that began after it did.
     parts = [
@@ -105,6 +143,9 @@ async def run(settings: Settings) -> int:
         *([] if feed is None else [_start("progress", feed.run())]),
         *([] if sweeper is None else [_start("sweeper", sweeper.run())]),
         *([] if archive is None else [_start("archive", archive.run())]),
+        *([] if sender is None else [_start("callbacks", sender.run())]),
+        *([] if listener is None else [_start("listener", listener.run())]),
+        *(_start("publisher", publisher.run()) for publisher in publishers),
     ]
 
     async def cleanup() -> None:
@@ -142,6 +183,10 @@ async def run(settings: Settings) -> int:
         await cleanup()
         if feed is not None:
             await feed.aclose()
+        for publisher in publishers:
+            await publisher.aclose()
+        if sender is not None:
+            await sender.aclose()
         if database is not None:
             await database.aclose()
         await cluster.aclose()
@@ -180,8 +225,30 @@ async def run_migrations(settings: DatabaseSettings) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line and run; return the exit code."""
+async def run_callbacks(settings: DatabaseSettings, options: argparse.Namespace) -> int:
+    """List callbacks, or have them sent again; return the exit code."""
+    if settings.postgres_url is None:
+        _log.error("cannot look at callbacks: OPERATOR_POSTGRES_URL is not set")
+        return 2
+    try:
+        connection = await asyncpg.connect(settings.postgres_url, timeout=10, command_timeout=60)
+        try:
+            if options.action == "list":
+                for row in await connection.fetch(LIST, options.state, options.namespace, options.limit):
+                    sys.stdout.write(json.dumps(dict(row), default=str, ensure_ascii=False) + "\n")
+                return 0
+            state = None if options.names else "dead"
+            number = await connection.fetchval(REPLAY, state, options.namespace, options.names or None)
+        finally:
+            await connection.close()
+    except (OSError, asyncpg.PostgresError, TimeoutError) as error:
+        _log.error("cannot look at callbacks: cannot use PostgreSQL", error=repr(error))
+        return 1
+    _log.info("callbacks are sent again", number=number)
+    return 0 if number or not options.names else 1
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m task_operator",
         description="Operator of ProcessingTasks. Settings are environment variables OPERATOR_…: see docs/operator.md.",
@@ -189,13 +256,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="watch tasks and run them as Jobs")
     commands.add_parser("migrate", help="create or update the tables in PostgreSQL, and exit")
-    command = parser.parse_args(arguments).command
+    callbacks = commands.add_parser("callbacks", help="list callbacks, or have them sent again: see docs/callbacks.md")
+    actions = callbacks.add_subparsers(dest="action", required=True)
+    show = actions.add_parser("list", help="one JSON object a line, the youngest first")
+    show.add_argument("--state", choices=STATES, default="dead")
+    show.add_argument("--namespace")
+    show.add_argument("--limit", type=int, default=100)
+    replay = actions.add_parser("replay", help="send callbacks again, with the id that they had")
+    replay.add_argument("--namespace", required=True)
+    which = replay.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "names", nargs="*", default=[], metavar="TASK", help="tasks whose callbacks are sent, in whatever state"
+    )
+    which.add_argument("--dead", action="store_true", help="all that are dead")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and run; return the exit code."""
+    options = _parser().parse_args(arguments)
     configure_logging("INFO")
     try:
-        if command == "migrate":
+        if options.command != "run":
             database = load_settings(DatabaseSettings, program="operator")
             configure_logging(database.log_level)
-            return uvloop.run(run_migrations(database))
+            work = run_migrations(database) if options.command == "migrate" else run_callbacks(database, options)
+            return uvloop.run(work)
         settings = load_settings(Settings, program="operator")
         configure_logging(settings.log_level)
         return uvloop.run(run(settings))

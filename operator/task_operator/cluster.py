@@ -1,6 +1,7 @@
 """The Kubernetes API as the operator uses it: its requests, and its watches."""
 
 import asyncio
+import base64
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final
@@ -228,6 +229,24 @@ class Cluster(Kubernetes):
             params={"fieldManager": FIELD_MANAGER},
             content_type="application/merge-patch+json",
         )
+
+    async def patch_callback(self, namespace: str, name: str, *, uid: str, callback: Mapping[str, Any]) -> None:
+        """Merge ``callback`` into ``status.callback`` of this very task, whatever its version: nobody else writes it.
+
+        :class:`NotFound` or :class:`Conflict` if it is gone.
+        """
+        await self.ask(
+            "PATCH",
+            f"{path_of(TASKS_API, namespace, PLURAL, name)}/status",
+            body={"metadata": {"uid": uid}, "status": {"callback": callback}},
+            params={"fieldManager": FIELD_MANAGER},
+            content_type="application/merge-patch+json",
+        )
+
+    async def get_secret(self, namespace: str, name: str) -> dict[str, bytes]:
+        """Return the values of a Secret. Those of ``callbacks.secrets`` alone may be read."""
+        secret = await self.ask("GET", path_of(CORE_API, namespace, "secrets", name))
+        return {key: base64.b64decode(value) for key, value in (secret.get("data") or {}).items()}
 
     async def replace_status(
         self, namespace: str, name: str, *, uid: str, generation: int, before: Mapping[str, Any], after: Mapping[str, Any]

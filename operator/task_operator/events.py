@@ -1,4 +1,5 @@
-"""Kubernetes Events about tasks: what ``kubectl describe ptask`` shows. Retries, failures and long waits; nothing else.
+"""Kubernetes Events about tasks: what ``kubectl describe ptask`` shows. Retries, failures, long waits, and
+callbacks that were given up; nothing else.
 
 Best effort, and never in the way: an Event is made after the status write that it tells of has succeeded, waits in a
 bounded queue, and is sent by a task of its own, one at a time. What cannot be sent is counted and forgotten: the status
@@ -17,6 +18,7 @@ import structlog
 from task_contract.models import Metadata, Phase, Status, format_duration
 from task_contract.names import API_VERSION, GROUP, KIND, digest
 from task_operator.metrics import Metrics
+from task_operator.outbox import Told
 from task_platform.kubernetes import ClusterError, Conflict, Manifest
 
 _log = structlog.get_logger(__name__)
@@ -58,6 +60,14 @@ def of_wait(metadata: Metadata, status: Status, *, now: datetime) -> Manifest | 
     seconds = timedelta(seconds=int(waited.total_seconds()))
     note = f"waiting for {format_duration(seconds)} ({queue.reason}): {queue.message or 'no more is known'}"
     return _event(metadata, status, "Waiting", "Wait", note, f"{queue.reason} {queue.since.isoformat()}", now=now)
+
+
+def of_dead_callback(callback: Told, *, now: datetime) -> Manifest:
+    """Return the Event of a callback that was given up."""
+    metadata = Metadata(name=callback.name, namespace=callback.namespace, uid=callback.task_uid)
+    note = f"the callback was given up: {callback.error}; correct what is wrong and send it again, see docs/callbacks.md"
+    which = "" if callback.last_attempt_at is None else callback.last_attempt_at.isoformat()
+    return _event(metadata, Status(), "CallbackDead", "Callback", note, which, now=now)
 
 
 def _event(

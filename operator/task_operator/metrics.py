@@ -61,6 +61,25 @@ class Metrics:
         self.history_expired = Counter(
             "task_operator_history_expired", "Tasks whose history was deleted from PostgreSQL.", registry=self.registry
         )
+        self.callbacks_sent = Counter(
+            "task_callbacks_sent", "Deliveries of callbacks that were tried.", ["result"], registry=self.registry
+        )
+        self.callback_seconds = Histogram(
+            "task_callback_seconds",
+            "One delivery of a callback.",
+            buckets=(0.005, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30),
+            registry=self.registry,
+        )
+        self.callbacks = Gauge("task_callbacks", "Callbacks that are pending, or dead.", ["state"], registry=self.registry)
+        self.callbacks_oldest = Gauge(
+            "task_callbacks_oldest_pending_seconds", "Age of the oldest callback that is pending.", registry=self.registry
+        )
+        self.events_published = Counter(
+            "task_events_published", "Life-cycle events published.", ["sink"], registry=self.registry
+        )
+        self.events_behind = Gauge(
+            "task_events_behind", "Life-cycle events that a sink has yet to take.", ["sink"], registry=self.registry
+        )
         self.events = Counter("task_operator_events", "Kubernetes Events.", ["result"], registry=self.registry)
         self.resyncs = Counter("task_operator_resyncs", "Full resyncs.", ["result"], registry=self.registry)
         self.projection_pending = Gauge(

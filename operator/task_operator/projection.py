@@ -11,6 +11,8 @@ become visible. Both tables are primary data, as rows of deleted tasks are: they
 Every full list begins with what the table holds (:meth:`Database.held`), and that is then all that is known of it: rows that
 somebody removed, that were dropped while PostgreSQL was away, or that are of a history that the API server has lost to a
 restored backup, are written from the list.
+
+The callback of a task is written with its end, in the same transaction and once for all: its key is the task.
 """
 
 import asyncio
@@ -25,12 +27,14 @@ import orjson
 import structlog
 from pydantic import ValidationError
 
+from task_contract.callbacks import CALLBACKS_CHANNEL, callback_body, callback_id, fill_url, host_of
+from task_contract.location import check_callback_url
 from task_contract.messages import AttemptOutcome
 from task_operator.backlog import LIMIT, Backlog, Row
 from task_operator.jobs import parse_time
 from task_operator.metrics import Metrics
 from task_operator.observation import Fence, FenceState, StoredOutcome
-from task_operator.transitions import Attempt, Seen, Transition, transitions, withdrawn
+from task_operator.transitions import DELETED, ENDS, Attempt, Seen, Transition, transitions, withdrawn
 
 _log = structlog.get_logger(__name__)
 
@@ -126,6 +130,12 @@ _WITHDRAW_ATTEMPTS: Final = (
     "DELETE FROM attempts USING unnest($1::uuid[], $2::smallint[]) AS gone (uid, number) "
     "WHERE task_uid = gone.uid AND attempts.number >= gone.number"
 )
+_PUT_CALLBACKS: Final = (
+    "WITH put AS (INSERT INTO callbacks (id, task_uid, namespace, name, kb_id, url, host, secret_name, secret_key, body) "  # noqa: S608 - names of ours
+    "SELECT * FROM unnest($1::text[], $2::uuid[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], "
+    "$8::text[], $9::text[], $10::text[]) ON CONFLICT DO NOTHING RETURNING id) "  # by id or task: it has been written before
+    f"SELECT pg_notify('{CALLBACKS_CHANNEL}', count(*)::text) FROM put HAVING count(*) > 0"
+)
 
 
 # Rows that a list contradicts: called deleted although the task exists, or of a version that the API server never had.
@@ -139,10 +149,11 @@ _GIVE_WAY: Final = (
 
 _EXPIRE: Final = (
     "WITH due AS (SELECT uid FROM tasks WHERE deleted_at < $1 "  # noqa: S608 - names of ours
+    "AND NOT EXISTS (SELECT FROM callbacks WHERE task_uid = tasks.uid AND state = 'pending') "
     "ORDER BY deleted_at LIMIT $2 FOR UPDATE SKIP LOCKED), "
     + "".join(
         f"from_{table} AS (DELETE FROM {table} USING due WHERE task_uid = due.uid), "  # noqa: S608 - names of ours
-        for table in ("attempts", "task_events", "task_results", "task_fences")
+        for table in ("attempts", "task_events", "task_results", "task_fences", "callbacks")
     )
     + "gone AS (DELETE FROM tasks USING due WHERE tasks.uid = due.uid RETURNING tasks.uid) SELECT count(*) FROM gone"
 )
@@ -156,6 +167,17 @@ class Held:
     finished: bool
     told: bool = True
     """Whether ``task_events`` tells of it up to this version; False: a release has written the row that tells nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class DefaultCallback:
+    """Where the end of a task is told that names no callback of its own."""
+
+    url: str
+    """With the fields of :func:`task_contract.callbacks.fill_url`."""
+    secret_name: str | None = None
+    """Of the Secret in the task's namespace that signs, and the key in it; None: unsigned."""
+    secret_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +227,10 @@ class Database:
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         limit: int = LIMIT,
         fences: int = FENCES,
+        default_callback: DefaultCallback | None = None,
     ) -> None:
         """``limit``: bytes of rows that may wait; ``fences``: how many fences of tasks that are gone."""
+        self._default_callback = default_callback
         self._url = url
         self._clock = clock
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
@@ -328,7 +352,7 @@ class Database:
         To be asked before the tasks are listed; the list is then to be submitted whole. Raises :class:`DatabaseUnavailable`.
         """
         scope = "AND namespace = ANY($1::text[])" if namespaces else "AND $1::text[] IS NOT NULL"
-        rows = await self._run(
+        rows = await self.ask(
             lambda connection: connection.fetch(
                 "SELECT uid::text AS uid, resource_version AS version, finished_at IS NOT NULL AS finished, "  # noqa: S608
                 f"told_version IS NOT DISTINCT FROM resource_version AS told FROM tasks WHERE deleted_at IS NULL {scope}",
@@ -343,7 +367,7 @@ class Database:
     async def mark_deleted(self, gone: Mapping[str, Held]) -> None:
         """Mark rows of tasks that are gone without having been seen to go, and fence what they left unfinished."""
         for uids in _batches(list(gone)):
-            await self._run(partial(_mark_deleted, uids=uids))
+            await self.ask(partial(_mark_deleted, uids=uids, default=self._default_callback))
             for uid in uids:
                 self._backlog.forget(uid)
                 if not gone[uid].finished:
@@ -369,7 +393,7 @@ class Database:
     async def _write(self, rows: Sequence[Row]) -> set[str]:
         """Write rows that are newer than the table's; return the uids of those."""
         try:
-            written: set[str] = await self._run(lambda connection: _upsert(connection, rows))
+            written: set[str] = await self.ask(lambda connection: _upsert(connection, rows, default=self._default_callback))
         except asyncpg.DataError as error:
             if len(rows) == 1:
                 # Held back it would block its neighbours for ever, and the task could never be deleted.
@@ -383,7 +407,7 @@ class Database:
 
     async def result(self, uid: str, *, attempt: int) -> StoredOutcome | None:
         """Return how an attempt ended, as its runner stored it. Raises :class:`DatabaseUnavailable`."""
-        row = await self._run(
+        row = await self.ask(
             lambda connection: connection.fetchrow(
                 "SELECT outcome, holder, created_at FROM task_results WHERE task_uid = $1 AND attempt = $2", uid, attempt
             )
@@ -396,7 +420,7 @@ class Database:
         A runner commits under the shared advisory lock on the uid and looks for the fence there; this holds the exclusive
         one, so that one of the two comes first and the other one sees it.
         """
-        fence: Fence = await self._run(lambda connection: _raise_fence(connection, uid, reason))
+        fence: Fence = await self.ask(lambda connection: _raise_fence(connection, uid, reason))
         return fence
 
     async def release(self, uid: str) -> Fence:
@@ -405,7 +429,7 @@ class Database:
         The pod cannot commit any more; the next one of the task takes them up as ever. May be repeated. Raises
         :class:`DatabaseUnavailable`.
         """
-        fence: Fence = await self._run(lambda connection: _release(connection, uid))
+        fence: Fence = await self.ask(lambda connection: _release(connection, uid))
         return fence
 
     # -------------------------------------------------------------------------------------------------------- archive
@@ -416,14 +440,14 @@ class Database:
         With a row of ``tasks`` goes all that is kept of its task: attempts, events, stored results, fence. Rows that another
         operator deletes at the same time are passed over. Raises :class:`DatabaseUnavailable`.
         """
-        gone: int = await self._run(lambda connection: connection.fetchval(_EXPIRE, before, most))
+        gone: int = await self.ask(lambda connection: connection.fetchval(_EXPIRE, before, most))
         return gone
 
     # ------------------------------------------------------------------------------------------------------- sweeping
 
     async def intents(self, *, namespaces: Sequence[str]) -> list[Intent]:
         """Return the tasks that have intents in the knowledge ledger. Raises :class:`DatabaseUnavailable`."""
-        rows = await self._run(
+        rows = await self.ask(
             lambda connection: connection.fetch(
                 "SELECT v.task_uid::text AS uid, bool_or(t.uid IS NOT NULL) AS known, max(v.updated_at) AS begun_at "
                 "FROM document_versions v LEFT JOIN tasks t ON t.uid = v.task_uid WHERE v.state = 'intent' "
@@ -435,10 +459,11 @@ class Database:
 
     async def swept(self, *, namespaces: Sequence[str]) -> list[Swept]:
         """Return what is known of sweeps, for each namespace with knowledge bases. Raises :class:`DatabaseUnavailable`."""
-        rows = await self._run(lambda connection: connection.fetch(_SWEPT, list(namespaces)))
+        rows = await self.ask(lambda connection: connection.fetch(_SWEPT, list(namespaces)))
         return [Swept(**row) for row in rows]
 
-    async def _run(self, work: Callable[[Any], Any]) -> Any:
+    async def ask(self, work: Callable[[Any], Any]) -> Any:
+        """Do a piece of work with a connection of the pool. Raises :class:`DatabaseUnavailable`, and asyncpg.DataError."""
         if self._pool is None:
             raise RuntimeError("Database is used before warm_up()")
         try:
@@ -461,7 +486,9 @@ async def _keep(_: object) -> None:
     """Take a connection as it is: nothing here leaves anything in its session, and asyncpg's reset is a request more."""
 
 
-async def _upsert(connection: "asyncpg.Connection[asyncpg.Record]", rows: Sequence[Row]) -> set[str]:
+async def _upsert(
+    connection: "asyncpg.Connection[asyncpg.Record]", rows: Sequence[Row], *, default: DefaultCallback | None = None
+) -> set[str]:
     """Write rows that are newer than the table's, and what they tell; return the uids of those."""
     listed = [(row.uid, row.version, row.lost) for row in rows if row.listed]
     async with connection.transaction():
@@ -470,24 +497,31 @@ async def _upsert(connection: "asyncpg.Connection[asyncpg.Record]", rows: Sequen
             await connection.execute(_GIVE_WAY, *_columns(listed))
         written = await connection.fetch(_UPSERT, *_columns([row.values for row in rows]))
         last = {record["uid"]: record for record in written}
-        await _tell(connection, [(_told(last[row.uid]), row.values) for row in rows if row.uid in last])
+        await _tell(connection, [(_told(last[row.uid]), row.values) for row in rows if row.uid in last], default=default)
     return set(last)
 
 
-async def _mark_deleted(connection: "asyncpg.Connection[asyncpg.Record]", *, uids: Sequence[str]) -> None:
+async def _mark_deleted(
+    connection: "asyncpg.Connection[asyncpg.Record]", *, uids: Sequence[str], default: DefaultCallback | None
+) -> None:
     async with connection.transaction():
         await connection.execute(_ALONE)
         written = await connection.fetch(_MARK_DELETED, uids)
-        await _tell(connection, [(_told(record), tuple(record)[: len(_COLUMNS)]) for record in written])
+        await _tell(connection, [(_told(record), tuple(record)[: len(_COLUMNS)]) for record in written], default=default)
 
 
 async def _tell(
-    connection: "asyncpg.Connection[asyncpg.Record]", written: Sequence[tuple[Transition | None, Sequence[Any]]]
+    connection: "asyncpg.Connection[asyncpg.Record]",
+    written: Sequence[tuple[Transition | None, Sequence[Any]]],
+    *,
+    default: DefaultCallback | None,
 ) -> None:
-    """Add the events from the last one of each task to the row that was just written, and what is new of its attempts."""
+    """Add the events from the last one of each task to the row that was just written, what is new of its attempts, and its
+    callback when it has ended."""
     events: list[tuple[Any, ...]] = []
     attempts: list[tuple[Any, ...]] = []
     gone: list[tuple[Any, ...]] = []
+    callbacks: list[tuple[Any, ...]] = []
     for told, values in written:
         seen = _seen(values)
         uid = values[0]
@@ -499,12 +533,53 @@ async def _tell(
         attempts += [(uid, *one, _error_of(one, values)) for one in seen.attempts if one.number >= known]
         if (number := withdrawn(told, seen)) is not None:
             gone.append((uid, number))
+        if story[-1].phase in ENDS - {DELETED} and (callback := _callback(values, default)) is not None:
+            callbacks.append(callback)
     if gone:
         await connection.execute(_WITHDRAW_ATTEMPTS, *_columns(gone))
     if attempts:
         await connection.execute(_PUT_ATTEMPTS, *_columns(attempts))
     if events:
         await connection.execute(_ADD_EVENTS, *_columns(events))
+    if callbacks:
+        await connection.execute(_PUT_CALLBACKS, *_columns(callbacks))
+
+
+def _callback(values: Sequence[Any], default: DefaultCallback | None) -> tuple[Any, ...] | None:
+    """Return the row of the callback of a task that has ended; None if nobody wants one."""
+
+    def of(name: str) -> Any:
+        return values[_PLACE[name]]
+
+    def read(name: str) -> Any:
+        return None if of(name) is None else orjson.loads(of(name))
+
+    named: Mapping[str, Any] = read("spec").get("callback") or {}
+    url, secret = named.get("url"), named.get("secretRef") or {}
+    if url is None and default is not None:
+        url, secret = default.url, {"name": default.secret_name, "key": default.secret_key}
+    if url is None:
+        return None
+    try:
+        check_callback_url(url)
+    except ValueError:
+        return None  # a task that the CRD would refuse: it has ended as one that cannot be read
+    uid, namespace, name, kb_id = str(of("uid")), of("namespace"), of("name"), of("kb_id")
+    url = fill_url(url, task_id=name, namespace=namespace, kb_id=kb_id)
+    body = callback_body(
+        task_id=name,
+        namespace=namespace,
+        uid=uid,
+        kb_id=kb_id,
+        task_type=of("type"),
+        phase=of("phase"),
+        attempt=of("attempt"),
+        result=read("result"),
+        error=read("error"),
+        finished_at=of("finished_at"),
+    )
+    secret_name, secret_key = secret.get("name"), secret.get("key")
+    return (callback_id(uid), uid, namespace, name, kb_id, url, host_of(url), secret_name, secret_key, body)
 
 
 def _columns(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:

@@ -61,7 +61,7 @@ def decide(observed: Observed, *, now: datetime, random: float, policy: Policy =
         return Decision()  # the garbage collector ends the Job; a missing Job means nothing any more
     if status.phase.finished:
         return _finished(observed, now=now, policy=policy)
-    if problem := _impossible(task):
+    if problem := _impossible(task, database=observed.store.configured):
         failure = Failure(reason="InvalidTask", message=clip(problem), retryable=False)
         return Decision(
             status=failed(task, failure, now=now), delete_jobs=tuple(job for job in observed.jobs if not job.deleting)
@@ -93,7 +93,7 @@ def refuse(metadata: Metadata, status: Status, message: str, *, now: datetime) -
 # ------------------------------------------------------------------------------------------------------- the situation
 
 
-def _impossible(task: ProcessingTask) -> str | None:
+def _impossible(task: ProcessingTask, *, database: bool) -> str | None:
     """Return why this version cannot carry out a task. The CRD refuses such tasks, unless it is of another version."""
     spec = task.spec
     if spec.type not in AVAILABLE_TYPES:
@@ -101,8 +101,11 @@ def _impossible(task: ProcessingTask) -> str | None:
         return f"cannot carry out type {spec.type}: this version knows {available}; create a task of one of these"
     if spec.executor is Executor.POOL:
         return "cannot use a worker pool: this version has none; create a task with executor auto or job"
-    if spec.callback is not None:
-        return "cannot call back: this version does not; create the task without callback and watch it instead"
+    if spec.callback is not None and not database:
+        return (
+            "cannot call back: callbacks leave from PostgreSQL, which this operator does not have; "
+            "set OPERATOR_POSTGRES_URL, or create the task without callback"
+        )
     if spec.type is TaskType.DOCUMENT_PROCESSING:
         needs_file = spec.payload.effective_action is Action.UPSERT
         if spec.kb_id is None or (needs_file and spec.payload.file_path is None):

@@ -1,17 +1,24 @@
 """The operator's settings: environment variables with prefix ``OPERATOR_``, read and checked once at start."""
 
+import ssl
 from datetime import timedelta
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from task_contract.location import check_callback_url
 from task_contract.models import Priority, TaskType
+from task_contract.networks import Address, AllowList
 from task_operator.dispatch import Limits
 from task_operator.jobs import RunnerTemplate
 from task_operator.observation import Policy
+from task_operator.projection import DefaultCallback
 from task_operator.resources import MemoryGrowth, classes, in_bytes
-from task_platform.settings import Address, Names, OptionalUrl, product_version
+from task_operator.targets import Targets
+from task_platform.settings import Address as ListenAddress
+from task_platform.settings import Names, OptionalUrl, product_version
 
 PREFIX: Final = "OPERATOR_"
 _LABEL_VALUE: Final = r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
@@ -28,6 +35,24 @@ def _resources(value: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
     for of in value.values():
         in_bytes(of.get("memory", "1"))
     return value
+
+
+def _callback_url(value: str | None) -> str | None:
+    return None if value is None else check_callback_url(value)
+
+
+def _allow_list(entries: tuple[str, ...]) -> tuple[str, ...]:
+    AllowList.parse(entries)
+    return entries
+
+
+def _pem(text: str) -> str:
+    if text:
+        try:
+            ssl.create_default_context(cadata=text)
+        except (ssl.SSLError, ValueError):
+            raise ValueError("must be certificates in PEM form") from None
+    return text
 
 
 class DatabaseSettings(BaseSettings):
@@ -96,14 +121,54 @@ class Settings(DatabaseSettings):
     """So many tasks of a namespace stay: over it, the oldest finished ones go before their TTL; 0: any number."""
     instance: Annotated[str, Field(pattern=_LABEL_VALUE)] = "processing-tasks"
     """Name of the installation, for the label app.kubernetes.io/instance of what the operator makes."""
-    listen: Address = "0.0.0.0:8081"
+    listen: ListenAddress = "0.0.0.0:8081"
     """Where /healthz, /readyz and /metrics are served."""
     resync_seconds: Annotated[float, Field(ge=1, le=3600)] = 300
     """How often everything is listed and looked at again, whatever the watch said."""
     sweep_interval_seconds: Annotated[float, Field(ge=0, le=86_400)] = 3600
     """How often the stores of a namespace are swept, besides after tasks that ended badly; 0: never, not even then."""
+    callbacks_default_url: Annotated[OptionalUrl, AfterValidator(_callback_url)] = None
+    """Where the end of a task is told that names no callback: ``http://HOST/PATH`` with {task_id}, {namespace}, {kb_id}."""
+    callbacks_default_secret: Annotated[str, Field(pattern=r"^([^/\s]+/[^/\s]+)?$")] = ""
+    """NAME/KEY of the Secret in each task namespace that signs those; empty: they are not signed."""
+    callbacks_allow: Annotated[Names, AfterValidator(_allow_list)] = ()
+    """What may be called besides Services of the task's namespace: names, *.domain, addresses, networks; comma separated."""
+    callbacks_secrets: Names = ("processing-task-callbacks",)
+    """Names of the Secrets in task namespaces that may sign; comma separated."""
+    callbacks_timeout_seconds: Annotated[float, Field(ge=0.1, le=60)] = 10
+    """Longest time of one delivery."""
+    callbacks_ca: Annotated[str, AfterValidator(_pem)] = ""
+    """Certificates of authorities in PEM form that are trusted besides those of the image."""
+    cluster_domain: Annotated[str, Field(pattern=r"^[a-z0-9.-]+$")] = "cluster.local"
+    """Domain of the cluster, below which Services have their full names."""
+    rabbitmq_url: OptionalUrl = None
+    """RabbitMQ to which life-cycle events are published, amqp:// or amqps://. None: they are not."""
+    rabbitmq_exchange: Annotated[str, Field(min_length=1, max_length=127)] = "processing-tasks"
+    """Topic exchange that is declared for them."""
     history_days: Annotated[float, Field(ge=0, le=36_500)] = 0
     """So long after its deletion what PostgreSQL has of a task stays there; 0: for ever."""
+
+    @model_validator(mode="after")
+    def _needs_postgres(self) -> Self:
+        for name in ("callbacks_default_url", "rabbitmq_url"):
+            if getattr(self, name) is not None and self.postgres_url is None:
+                raise ValueError(f"{PREFIX}{name.upper()} needs {PREFIX}POSTGRES_URL: what is sent waits in PostgreSQL")
+        return self
+
+    def default_callback(self) -> DefaultCallback | None:
+        """Return the callback of tasks that name none."""
+        if self.callbacks_default_url is None:
+            return None
+        name, _, key = self.callbacks_default_secret.partition("/")
+        return DefaultCallback(self.callbacks_default_url, name or None, key or None)
+
+    def callback_targets(self, api_servers: frozenset[Address]) -> Targets:
+        """Return who may be called; who chose the default has allowed its host by that."""
+        allowed = AllowList.parse(self.callbacks_allow)
+        if self.callbacks_default_url is not None:
+            host = (urlsplit(self.callbacks_default_url).hostname or "").rstrip(".")
+            allowed = AllowList(allowed.names | {host}, allowed.networks)
+        return Targets(allowed=allowed, api_servers=api_servers, cluster_domain=self.cluster_domain)
 
     def runner_template(self) -> RunnerTemplate:
         """Return what every runner pod has in common."""

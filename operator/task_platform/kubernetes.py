@@ -16,11 +16,12 @@ knows neither HTTP nor aiohttp.
 """
 
 import base64
+import contextlib
 import os
 import ssl
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -48,7 +49,16 @@ EVENTS_API: Final = "/apis/events.k8s.io/v1"
 class ClusterError(Exception):
     """A request to the Kubernetes API did not succeed."""
 
-    def __init__(self, message: str, *, status: int = 0, reason: str = "", retry_after: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 0,
+        reason: str = "",
+        retry_after: float | None = None,
+        answer: str = "",
+        causes: Sequence[tuple[str, str]] = (),
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.status = status
@@ -56,6 +66,10 @@ class ClusterError(Exception):
         """Of the server's Status object, such as AlreadyExists."""
         self.retry_after = retry_after
         """Seconds the server asked to wait."""
+        self.answer = answer
+        """The server's own words."""
+        self.causes = tuple(causes)
+        """Path and message of each bad field of the object."""
 
 
 class Conflict(ClusterError):
@@ -270,6 +284,24 @@ class Kubernetes:
             raise Unavailable(f"cannot {method} {path}: the answer is no JSON; is this an API server?") from error
         return loaded
 
+    @contextlib.asynccontextmanager
+    async def stream(self, path: str, *, params: Mapping[str, str] | None = None) -> AsyncIterator[AsyncIterator[bytes]]:
+        """Yield the body of a long answer, such as a log that is followed, as it comes. Raises a :class:`ClusterError`."""
+        if self._session is None:
+            raise RuntimeError("the client is used before warm_up()")
+        try:
+            response = await self._session.get(
+                self._access.server + path,
+                params=dict(params or {}),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+            )
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _unreachable("GET", path, error) from error
+        async with response:
+            if response.status >= 300:
+                raise _error("GET", path, response.status, await response.read(), response.headers.get("Retry-After"))
+            yield _chunks(response, path)
+
     async def request(
         self,
         method: str,
@@ -292,10 +324,22 @@ class Kubernetes:
             ) as response:
                 data = await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise Unavailable(f"cannot {method} {path}: {error!r}; is the API server reachable?") from error
+            raise _unreachable(method, path, error) from error
         if response.status < 300:
             return data
         raise _error(method, path, response.status, data, response.headers.get("Retry-After"))
+
+
+async def _chunks(response: aiohttp.ClientResponse, path: str) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in response.content.iter_any():
+            yield chunk
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise _unreachable("GET", path, error) from error
+
+
+def _unreachable(method: str, path: str, error: Exception) -> Unavailable:
+    return Unavailable(f"cannot {method} {path}: {error!r}; is the API server reachable?")
 
 
 def path_of(group: str, namespace: str | None, plural: str, name: str | None = None) -> str:
@@ -318,11 +362,21 @@ _KINDS: Final[dict[int, type[ClusterError]]] = {
 def _error(method: str, path: str, status: int, data: bytes, retry_after: str | None) -> ClusterError:
     """Return the typed error of an answer; the server's own words are the better part of the message."""
     message, reason = data[:300].decode(errors="replace"), ""
+    causes: list[tuple[str, str]] = []
     try:
         answer = orjson.loads(data)
         message, reason = answer.get("message") or message, answer.get("reason") or ""
+        found = (answer.get("details") or {}).get("causes") or []
+        causes = [(str(one.get("field") or ""), str(one.get("message") or "")) for one in found]
     except (orjson.JSONDecodeError, AttributeError):
         pass  # a proxy's page and not the API server's Status: its text will do
     kind = _KINDS.get(status, Unavailable)
     wait = float(retry_after) if retry_after is not None and retry_after.isdecimal() else None
-    return kind(f"cannot {method} {path}: {status} {message}", status=status, reason=reason, retry_after=wait)
+    return kind(
+        f"cannot {method} {path}: {status} {message}",
+        status=status,
+        reason=reason,
+        retry_after=wait,
+        answer=message,
+        causes=causes,
+    )

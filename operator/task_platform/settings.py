@@ -32,6 +32,8 @@ Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
 """Comma separated."""
 Address = Annotated[str, AfterValidator(_address)]
 """HOST:PORT to listen on."""
+OptionalAddress = Annotated[Address | None, BeforeValidator(_empty_is_none)]
+"""The same; empty: do not listen."""
 OptionalUrl = Annotated[str | None, BeforeValidator(_empty_is_none)]
 
 

@@ -17,6 +17,7 @@ import yaml
 
 from devstack import Endpoints, tools
 from task_contract.models import parse_manifest
+from task_operator.projection import DefaultCallback
 from task_operator.settings import Settings
 from task_platform.settings import load_settings
 from tests.support.devstack import Kubectl
@@ -162,6 +163,15 @@ BAD_VALUES: list[tuple[list[str], list[str]]] = [
     (["stores.elasticsearch.url=https://"], ["stores.elasticsearch.url", "https://"]),
     (["stores.postgres.url=mysql://tasks:hidden@db/tasks"], ["stores.postgres.url", "postgresql://"]),
     (["operator.stores.postgres.url=mysql://tasks:hidden@db/tasks"], ["operator.stores.postgres.url"]),
+    (["callbacks.default.url=knowledge-service/x"], ["/callbacks/default/url"]),
+    (["callbacks.default.secretRef.name=hooks"], ["callbacks.default.secretRef", "both name and key"]),
+    (["callbacks.default.secretRef.name=hooks", "callbacks.default.secretRef.key=k"], ["callbacks.default.secretRef.name"]),
+    (["callbacks.allow=all"], ["/callbacks/allow"]),
+    (["callbacks.secrets[0]=Hooks"], ["/callbacks/secrets/0"]),
+    (["callbacks.timeoutSeconds=90"], ["/callbacks/timeoutSeconds"]),
+    (["events.rabbitmq.url=http://u:hidden@rabbitmq"], ["events.rabbitmq.url", "amqp://"]),
+    (["events.rabbitmq.url=amqp://u:hidden@r", "events.rabbitmq.existingSecret=x"], ["events.rabbitmq.existingSecret"]),
+    (["clusterDomain=.local"], ["/clusterDomain"]),
 ]  # fmt: skip
 
 
@@ -327,6 +337,9 @@ def test_credentials_stand_in_secrets_only(rendered: tuple[str, dict[str, Docume
                 "OPERATOR_POSTGRES_URL": "postgresql://operator:canary-operator@postgres.stores:5432/tasks",
                 "OPERATOR_REDIS_URL": "redis://:canary-operator-redis@redis.stores:6379/0",
             },
+            "Secret processing-tasks-system/kb-tasks-rabbitmq": {
+                "url": "amqp://tasks:canary-rabbitmq@rabbitmq.stores:5672/",
+            },
             "Secret knowledge/processing-task-stores": {
                 "TASKS_POSTGRES_URL": "postgresql://runner:canary-postgres@postgres.stores:5432/tasks",
                 "TASKS_REDIS_URL": "redis://:canary-redis@redis.stores:6379/0",
@@ -373,6 +386,7 @@ PERMISSIONS = {
     ("batch", "jobs"): ["get", "list", "watch", "create", "delete"],
     ("", "pods"): ["get", "list"],
     ("events.k8s.io", "events"): ["create", "list"],
+    ("", "secrets"): ["get"],
 }
 
 
@@ -395,6 +409,14 @@ def test_operator_may_do_this_and_no_more(rendered: tuple[str, dict[str, Documen
             for resource in rule["resources"]
         }
         assert granted == PERMISSIONS
+        signing = {"full": ["hooks", "processing-task-callbacks"]}.get(name, ["processing-task-callbacks"])
+        assert [rule["resourceNames"] for rule in role["rules"] if rule["resources"] == ["secrets"]] == [signing]
+
+
+def test_without_secrets_that_sign_the_operator_reads_none(helm: Helm) -> None:
+    roles = [one for one in render(helm, "--set", POSTGRES, "--set", "callbacks.secrets=null") if one["kind"] == "Role"]
+    assert roles
+    assert not [rule for role in roles for rule in role["rules"] if "secrets" in rule["resources"]]
 
 
 def test_documented_permissions_are_the_granted_ones() -> None:
@@ -447,6 +469,12 @@ def test_operator_reads_its_settings_from_the_rendered_environment(
             assert list(settings.runner_tolerations) == given["runner"]["tolerations"]
             assert settings.image_pull_secrets == ("registry",)
             assert settings.documents_claim == "processing-task-documents"
+            default = given["callbacks"]["default"]
+            assert settings.default_callback() == DefaultCallback(default["url"], "hooks", "secret")
+            assert settings.callbacks_allow == ("hooks.example.com", "10.20.0.0/16")
+            assert settings.callbacks_secrets == ("hooks", "processing-task-callbacks")
+            assert (settings.callbacks_timeout_seconds, settings.cluster_domain) == (2.5, "cluster.example")
+            assert (settings.rabbitmq_exchange, bool(settings.rabbitmq_url)) == ("tasks", True)
             assert set(settings.priority_classes.values()) == {
                 document["metadata"]["name"] for document in documents if document["kind"] == "PriorityClass"
             }

@@ -11,7 +11,7 @@ from alembic.script import ScriptDirectory
 
 import task_operator.schema
 from task_contract.crd import custom_resource_definition
-from task_contract.location import HTTP_PATTERN, S3_PATTERN
+from task_contract.location import CALLBACK_PATTERN, HTTP_PATTERN, S3_PATTERN
 from task_contract.migrations import migrations
 from task_contract.models import ProcessingTask
 from tests.support.compatibility import contracting, narrowed_crd
@@ -48,6 +48,9 @@ REVIEWED: dict[str, str] = {
     " && (!has(self.stallTimeout) || self.stallTimeout == oldSelf.stallTimeout)": _NEW_FIELD,
     ".spec: a new rule: has(self.idempotencyKey) == has(oldSelf.idempotencyKey)"
     " && (!has(self.idempotencyKey) || self.idempotencyKey == oldSelf.idempotencyKey)": _NEW_FIELD,
+    f".spec: a new rule: !has(self.callback) || self.callback.url.matches(r'{CALLBACK_PATTERN}')": (
+        "allows more than the rule before it, which refused every callback"
+    ),
     ".spec.payload: a new rule: !has(self.confirm)"
     " || has(self.action) && self.action == 'delete_knowledge_base'": _NEW_FIELD,
 }

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
-from job_runner.guard import AllowList, Guard
+from job_runner.guard import Guard
 from task_contract.errors import DocumentNotFound, DocumentRefused, SourceUnavailable, TaskError
+from task_contract.networks import AllowList, is_public
 
 PUBLIC = "93.184.216.34"
 
@@ -114,10 +115,8 @@ async def test_public_addresses_are_reached(address: str) -> None:
 
 @given(st.ip_addresses())
 def test_nothing_passes_that_the_standard_library_calls_special(address: object) -> None:
-    from job_runner.guard import _public
-
     found = ip_address(str(address))
-    if _public(found):
+    if is_public(found):
         assert found.is_global
         assert not any((found.is_multicast, found.is_reserved, found.is_loopback, found.is_link_local))
 

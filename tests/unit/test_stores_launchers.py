@@ -10,7 +10,7 @@ import yaml
 
 from devstack import network, stores
 from devstack.progress import DevstackError
-from devstack.stores import common, elasticsearch, milvus, postgres, redis
+from devstack.stores import common, elasticsearch, milvus, postgres, rabbitmq, redis
 from devstack.stores.passwords import password
 
 FOLDER = Path("/state/store")
@@ -252,3 +252,17 @@ def test_etcd_of_milvus_is_on_loopback_alone() -> None:
 def test_only_the_sessions_of_earlier_runs_of_milvus_are_stale(sessions: list[tuple[int, int]], stale: list[int]) -> None:
     records: list[dict[str, Any]] = [{"ServerID": server, "LeaseID": lease} for server, lease in sessions]
     assert milvus.stale_leases(records) == stale
+
+
+def test_rabbitmq_listens_where_pods_and_this_machine_reach_it_and_wants_a_password() -> None:
+    lines = dict(line.split(" = ") for line in rabbitmq.render(15672, "hidden").splitlines())
+    assert lines["listeners.tcp.1"] == "127.0.0.1:15672"
+    assert lines["listeners.tcp.2"] == f"{network.ADDRESS}:15672"
+    assert (lines["default_user"], lines["default_pass"]) == ("tasks", "hidden")
+    assert "guest" not in lines.values()
+
+
+def test_rabbitmq_is_no_store_that_the_product_needs() -> None:
+    assert rabbitmq.NAME not in stores.NAMES
+    assert not [key for key in stores.host_urls() if "RABBITMQ" in key]
+    assert rabbitmq.NAME not in stores.status()

@@ -169,6 +169,30 @@ redis: TASKS_REDIS_URL
   value: {{ int $root.Values.operator.stuckSeconds | quote }}
 - name: OPERATOR_SWEEP_INTERVAL_SECONDS
   value: {{ int $root.Values.operator.sweepIntervalSeconds | quote }}
+{{- $callbacks := $root.Values.callbacks }}
+- name: OPERATOR_CALLBACKS_DEFAULT_URL
+  value: {{ $callbacks.default.url | quote }}
+- name: OPERATOR_CALLBACKS_DEFAULT_SECRET
+  value: {{ with $callbacks.default.secretRef }}{{ ternary (printf "%s/%s" .name .key) "" (ne .name "") | quote }}{{ end }}
+- name: OPERATOR_CALLBACKS_ALLOW
+  value: {{ join "," $callbacks.allow | quote }}
+- name: OPERATOR_CALLBACKS_SECRETS
+  value: {{ join "," $callbacks.secrets | quote }}
+- name: OPERATOR_CALLBACKS_TIMEOUT_SECONDS
+  value: {{ $callbacks.timeoutSeconds | quote }}
+- name: OPERATOR_CALLBACKS_CA
+  value: {{ $callbacks.ca | quote }}
+- name: OPERATOR_CLUSTER_DOMAIN
+  value: {{ $root.Values.clusterDomain | quote }}
+{{- with include "processing-tasks.rabbitmqSecret" $root }}
+- name: OPERATOR_RABBITMQ_URL
+  valueFrom:
+    secretKeyRef:
+      name: {{ . }}
+      key: url
+- name: OPERATOR_RABBITMQ_EXCHANGE
+  value: {{ $root.Values.events.rabbitmq.exchange | quote }}
+{{- end }}
 - name: OPERATOR_HISTORY_DAYS
   value: {{ int $root.Values.operator.historyDays | quote }}
 - name: OPERATOR_LOG_LEVEL
@@ -178,7 +202,8 @@ redis: TASKS_REDIS_URL
 {{- end }}
 {{- end }}
 
-{{/* What the operator may do, in each task namespace or, with operator.clusterWide, in all. Nothing on Secrets, and no create of tasks. */}}
+{{/* What the operator may do, in each task namespace or, with operator.clusterWide, in all. No create of tasks, and of
+Secrets those alone that sign callbacks. */}}
 {{- define "processing-tasks.operatorRules" -}}
 - apiGroups: [tasks.zzdsj.io]
   resources: [processingtasks]
@@ -203,6 +228,23 @@ redis: TASKS_REDIS_URL
 - apiGroups: [events.k8s.io]
   resources: [events]
   verbs: [create, list]
+{{- with .Values.callbacks.secrets }}
+# Keys that sign callbacks.
+- apiGroups: [""]
+  resources: [secrets]
+  resourceNames:
+    {{- toYaml . | nindent 4 }}
+  verbs: [get]
+{{- end }}
+{{- end }}
+
+{{/* Name of the Secret with the address of RabbitMQ; empty: there is none. */}}
+{{- define "processing-tasks.rabbitmqSecret" -}}
+{{- if .Values.events.rabbitmq.existingSecret }}
+{{- .Values.events.rabbitmq.existingSecret }}
+{{- else if .Values.events.rabbitmq.url }}
+{{- include "processing-tasks.fullname" . }}-rabbitmq
+{{- end }}
 {{- end }}
 
 {{/* Resources as JSON: quantities may be written as numbers. */}}
@@ -258,6 +300,22 @@ redis: TASKS_REDIS_URL
 {{- include "processing-tasks.validateStores" (dict "path" "operator.stores" "stores" .Values.operator.stores) }}
 {{- if and $stores.existingSecret (or $stores.postgres.url $stores.redis.url $stores.milvus.url $stores.milvus.token $stores.elasticsearch.url $stores.elasticsearch.apiKey) }}
 {{- fail "stores.existingSecret: leave the urls, the token and the API key below stores empty when it is set" }}
+{{- end }}
+{{- with .Values.callbacks.default.secretRef }}
+{{- if ne (empty .name) (empty .key) }}
+{{- fail "callbacks.default.secretRef: give both name and key, or none" }}
+{{- end }}
+{{- if and .name (not (has .name ($.Values.callbacks.secrets | default list))) }}
+{{- fail (printf "callbacks.default.secretRef.name: %s is not one of callbacks.secrets, so the operator may not read it" .name) }}
+{{- end }}
+{{- end }}
+{{- with .Values.events.rabbitmq }}
+{{- if and .url .existingSecret }}
+{{- fail "events.rabbitmq.existingSecret: leave events.rabbitmq.url empty when it is set" }}
+{{- end }}
+{{- if and .url (not (regexMatch "^amqps?://[^/]" .url)) }}
+{{- fail "events.rabbitmq.url: must begin with amqp:// or amqps:// and name a host" }}
+{{- end }}
 {{- end }}
 {{- if and $stores.existingSecret .Values.runner.embeddingModel }}
 {{- fail (printf "runner.embeddingModel: has no effect with stores.existingSecret; put TASKS_EMBEDDING_MODEL into its Secret %s" $stores.existingSecret) }}

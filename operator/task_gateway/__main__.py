@@ -1,0 +1,131 @@
+"""The gateway's command line: ``python -m task_gateway run``."""
+
+import argparse
+import asyncio
+import signal
+import sys
+from collections.abc import Sequence
+
+import structlog
+import uvloop
+from aiohttp import web
+
+from task_gateway.app import Gate, make_app
+from task_gateway.batches import Batches
+from task_gateway.callers import Callers
+from task_gateway.cluster import Cluster
+from task_gateway.database import Database
+from task_gateway.limits import RateLimit
+from task_gateway.logs import Logs
+from task_gateway.metrics import Metrics
+from task_gateway.openapi import OpenApi
+from task_gateway.probes import Probes
+from task_gateway.routes import Part
+from task_gateway.settings import Auth, Settings
+from task_gateway.tasks import Tasks
+from task_gateway.tickets import Tickets
+from task_platform.kubernetes import Access, KubeconfigError
+from task_platform.logs import configure_logging
+from task_platform.settings import SettingsError, load_settings
+
+_log = structlog.get_logger("task_gateway")
+
+
+async def run(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT; return the exit code.
+
+    A signal makes the replica unready; it goes on taking requests until every proxy has heard of that, and then ends those
+    that are under way.
+    """
+    metrics = Metrics()
+    cluster, database = Cluster(Access.from_environment()), Database(settings.postgres_url)
+    trusting = settings.auth is Auth.TRUST_THE_NETWORK
+    callers = Callers(
+        reviews=cluster,
+        tickets=database,
+        trusting=trusting,
+        namespaces=settings.namespaces,
+        default_namespace=settings.default_namespace,
+        audiences=settings.audiences,
+        believe=settings.auth_cache_seconds,
+    )
+    gate = Gate(
+        callers=callers,
+        limit=RateLimit(rate=settings.rate, burst=settings.burst),
+        metrics=metrics,
+        cors_origins=settings.cors_origins,
+    )
+    tasks = Tasks(cluster=cluster, database=database, callers=callers, metrics=metrics, settings=settings)
+    probes = Probes(
+        checks={"kubernetes": cluster.ping, "postgres": database.ping},
+        vital="kubernetes",
+        metrics=metrics,
+        ready=lambda: not gate.draining,
+    )
+    parts: list[Part] = [
+        tasks,
+        Batches(tasks=tasks, callers=callers, charge=gate.charge, settings=settings),
+        Logs(tasks=tasks, cluster=cluster, database=database),
+        Tickets(callers),
+        probes,
+    ]
+    app = make_app(gate, [*parts, OpenApi(parts)])
+    if trusting:
+        _log.warning(
+            "GATEWAY_AUTH is trust-the-network: nobody is asked for a token, and whoever reaches this gateway may create, "
+            "read and delete every task in its namespaces; keep others away with a NetworkPolicy",
+            namespaces=settings.namespaces or "all",
+        )
+    await cluster.warm_up()
+    await database.warm_up()
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=settings.stop_seconds, handler_cancellation=True)
+    try:
+        await runner.setup()
+        for listen in (settings.listen, settings.front_listen):
+            if listen:
+                host, _, port = listen.rpartition(":")
+                await web.TCPSite(runner, host.strip("[]"), int(port), reuse_address=True).start()
+        _log.info("gateway started", listen=settings.listen, front=settings.front_listen)
+        await _signalled()
+        gate.draining = True
+        _log.info("gateway is about to stop", seconds=settings.drain_seconds)
+        await asyncio.sleep(settings.drain_seconds)
+    except OSError as error:
+        _log.error("cannot listen", error=str(error))
+        return 1
+    finally:
+        await runner.cleanup()
+        await cluster.aclose()
+        await database.aclose()
+        _log.info("gateway stopped")
+    return 0
+
+
+async def _signalled() -> None:
+    """Wait for SIGTERM or SIGINT."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await stop.wait()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and run; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m task_gateway",
+        description="ProcessingTasks over HTTP. Settings are environment variables GATEWAY_…: see docs/gateway.md.",
+    )
+    parser.add_subparsers(dest="command", required=True).add_parser("run", help="serve until SIGTERM")
+    parser.parse_args(arguments)
+    configure_logging("INFO")
+    try:
+        settings = load_settings(Settings, program="gateway")
+        configure_logging(settings.log_level)
+        return uvloop.run(run(settings))
+    except (SettingsError, KubeconfigError) as error:
+        _log.error(str(error))
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

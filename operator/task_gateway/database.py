@@ -1,0 +1,192 @@
+"""PostgreSQL as the gateway uses it: lists and history as the operator has written them, and tickets. The only file of it
+that speaks to PostgreSQL.
+
+Nothing connects before it is needed: a gateway starts without its database, and accepts tasks without it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+import asyncpg
+
+from task_contract.models import Phase, Priority, TaskType
+from task_gateway.models import Cursor
+
+_CONNECTIONS: Final = 8
+_CONNECT_TIMEOUT: Final = 5.0  # seconds
+_COMMAND_TIMEOUT: Final = 10.0  # seconds
+
+_COLUMNS: Final = (
+    "uid, namespace, name, spec, phase, stage, progress, attempt, queued_at, started_at, finished_at, created_at, "
+    "deleted_at, reason, message, queue, result, error, attempts, duplicate_of"
+)
+
+
+class DatabaseUnavailable(Exception):
+    """PostgreSQL cannot be used at the moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFilter:
+    """Which tasks a list has. None: any."""
+
+    kb_id: str | None = None
+    task_type: TaskType | None = None
+    phase: Phase | None = None
+    priority: Priority | None = None
+    created_after: datetime | None = None
+    """Inclusive."""
+    created_before: datetime | None = None
+    """Exclusive."""
+
+
+def page_statement(
+    wanted: TaskFilter, *, scope: Sequence[str] | None, after: Cursor | None, limit: int
+) -> tuple[str, list[Any]]:
+    """Return the statement of a page of a list, and its values; the youngest tasks come first.
+
+    Every namespace has a part of the index of its own: each gives its first rows, and of these the first ones are the page.
+    Words that are enumerated stand in the statement: only so it is seen that an index of rare ones can serve.
+    """
+    values: list[Any] = []
+
+    def value(one: Any) -> str:
+        values.append(one)
+        return f"${len(values)}"
+
+    if scope is None:
+        # Steps from one namespace of the index to the next: they are few, and the rows between them many.
+        places = (
+            "WITH RECURSIVE places AS ((SELECT namespace FROM tasks ORDER BY namespace LIMIT 1) UNION ALL "
+            "SELECT (SELECT namespace FROM tasks WHERE namespace > places.namespace ORDER BY namespace LIMIT 1) "
+            "FROM places WHERE places.namespace IS NOT NULL) "
+        )
+        source = "places"
+    else:
+        places, source = "", f"unnest({value(list(scope))}::text[]) AS places (namespace)"
+    conditions = ["tasks.namespace = places.namespace"]
+    for column, word in (("type", wanted.task_type), ("phase", wanted.phase), ("priority", wanted.priority)):
+        if word is not None:
+            conditions.append(f"{column} = '{word.value}'")
+    if wanted.kb_id is not None:
+        conditions.append(f"kb_id = {value(wanted.kb_id)}")
+    if wanted.created_after is not None:
+        conditions.append(f"created_at >= {value(wanted.created_after)}")
+    if wanted.created_before is not None:
+        conditions.append(f"created_at < {value(wanted.created_before)}")
+    if after is not None:
+        conditions.append(f"(created_at, uid) < ({value(after.created_at)}, {value(after.uid)})")
+    order = f"ORDER BY created_at DESC, uid DESC LIMIT {value(limit)}"
+    statement = (
+        f"{places}SELECT found.* FROM {source} CROSS JOIN LATERAL (SELECT {_COLUMNS} FROM tasks "  # noqa: S608 - see above
+        f"WHERE {' AND '.join(conditions)} {order}) AS found {order}"
+    )
+    return statement, values
+
+
+class Database:
+    """The gateway's side of PostgreSQL. Every method raises :class:`DatabaseUnavailable`."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._pool: asyncpg.Pool[asyncpg.Record] | None = None
+
+    async def warm_up(self) -> None:
+        """Prepare the pool; nothing is connected yet."""
+        self._pool = asyncpg.create_pool(
+            self._url,
+            min_size=0,
+            max_size=_CONNECTIONS,
+            timeout=_CONNECT_TIMEOUT,
+            command_timeout=_COMMAND_TIMEOUT,
+            server_settings={"application_name": "processing-tasks-gateway"},
+        )
+        await self._pool  # with min_size 0 this connects to nothing
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        if self._pool is not None:
+            self._pool.terminate()
+            self._pool = None
+
+    async def rows(self, statement: str, *values: Any) -> list[asyncpg.Record]:
+        """Return what a statement finds."""
+        if self._pool is None:
+            raise RuntimeError("the database is used before warm_up()")
+        try:
+            async with self._pool.acquire(timeout=_CONNECT_TIMEOUT) as connection:
+                return await connection.fetch(statement, *values)
+        except (OSError, TimeoutError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError) as error:
+            raise DatabaseUnavailable(f"cannot ask PostgreSQL: {error!r}") from error
+        except (
+            asyncpg.UndefinedTableError,
+            asyncpg.UndefinedColumnError,
+            asyncpg.InvalidPasswordError,
+            asyncpg.InvalidCatalogNameError,
+            asyncpg.OperatorInterventionError,
+            asyncpg.InsufficientResourcesError,
+            asyncpg.InsufficientPrivilegeError,
+        ) as error:
+            raise DatabaseUnavailable(f"cannot ask PostgreSQL: {error}; was it migrated?") from error
+
+    async def ping(self) -> None:
+        """Ask for something small."""
+        await self.rows("SELECT 1")
+
+    # ---------------------------------------------------------------------------------------------------------- history
+
+    async def task(self, namespace: str, name: str) -> asyncpg.Record | None:
+        """Return the row of the youngest task of that name, whether it exists or not."""
+        found = await self.rows(
+            f"SELECT {_COLUMNS} FROM tasks WHERE namespace = $1 AND name = $2 ORDER BY created_at DESC LIMIT 1",  # noqa: S608
+            namespace,
+            name,
+        )
+        return found[0] if found else None
+
+    async def page(
+        self, wanted: TaskFilter, *, scope: Sequence[str] | None, after: Cursor | None, limit: int
+    ) -> list[asyncpg.Record]:
+        """Return a page of a list, of these namespaces or (None) of all; the youngest tasks come first."""
+        if scope is not None and not scope:
+            return []
+        statement, values = page_statement(wanted, scope=scope, after=after, limit=limit)
+        return await self.rows(statement, *values)
+
+    async def events(self, uid: str, *, after: int, limit: int) -> list[asyncpg.Record]:
+        """Return transitions of a task after a number, in their order."""
+        return await self.rows(
+            "SELECT number, task_uid, namespace, name, kb_id, type, phase, attempt, reason, message, at FROM task_events "
+            "WHERE task_uid = $1 AND number > $2 ORDER BY number LIMIT $3",
+            uid,
+            after,
+            limit,
+        )
+
+    async def kept_log(self, uid: str, *, attempt: int) -> str | None:
+        """Return the last lines of the log of an attempt that failed."""
+        found = await self.rows(
+            "SELECT error->>'log' AS log FROM attempts WHERE task_uid = $1 AND number = $2", uid, attempt
+        )
+        return found[0]["log"] if found else None
+
+    # ---------------------------------------------------------------------------------------------------------- tickets
+
+    async def put_ticket(self, digest: bytes, caller: str, *, expires_at: datetime) -> None:
+        """Keep a ticket; those that have expired go at the same time."""
+        await self.rows(
+            "WITH gone AS (DELETE FROM gateway_tickets WHERE expires_at < now()) "
+            "INSERT INTO gateway_tickets (digest, caller, expires_at) VALUES ($1, $2, $3)",
+            digest,
+            caller,
+            expires_at,
+        )
+
+    async def take_ticket(self, digest: bytes) -> str | None:
+        """Return the caller of a ticket and forget it; None for one that is used, or too old."""
+        found = await self.rows(
+            "DELETE FROM gateway_tickets WHERE digest = $1 RETURNING caller, expires_at > now() AS valid", digest
+        )
+        return str(found[0]["caller"]) if found and found[0]["valid"] else None

@@ -1,0 +1,27 @@
+"""Prometheus metrics of the gateway. Labels have few values; no task, no knowledge base, no caller is named."""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+
+class Metrics:
+    """All metrics, in a registry of their own, so that tests can have several gateways in one process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter("task_gateway_requests", "Requests.", ["method", "route", "status"], registry=self.registry)
+        self.seconds = Histogram(
+            "task_gateway_request_seconds",
+            "From the head of a request to the end of its answer; of streams to their beginning.",
+            ["method", "route"],
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+            registry=self.registry,
+        )
+        self.in_flight = Gauge("task_gateway_requests_in_flight", "Requests under way.", registry=self.registry)
+        self.accepted = Counter("task_gateway_tasks_accepted", "Tasks created.", registry=self.registry)
+        self.limited = Counter("task_gateway_rate_limited", "Requests that came too fast.", registry=self.registry)
+
+    def watch(self, name: str, help_text: str, value: Callable[[], float]) -> None:
+        """Have a gauge read when somebody asks."""
+        Gauge(name, help_text, registry=self.registry).set_function(value)

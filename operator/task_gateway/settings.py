@@ -1,0 +1,70 @@
+"""The gateway's settings: environment variables with prefix ``GATEWAY_``, read and checked once at start."""
+
+from enum import StrEnum
+from typing import Annotated, Final, Literal
+
+from pydantic import AfterValidator, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from task_gateway.problems import is_namespace
+from task_platform.settings import Address, Names, OptionalAddress, OptionalUrl
+
+PREFIX: Final = "GATEWAY_"
+
+
+class Auth(StrEnum):
+    """Who may."""
+
+    KUBERNETES = "kubernetes"
+    """Bearer tokens of the cluster, and its rights."""
+    TRUST_THE_NETWORK = "trust-the-network"
+    """Everybody who can reach the gateway may do everything that it may."""
+
+
+def _namespaces(value: tuple[str, ...]) -> tuple[str, ...]:
+    for name in value:
+        if not is_namespace(name):
+            raise ValueError(f"{name!r} is no name of a namespace: lower-case letters, digits and '-', at most 63")
+    return tuple(dict.fromkeys(value))
+
+
+class Settings(BaseSettings):
+    """What the gateway is told by its environment."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+    postgres_url: Annotated[str, Field(min_length=1)]
+    """PostgreSQL with the operator's tables: lists, history, tickets. While it is away tasks are accepted all the same."""
+    redis_url: OptionalUrl = None
+    """Redis that carries live progress. None: progress is as fresh as the status of the task, some seconds."""
+    namespaces: Annotated[Names, AfterValidator(_namespaces)] = ()
+    """Namespaces that may be used through this gateway, comma separated; empty: all of the cluster."""
+    default_namespace: Annotated[str, AfterValidator(lambda name: _namespaces((name,))[0])] = "default"
+    """Where a task goes whose request names no namespace."""
+    auth: Auth = Auth.KUBERNETES
+    """kubernetes, or trust-the-network: no token is asked for."""
+    audiences: Names = ()
+    """Audiences that a token must be for, comma separated; empty: that of the API server."""
+    auth_cache_seconds: Annotated[float, Field(ge=0, le=10)] = 10
+    """So long an answer about a token or a right is believed: a right that is taken away works for so long."""
+    listen: Address = "0.0.0.0:8084"
+    """The task API."""
+    front_listen: OptionalAddress = "0.0.0.0:8080"
+    """The front door: the same, on a second port; empty: none."""
+    rate: Annotated[float, Field(gt=0, le=100_000)] = 200
+    """Requests a second of one caller, each replica for itself; each task of a batch counts as one."""
+    burst: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
+    """So many at once."""
+    body_bytes: Annotated[int, Field(ge=1024, le=2**24)] = 262_144
+    """Largest body of a request. A spec may have 64 KiB."""
+    batch_bytes: Annotated[int, Field(ge=1024, le=2**28)] = 8_388_608
+    """Largest body of a batch."""
+    batch_concurrency: Annotated[int, Field(ge=1, le=256)] = 16
+    """So many tasks of a batch are created at once."""
+    drain_seconds: Annotated[float, Field(ge=0, le=300)] = 5
+    """After SIGTERM new requests are taken for so long: until every proxy has heard that this replica is leaving."""
+    stop_seconds: Annotated[float, Field(ge=0, le=300)] = 20
+    """After that, so long for requests that are under way."""
+    cors_origins: Names = ()
+    """Origins whose pages may use the gateway, such as https://app.example.com, comma separated; empty: none."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
