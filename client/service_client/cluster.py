@@ -337,9 +337,10 @@ class _Watch:
         if self._closed:
             return
         self._closed = True
-        with contextlib.suppress(ValueError, OSError, RuntimeError):  # it may have ended by itself
+        # It may have ended by itself; urllib3 before 2.3 cannot, and its read ends with the watch.
+        with contextlib.suppress(ValueError, OSError, RuntimeError, AttributeError):
             self._response.shutdown()
-        self._response.release_conn()
+        self._response.close()
 
 
 class _translated:  # noqa: N801  # used as a function

@@ -18,6 +18,7 @@ import ssl
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
@@ -27,6 +28,9 @@ T = TypeVar("T")
 
 MAX_ANSWER: Final = 64 * 2**20
 """Bytes of an answer, unpacked; more is refused."""
+
+_THREADS: Final = 64
+"""Calls that block at once, of one client."""
 
 
 class NotSent(Exception):
@@ -265,9 +269,14 @@ class Waiting:
     def __init__(self, http: httpx.AsyncClient | None = None) -> None:
         self._given = http
         self._made: httpx.AsyncClient | None = None
+        # Not those of the event loop, of which there are few: a watch over the Kubernetes API keeps one for itself.
+        self._threads: ThreadPoolExecutor | None = None
 
     async def aclose(self) -> None:
         """Close the connections, unless the client was given."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False)
+            self._threads = None
         if self._made is not None:
             await self._made.aclose()
             self._made = None
@@ -331,7 +340,9 @@ class Waiting:
                     async with asyncio.timeout(left):
                         return await anext(stream.chunks, b"")
             case Call(function):
-                value = await asyncio.to_thread(function)
+                if self._threads is None:
+                    self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="service-client")
+                value = await asyncio.get_running_loop().run_in_executor(self._threads, function)
                 if isinstance(value, Closable):
                     await _aclose(opened)
                     opened.append(value)

@@ -76,7 +76,7 @@ def ask(request: pytest.FixtureRequest, service: Service) -> Ask:
     """Call the service, by either function."""
 
     async def ask(method: str = "POST", path: str = "/a", **options: Any) -> Any:
-        given = {"url": service.url, "config": CallConfig(timeout=5, retry_times=0)} | options
+        given: dict[str, Any] = {"url": service.url, "config": CallConfig(timeout=5, retry_times=0)} | options
         if request.param == "in a thread":
             return await asyncio.to_thread(call_service_sync, "other", method, path, **given)
         return await call_service("other", method, path, **given)

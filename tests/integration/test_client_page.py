@@ -48,7 +48,7 @@ async def world(
 
 def snippet(function: str) -> str:
     """Return the block of the document that defines a function."""
-    found = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    found: list[str] = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
     return next(text for text in found if f"async def {function}(" in text)
 
 

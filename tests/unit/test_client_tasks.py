@@ -47,7 +47,7 @@ def view(status: str = "queued", **given: Any) -> dict[str, Any]:
 
 
 def transport(script: Script, **options: Any) -> RestTransport:
-    given = {"url": "http://gateway", "namespace": "n", "clock": script.clock, "breakers": Breakers(script.clock)}
+    given: dict[str, Any] = {"url": "http://gateway", "namespace": "n", "clock": script.clock, "breakers": Breakers(script.clock)}
     return RestTransport(**(given | {"chance": lambda: 1.0} | options))
 
 
