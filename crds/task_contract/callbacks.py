@@ -16,6 +16,13 @@ from task_contract.views import snake_case, status_word, timestamp
 CALLBACKS_CHANNEL: Final = "task_callbacks"
 """PostgreSQL's channel on which it is told that callbacks are due: written, or to be sent again."""
 STATES: Final = ("pending", "delivered", "dead")
+REPLAY: Final = (
+    "WITH again AS (UPDATE callbacks SET state = 'pending', next_at = now(), attempts = 0, first_attempt_at = NULL, "  # noqa: S608
+    "finished_at = NULL, lease = NULL WHERE (state = $1 OR $1 IS NULL) AND (namespace = $2 OR $2 IS NULL) "
+    "AND (name = ANY($3::text[]) OR $3 IS NULL) RETURNING id) "
+    f"SELECT count(*), pg_notify('{CALLBACKS_CHANNEL}', '') FROM again"
+)
+"""Have callbacks sent again, with the id that they had; returns how many."""
 
 
 def fill_url(url: str, *, task_id: str, namespace: str, kb_id: str | None) -> str:

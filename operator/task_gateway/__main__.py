@@ -12,7 +12,8 @@ from aiohttp import web
 
 from task_gateway.app import Gate, make_app
 from task_gateway.batches import Batches
-from task_gateway.callers import Callers
+from task_gateway.callbacks import Callbacks
+from task_gateway.callers import ANYBODY, Caller, Callers
 from task_gateway.cluster import Cluster
 from task_gateway.database import Database
 from task_gateway.limits import RateLimit
@@ -66,6 +67,7 @@ async def run(settings: Settings) -> int:
         tasks,
         Batches(tasks=tasks, callers=callers, charge=gate.charge, settings=settings),
         Logs(tasks=tasks, cluster=cluster, database=database),
+        Callbacks(tasks=tasks, database=database, callers=callers),
         Tickets(callers),
         probes,
     ]
@@ -78,6 +80,20 @@ async def run(settings: Settings) -> int:
         )
     await cluster.warm_up()
     await database.warm_up()
+    consuming = None
+    if settings.rabbitmq_url is not None:
+        from task_gateway.submissions import Submissions  # 10 MB that few need
+
+        submissions = Submissions(
+            settings.rabbitmq_url,
+            queue=settings.rabbitmq_queue,
+            caller=Caller(settings.rabbitmq_account) if settings.rabbitmq_account else ANYBODY,
+            tasks=tasks,
+            callers=callers,
+            metrics=metrics,
+            prefetch=settings.rabbitmq_prefetch,
+        )
+        consuming = asyncio.create_task(submissions.run(), name="submissions")
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=settings.stop_seconds, handler_cancellation=True)
     try:
         await runner.setup()
@@ -94,6 +110,9 @@ async def run(settings: Settings) -> int:
         _log.error("cannot listen", error=str(error))
         return 1
     finally:
+        if consuming is not None:
+            consuming.cancel()
+            await asyncio.wait([consuming])
         await runner.cleanup()
         await cluster.aclose()
         await database.aclose()

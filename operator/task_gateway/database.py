@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import asyncpg
 
+from task_contract.callbacks import REPLAY
 from task_contract.models import Phase, Priority, TaskType
 from task_gateway.models import Cursor
 
@@ -171,6 +172,30 @@ class Database:
             "SELECT error->>'log' AS log FROM attempts WHERE task_uid = $1 AND number = $2", uid, attempt
         )
         return found[0]["log"] if found else None
+
+    # -------------------------------------------------------------------------------------------------------- callbacks
+
+    async def callbacks(
+        self, state: str, *, scope: Sequence[str] | None, after: Cursor | None, limit: int
+    ) -> list[asyncpg.Record]:
+        """Return callbacks in a state, of these namespaces or (None) of all; the youngest come first."""
+        return await self.rows(
+            "SELECT id, task_uid, namespace, name, kb_id, host, state, attempts, created_at, last_attempt_at, finished_at, "
+            "CASE WHEN state = 'pending' THEN next_at END AS next_at, status_code, error FROM callbacks "
+            "WHERE state = $1 AND ($2::text[] IS NULL OR namespace = ANY($2)) "
+            "AND ($3::timestamptz IS NULL OR (created_at, task_uid) < ($3, $4::uuid)) "
+            "ORDER BY created_at DESC, task_uid DESC LIMIT $5",
+            state,
+            None if scope is None else list(scope),
+            None if after is None else after.created_at,
+            None if after is None else after.uid,
+            limit,
+        )
+
+    async def replay(self, namespace: str, name: str) -> int:
+        """Have the callback of a task sent again, whatever has become of it; return how many there were."""
+        found = await self.rows(REPLAY, None, namespace, [name])
+        return int(found[0]["count"])
 
     # ---------------------------------------------------------------------------------------------------------- tickets
 

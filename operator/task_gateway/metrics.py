@@ -10,6 +10,9 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.submissions = Counter(
+            "gateway_submissions", "Messages of the queue of tasks.", ["result"], registry=self.registry
+        )
         self.requests = Counter("task_gateway_requests", "Requests.", ["method", "route", "status"], registry=self.registry)
         self.seconds = Histogram(
             "task_gateway_request_seconds",

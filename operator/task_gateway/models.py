@@ -362,6 +362,60 @@ class TicketAnswer(Answer):
     expires_at: Timestamp
 
 
+class CallbacksQuery(BaseModel):
+    """Parameters of GET /api/v1/callbacks."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    state: Literal["pending", "delivered", "dead"] = "dead"
+    """What has become of them; dead: given up."""
+    limit: Annotated[int, Field(ge=1, le=200)] = 50
+    """Callbacks of a page."""
+    cursor: Annotated[str, Field(max_length=64), AfterValidator(lambda text: Cursor.parse(text).text())] | None = None
+    """next_cursor of the page before."""
+
+
+class CallbackView(Answer):
+    """The callback of a task."""
+
+    id: str
+    """What the receiver is told as webhook-id, the same each time."""
+    task_id: str
+    namespace: str
+    uid: str
+    kb_id: str | None
+    host: str
+    """Host and port of the receiver."""
+    state: Literal["pending", "delivered", "dead"]
+    attempts: int
+    """Deliveries that were tried."""
+    created_at: Timestamp
+    last_attempt_at: Timestamp | None
+    next_attempt_at: Timestamp | None
+    """Of a pending one."""
+    finished_at: Timestamp | None
+    """When it was delivered or given up."""
+    status_code: int | None
+    """What the receiver has answered last."""
+    message: str | None
+    """Why it is not delivered."""
+
+
+class CallbackPage(Answer):
+    """Part of a list, the youngest first."""
+
+    items: list[CallbackView]
+    next_cursor: str | None
+
+
+class Replayed(Answer):
+    """A callback that is sent again."""
+
+    task_id: str
+    namespace: str
+    state: Literal["pending"]
+
+
 class ComponentState(Answer):
     """Whether a server answers."""
 
@@ -456,6 +510,26 @@ def event_view(row: Row) -> dict[str, Any]:
         "reason": row["reason"],
         "message": row["message"],
         "at": timestamp(row["at"]),
+    }
+
+
+def callback_view(row: Row) -> dict[str, Any]:
+    """Return a callback from its row in ``callbacks``."""
+    return {
+        "id": row["id"],
+        "task_id": row["name"],
+        "namespace": row["namespace"],
+        "uid": str(row["task_uid"]),
+        "kb_id": row["kb_id"],
+        "host": row["host"],
+        "state": row["state"],
+        "attempts": row["attempts"],
+        "created_at": timestamp(row["created_at"]),
+        "last_attempt_at": _when(row["last_attempt_at"]),
+        "next_attempt_at": _when(row["next_at"]),
+        "finished_at": _when(row["finished_at"]),
+        "status_code": row["status_code"],
+        "message": row["error"],
     }
 
 

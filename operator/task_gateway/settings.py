@@ -1,9 +1,9 @@
 """The gateway's settings: environment variables with prefix ``GATEWAY_``, read and checked once at start."""
 
 from enum import StrEnum
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from task_gateway.problems import is_namespace
@@ -67,4 +67,18 @@ class Settings(BaseSettings):
     """After that, so long for requests that are under way."""
     cors_origins: Names = ()
     """Origins whose pages may use the gateway, such as https://app.example.com, comma separated; empty: none."""
+    rabbitmq_url: OptionalUrl = None
+    """RabbitMQ with a queue of tasks, amqp:// or amqps://. None: there is none."""
+    rabbitmq_queue: Annotated[str, Field(min_length=1, max_length=200)] = "processing-tasks"
+    """The queue; it is declared, and one of the same name and .dead for messages that are no tasks."""
+    rabbitmq_account: str = ""
+    """Whose rights its messages have: system:serviceaccount:NAMESPACE:NAME. Required unless the network is trusted."""
+    rabbitmq_prefetch: Annotated[int, Field(ge=1, le=1000)] = 16
+    """So many messages a replica works on at once."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @model_validator(mode="after")
+    def _knows_whose_messages_they_are(self) -> Self:
+        if self.rabbitmq_url is not None and self.auth is Auth.KUBERNETES and not self.rabbitmq_account:
+            raise ValueError(f"{PREFIX}RABBITMQ_ACCOUNT is required: name the account whose rights the messages have")
+        return self

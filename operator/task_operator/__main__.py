@@ -16,7 +16,7 @@ import kopf
 import structlog
 import uvloop
 
-from task_contract.callbacks import CALLBACKS_CHANNEL, STATES
+from task_contract.callbacks import CALLBACKS_CHANNEL, REPLAY, STATES
 from task_contract.names import GROUP
 from task_operator.archive import Archive
 from task_operator.callbacks import Sender
@@ -29,7 +29,7 @@ from task_operator.handlers import build_registry, event_sinks, kopf_settings
 from task_operator.health import Health
 from task_operator.jobs import common_labels
 from task_operator.metrics import Metrics
-from task_operator.outbox import LIST, REPLAY, Listener, Outbox
+from task_operator.outbox import LIST, Listener, Outbox
 from task_operator.projection import Database
 from task_operator.schema import migrate
 from task_operator.settings import DatabaseSettings, Settings

@@ -29,6 +29,7 @@ from task_contract.webhooks import parse_secrets, sign
 from task_operator.metrics import Metrics
 from task_operator.outbox import Callback, Outbox, Settlement, Told
 from task_operator.projection import DatabaseUnavailable
+from task_operator.statuses import clip
 from task_operator.targets import Target, TargetRefused, Targets, TargetUnknown
 from task_platform.kubernetes import ClusterError, Conflict, Forbidden, Invalid, NotFound
 
@@ -217,6 +218,7 @@ class Sender:
         self._wake = asyncio.Event()
         self._tell = asyncio.Event()
         self._sending: dict[asyncio.Task[None], Callback] = {}
+        self._left: list[Callback] = []  # deliveries that were cut off
 
     async def warm_up(self) -> None:
         """Open the session; nothing is connected."""
@@ -245,15 +247,16 @@ class Sender:
 
     async def aclose(self) -> None:
         """Stop sending; what was not sent to the end is given back."""
-        sending = dict(self._sending)
+        sending = list(self._sending)
         for task in sending:
             task.cancel()
         if sending:
             await asyncio.wait(sending)
-            left = [callback for task, callback in sending.items() if task.cancelled()]
+            await asyncio.sleep(0)  # for _sent to be called
+        if self._left:
             with contextlib.suppress(DatabaseUnavailable, TimeoutError):
                 async with asyncio.timeout(2):
-                    await self._outbox.release(left)
+                    await self._outbox.release(self._left)
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -288,7 +291,9 @@ class Sender:
     def _sent(self, task: asyncio.Task[None]) -> None:
         callback = self._sending.pop(task)
         self._wake.set()
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled():
+            self._left.append(callback)
+        elif (error := task.exception()) is not None:
             # Its lease ends, and it is sent again.
             _log.error("cannot settle a callback", id=callback.id, error=repr(error))
 
@@ -410,5 +415,5 @@ def status_of(callback: Told) -> dict[str, Any]:
         "attempts": callback.attempts,
         "lastAttemptAt": None if callback.last_attempt_at is None else timestamp(callback.last_attempt_at),
         "statusCode": callback.status_code,
-        "message": callback.error,
+        "message": None if callback.error is None else clip(callback.error),
     }

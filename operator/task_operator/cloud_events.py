@@ -170,14 +170,16 @@ class Publisher:
 
     async def _publish(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
         """Publish all that there is."""
+        await self._measure(connection)  # first: a sink that is away takes nothing
         while rows := await connection.fetch(_NEXT, self._sink.name, self._batch):
             events = [Event(dict(row), source=self._source) for row in rows]
             for each in rounds(events):
                 await self._sink.put(each)
             await connection.execute(_ADVANCE, self._sink.name, events[-1].number)
             self._metrics.events_published.labels(self._sink.name).inc(len(events))
-            if len(rows) < self._batch:
-                break
+            await self._measure(connection)
+
+    async def _measure(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
         self._metrics.events_behind.labels(self._sink.name).set(await connection.fetchval(_BEHIND, self._sink.name))
 
     async def _called(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:

@@ -15,8 +15,6 @@ from typing import Any, Final, Protocol
 import asyncpg
 import structlog
 
-from task_contract.callbacks import CALLBACKS_CHANNEL
-
 _log = structlog.get_logger(__name__)
 
 EVENTS_CHANNEL: Final = "task_events"
@@ -111,13 +109,6 @@ LIST: Final = (
     "WHERE state = $1 AND (namespace = $2 OR $2 IS NULL) ORDER BY created_at DESC LIMIT $3"
 )
 """Callbacks in a state, the youngest first: $2 bounds them to a namespace, or is null."""
-REPLAY: Final = (
-    "WITH again AS (UPDATE callbacks SET state = 'pending', next_at = now(), attempts = 0, first_attempt_at = NULL, "  # noqa: S608
-    "finished_at = NULL, lease = NULL WHERE (state = $1 OR $1 IS NULL) AND (namespace = $2 OR $2 IS NULL) "
-    "AND (name = ANY($3::text[]) OR $3 IS NULL) RETURNING id) "
-    f"SELECT count(*), pg_notify('{CALLBACKS_CHANNEL}', '') FROM again"
-)
-"""Have callbacks sent again, with the id that they had; returns how many."""
 
 
 class Outbox:

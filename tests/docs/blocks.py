@@ -28,7 +28,8 @@ IN_THEIR_OWN_WAY = ("docs/install.md", "docs/pipeline.md", "docs/images.md", "do
 """Pages that a test of their own follows; tests/integration/test_client_page.py that of the client."""
 LANGUAGES = {"sh", "console", "yaml", "json", "python", "sql", "text"}
 """`sh` and `python` are run. `console` shows commands with what they print, and ELSEWHERE says who prints it. `yaml` that
-begins with `# NAME.yaml` becomes a file of that name. `sql` is run by tests/integration/test_operator_history.py."""
+begins with `# NAME.yaml` becomes a file of that name. `sql` is run by
+tests/integration/test_operator_history.py and test_callbacks.py."""
 
 ELSEWHERE = {
     ("README.md", "make demo"): "`.ci/run` runs both on every commit",
@@ -47,6 +48,8 @@ ELSEWHERE = {
         "make demo CLUSTER=current",
     ): "`tests/integration/test_providers.py` runs it, line by line",
     ("docs/images.md", "buildah bud --volume"): "`devstack/images.py:build` builds so wherever there is a CA bundle",
+    ("docs/callbacks.md", "from task_contract.webhooks"): "`tests/unit/test_webhooks.py` runs it",
+    ("docs/callbacks.md", "python -m task_operator callbacks"): "`tests/integration/test_callbacks.py` runs the same",
     (
         "examples/documents/README.md",
         "python -m venv",

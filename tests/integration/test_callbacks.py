@@ -25,6 +25,7 @@ from task_operator.outbox import Listener, Outbox, Told
 from task_operator.projection import Database, DefaultCallback
 from task_operator.targets import Targets
 from task_platform.kubernetes import NotFound
+from tests.docs.blocks import ROOT, blocks
 from tests.support.operator_lab import Kubelet, OperatorProcess, Place, until
 from tests.support.operator_values import finished, manifest, processing
 from tests.support.receivers import Received, Receiver, never, ok, receiving, status
@@ -114,22 +115,22 @@ class Lab:
             await sender.aclose()
 
     async def row(self, name: str = "handbook") -> asyncpg.Record:
-        row = await self.sql.fetchrow("SELECT * FROM callbacks WHERE name = $1", name)
+        row: asyncpg.Record | None = await self.sql.fetchrow("SELECT * FROM callbacks WHERE name = $1", name)
         assert row is not None
         return row
 
     async def until_state(
         self, state: str, *, attempts: int = 0, name: str = "handbook", seconds: float = 20
     ) -> asyncpg.Record:
-        async def look() -> Any:
+        async def look() -> bool:
             row = await self.row(name)
-            return row if row["state"] == state and row["attempts"] >= attempts else None
+            return bool(row["state"] == state and row["attempts"] >= attempts)
 
         try:
-            found: asyncpg.Record = await until(f"{name} is {state}", look, seconds=seconds, interval=0.02)
+            await until(f"{name} is {state}", look, seconds=seconds, interval=0.02)
         except AssertionError as error:
             raise AssertionError(f"{error}; last seen: {dict(await self.row(name))}") from None
-        return found
+        return await self.row(name)
 
     async def due(self) -> None:
         """Let the waits be over."""
@@ -412,10 +413,8 @@ async def test_a_day_after_the_first_attempt_it_is_dead_and_can_be_sent_again(la
         row = await lab.until_state("dead")
         assert "given up after 2 attempts" in row["error"]
         receiver.answer = ok
-        await lab.sql.execute(
-            "UPDATE callbacks SET state = 'pending', next_at = now(), attempts = 0, first_attempt_at = NULL, "
-            "finished_at = NULL, lease = NULL WHERE namespace = 'knowledge' AND name = 'handbook'; NOTIFY task_callbacks"
-        )
+        [page] = [block for block in blocks(ROOT / "docs/callbacks.md") if block.language == "sql"]
+        await lab.sql.execute(page.text)
         row = await lab.until_state("delivered")
         assert row["attempts"] == 1
 

@@ -17,7 +17,10 @@ from task_contract.location import check_callback_url
 from task_operator.callbacks import GIVE_UP, Secrets, SecretUnusable, again, delay, judge, retry_after, status_of
 from task_operator.cloud_events import Event, cloud_event, rounds
 from task_operator.outbox import Callback, Told
+from task_operator.projection import DefaultCallback
+from task_operator.settings import Settings
 from task_platform.kubernetes import Forbidden, NotFound
+from task_platform.settings import SettingsError, load_settings
 from tests.support.operator_values import at
 
 NOW = at(0)
@@ -365,3 +368,48 @@ def test_a_round_has_one_event_of_a_task_and_keeps_the_order_of_each(uids: list[
         told = [one.number for each in found for one in each if one.uid == uid]
         assert told == sorted(told)
     assert sorted(one.number for each in found for one in each) == list(range(len(uids)))
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def settings(monkeypatch: pytest.MonkeyPatch, **given: str) -> Settings:
+    defaults = {"RUNNER_IMAGE": "runner", "POSTGRES_URL": "postgresql://p/x"}
+    for name, value in (defaults | given).items():
+        monkeypatch.setenv(f"OPERATOR_{name}", value)
+    return load_settings(Settings, program="operator")
+
+
+async def test_the_host_of_the_default_may_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = settings(
+        monkeypatch,
+        CALLBACKS_DEFAULT_URL="http://Knowledge.Platform.svc/{task_id}",
+        CALLBACKS_DEFAULT_SECRET="hooks/secret",
+        CALLBACKS_ALLOW="10.20.0.0/16, *.example.com",
+    )
+    assert found.default_callback() == DefaultCallback("http://Knowledge.Platform.svc/{task_id}", "hooks", "secret")
+    allowed = found.callback_targets(frozenset()).allowed
+    assert allowed.names == {"knowledge.platform.svc", "*.example.com"}
+    assert [str(network) for network in allowed.networks] == ["10.20.0.0/16"]
+
+
+def test_without_a_default_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings(monkeypatch, CALLBACKS_DEFAULT_URL="").default_callback() is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"CALLBACKS_DEFAULT_URL": "knowledge-service"}, "CALLBACKS_DEFAULT_URL: must be http"),
+        ({"CALLBACKS_DEFAULT_URL": "http://hook/{task}"}, "CALLBACKS_DEFAULT_URL: must be http"),
+        ({"CALLBACKS_DEFAULT_SECRET": "hooks"}, "CALLBACKS_DEFAULT_SECRET"),
+        ({"CALLBACKS_ALLOW": "http://hook"}, "CALLBACKS_ALLOW: 'http://hook' is no host name"),
+        ({"CALLBACKS_CA": "x"}, "CALLBACKS_CA: must be certificates in PEM form"),
+        ({"CALLBACKS_TIMEOUT_SECONDS": "0"}, "CALLBACKS_TIMEOUT_SECONDS"),
+        ({"CALLBACKS_DEFAULT_URL": "http://hook", "POSTGRES_URL": ""}, "CALLBACKS_DEFAULT_URL needs OPERATOR_POSTGRES_URL"),
+        ({"RABBITMQ_URL": "amqp://r", "POSTGRES_URL": ""}, "RABBITMQ_URL needs OPERATOR_POSTGRES_URL"),
+    ],
+)
+def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, given: dict[str, str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        settings(monkeypatch, **given)

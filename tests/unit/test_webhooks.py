@@ -2,12 +2,14 @@
 
 import base64
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from task_contract.webhooks import WebhookRefused, parse_secrets, sign, verify
+from tests.docs.blocks import ROOT, blocks
 
 # standard-webhooks/standard-webhooks, libraries/*/test: the same in each of them
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
@@ -123,3 +125,13 @@ def test_a_secret_that_both_sides_have_is_enough(
 @given(key=st.binary(min_size=1))
 def test_every_key_can_be_written_as_base64(key: bytes) -> None:
     assert parse_secrets(f"whsec_{base64.b64encode(key).decode()}") == (key,)
+
+
+def test_the_receiver_of_the_page_believes_what_is_signed_and_nothing_else() -> None:
+    [block] = [one for one in blocks(ROOT / "docs/callbacks.md") if one.language == "python"]
+    page: dict[str, Any] = {}
+    exec(block.text, page)
+    now = int(datetime.now(UTC).timestamp())
+    headers = sign(BODY, message_id="task-1", timestamp=now, secrets=KEYS)
+    assert page["accept"](BODY, headers, f"{SECRET}\nold") == "task-1"
+    assert page["accept"](BODY, headers, "another") is None
