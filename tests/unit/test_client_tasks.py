@@ -47,8 +47,8 @@ def view(status: str = "queued", **given: Any) -> dict[str, Any]:
 
 
 def transport(script: Script, **options: Any) -> RestTransport:
-    given: dict[str, Any] = {"url": "http://gateway", "namespace": "n", "clock": script.clock, "breakers": Breakers(script.clock)}
-    return RestTransport(**(given | {"chance": lambda: 1.0} | options))
+    given: dict[str, Any] = {"url": "http://gateway", "namespace": "n", "clock": script.clock, "chance": lambda: 1.0}
+    return RestTransport(**(given | {"breakers": Breakers(script.clock)} | options))
 
 
 # -------------------------------------------------------------------------------------------------------------- orders
