@@ -30,7 +30,7 @@ from tests.support.frozen_stores import make_collection, make_index, write_texts
 from tests.support.operator_lab import MERGE, Kube, Place, until
 from tests.support.releases import RELEASES, ROOT, Release
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300), pytest.mark.alone]
 
 RELEASED = pytest.mark.parametrize("release", RELEASES, ids=str)
 
