@@ -103,8 +103,8 @@ async def test_each_verb_is_a_right_of_its_own(gateway: Callable[..., GatewayPro
         for method, path, body, token in refused:
             status, answer = await door.ask(method, path, body, token=token)
             assert (status, kind(answer)) == (403, "not-allowed"), f"{method} {path}"
-        for token in (None, "none.such.token"):
-            status, headers, data = await door.send("GET", f"{TASKS}/{name}", token=token)
+        for unknown in (None, "none.such.token"):
+            status, headers, data = await door.send("GET", f"{TASKS}/{name}", token=unknown)
             assert (status, kind(orjson.loads(data))) == (401, "not-authenticated")
             assert headers["WWW-Authenticate"].startswith("Bearer")
         audit = [line for line in door.lines() if line["event"] == "audit"]
