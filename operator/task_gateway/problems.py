@@ -111,7 +111,7 @@ def field_errors(error: ValidationError, *, rename: Mapping[str, str] | None = N
     """Return the bad fields of a model, at most 50; paths are dotted."""
     found = []
     for problem in error.errors(include_url=False, include_input=False, include_context=False)[:50]:
-        first, *rest = [str(part) for part in problem["loc"]] or [""]
+        first, *rest = [str(part) for part in problem["loc"] if part != "[key]"] or [""]
         path = ".".join([(rename or {}).get(first, first), *rest])
         found.append(FieldError(_printable(path), _printable(_message(problem["type"], problem["msg"]))))
     return found

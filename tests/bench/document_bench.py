@@ -4,15 +4,12 @@ import statistics
 import uuid
 from datetime import timedelta
 
-import kubernetes.client
-import kubernetes.config
-
 import devstack
 from devstack import installation
 from devstack.demo import put_documents
-from service_client import TaskClient
 from task_contract.models import ProcessingTask
 from tests.bench.measurement import Measurement
+from tests.support.resources import TaskResources
 
 RUNS = 5
 
@@ -21,8 +18,7 @@ def run() -> list[Measurement]:
     """Process the ten-page handbook RUNS times, each in a new knowledge base."""
     endpoints = devstack.up()
     put_documents(installation.install(endpoints))
-    api = kubernetes.config.new_client_from_config(str(endpoints.kubeconfig))
-    client = TaskClient(kubernetes.client.CustomObjectsApi(api), namespace=installation.TASK_NAMESPACE)
+    client = TaskResources(endpoints, installation.TASK_NAMESPACE)
     tasks = [_process(client) for _ in range(RUNS)]
     whole = [_seconds(task) for task in tasks]
     how = (
@@ -40,7 +36,7 @@ def run() -> list[Measurement]:
     ]
 
 
-def _process(client: TaskClient) -> ProcessingTask:
+def _process(client: TaskResources) -> ProcessingTask:
     key = uuid.uuid4().hex[:8]
     spec = {"type": "document_processing", "kbId": f"bench-{key}", "payload": {"filePath": "handbook.pdf"}}
     client.submit(spec, name=f"bench-{key}")

@@ -24,8 +24,8 @@ PAGES = [
 ]
 ON_THE_EXAMPLES = ("README.md", "docs/troubleshooting.md", "docs/tasks.md")
 """Pages whose commands run on an installation with the example tasks at their ends."""
-IN_THEIR_OWN_WAY = ("docs/install.md", "docs/pipeline.md", "docs/images.md", "CONTRIBUTING.md")
-"""Pages that a test of their own follows."""
+IN_THEIR_OWN_WAY = ("docs/install.md", "docs/pipeline.md", "docs/images.md", "docs/client.md", "CONTRIBUTING.md")
+"""Pages that a test of their own follows; tests/integration/test_client_page.py that of the client."""
 LANGUAGES = {"sh", "console", "yaml", "json", "python", "sql", "text"}
 """`sh` and `python` are run. `console` shows commands with what they print, and ELSEWHERE says who prints it. `yaml` that
 begins with `# NAME.yaml` becomes a file of that name. `sql` is run by
@@ -34,6 +34,10 @@ tests/integration/test_operator_history.py and test_callbacks.py."""
 ELSEWHERE = {
     ("README.md", "make demo"): "`.ci/run` runs both on every commit",
     ("README.md", "kubectl apply -n knowledge -f manifests"): "`devstack/demo.py:run` prints it",
+    (
+        "docs/gateway.md",
+        "curl -s http://processing-tasks-gateway",
+    ): "`tests/integration/gateway/test_gateway_tasks.py:test_each_change_has_an_audit_line` sends one",
     ("CONTRIBUTING.md", "make lint"): "`.ci/run` runs the same",
     (
         "docs/images.md",

@@ -3,14 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import kubernetes.client
-import kubernetes.config
 import pytest
 
 from devstack import DevstackError, Endpoints, installation
 from devstack.demo import put_documents
-from service_client import TaskClient
 from tests.support.devstack import Kubectl
+from tests.support.resources import TaskResources
 
 
 @dataclass(frozen=True)
@@ -20,7 +18,7 @@ class Installed:
     endpoints: Endpoints
     kubectl: Kubectl
     """In the task namespace."""
-    client: TaskClient
+    client: TaskResources
     documents: Path
     """The host's side of the document volume."""
 
@@ -34,10 +32,9 @@ def installed(devstack_node: Endpoints) -> Installed:
         pytest.exit(f"{error}", returncode=4)
     put_documents(installed)
     assert installed.documents is not None
-    api = kubernetes.config.new_client_from_config(str(devstack_node.kubeconfig))
     return Installed(
         endpoints=devstack_node,
         kubectl=Kubectl(devstack_node, installation.TASK_NAMESPACE),
-        client=TaskClient(kubernetes.client.CustomObjectsApi(api), namespace=installation.TASK_NAMESPACE),
+        client=TaskResources(devstack_node, installation.TASK_NAMESPACE),
         documents=installed.documents,
     )

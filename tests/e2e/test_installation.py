@@ -18,9 +18,9 @@ from devstack import installation
 from job_runner.index import Generation
 from job_runner.settings import Settings
 from job_runner.stores import opener
-from service_client import TaskNotFound
 from task_contract.models import Phase, ProcessingTask
 from tests.e2e.conftest import Installed
+from tests.support.resources import TaskAbsent
 
 pytestmark = pytest.mark.e2e
 
@@ -274,7 +274,7 @@ def test_deleting_a_running_task_leaves_no_job_and_no_pod(installed: Installed) 
     task = installed.client.submit(document(f"{name}.txt", kb_id=unique("kb")), name=name)
     poll("it runs", _running(installed, name))
     installed.kubectl("delete", "ptask", name, "--wait")
-    with pytest.raises(TaskNotFound):
+    with pytest.raises(TaskAbsent):
         installed.client.get(name)
     poll("its Job and its pod are gone", lambda: not _children(installed, task))
 

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
-import kubernetes.client
-import kubernetes.config
 import numpy as np
 import pytest
 import yaml
@@ -21,7 +19,6 @@ from devstack.stores import postgres
 from job_runner.elasticsearch import ElasticsearchIndex
 from job_runner.index import Generation, Row, Stale
 from job_runner.milvus import MilvusIndex
-from service_client import TaskClient
 from task_contract.crd import custom_resource_definition
 from task_contract.migrations import migrations
 from task_contract.models import ProcessingTask
@@ -29,6 +26,7 @@ from task_operator.schema import migrate
 from tests.support.frozen_stores import make_collection, make_index, write_texts, write_vectors
 from tests.support.operator_lab import MERGE, Kube, Place, until
 from tests.support.releases import RELEASES, ROOT, Release
+from tests.support.resources import TaskResources
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -105,8 +103,7 @@ async def test_what_a_release_stored_is_read_and_edited_after_the_upgrade_and_af
     cluster: Endpoints, kube: Kube, namespace: str, release: Release
 ) -> None:
     place = Place(kube, namespace)
-    api = kubernetes.config.new_client_from_config(str(cluster.kubeconfig))
-    client = TaskClient(kubernetes.client.CustomObjectsApi(api), namespace=namespace)
+    client = TaskResources(cluster, namespace)
     stored, examples = release.stored, _examples(release.path / "examples")
     async with _served(place, release.crd):
         for name, task in stored.items():

@@ -80,7 +80,7 @@ REFUSED = {
         document(labels={"kubernetes.io/x": "y"}),
         422,
         "invalid-task",
-        ["labels.kubernetes.io/x.[key]"],
+        ["labels.kubernetes.io/x"],
     ),
     "no JSON": (b"{", 400, "invalid-request", []),
     "a namespace that is not served": (document(namespace="kube-system"), 403, "namespace-not-served", []),
@@ -162,7 +162,8 @@ async def test_a_batch_may_be_lines(trusting: GatewayProcess, place: Place) -> N
 
 
 async def test_a_batch_has_a_bound(trusting: GatewayProcess, place: Place) -> None:
-    for body in ([], [document()] * 1001, {"tasks": []}):
+    bodies: list[Any] = [[], [document()] * 1001, {"tasks": []}]
+    for body in bodies:
         status, answer = await trusting.ask("POST", f"{TASKS}/batch", body)
         assert (status, problem(answer)[0]) == (422, "invalid-request")
     assert await place.objects("processingtasks") == []
@@ -406,7 +407,8 @@ async def test_a_replica_that_is_told_to_stop_finishes_what_it_has_begun(
     try:
         process = gateway(trusting=True, kubeconfig=proxy.kubeconfig, GATEWAY_DRAIN_SECONDS="4")
         async with process.at_work():
-            batch = asyncio.create_task(process.ask("POST", f"{TASKS}/batch", [document() for _ in range(300)]))
+            work = [document() for _ in range(300)]
+            batch = asyncio.create_task(process.ask("POST", f"{TASKS}/batch", work))
 
             async def begun() -> bool:
                 return bool(proxy.writes)
