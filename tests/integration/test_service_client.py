@@ -19,6 +19,7 @@ import pytest
 from devstack import Endpoints
 from service_client import (
     AsyncTaskClient,
+    ServiceRefused,
     TaskClient,
     TaskConflict,
     TaskFailed,
@@ -30,6 +31,7 @@ from service_client import (
     TaskTimeout,
     TaskUnavailable,
     TaskUpdate,
+    call_service,
 )
 from task_contract.models import Payload, Spec, TaskType
 from tests.support.client_world import World
@@ -296,6 +298,25 @@ async def test_over_rest_a_watch_goes_on_behind_the_event_that_was_seen_last(wor
         if numbers:
             async with contextlib.aclosing(client.watch(kb_id=seen[0].kb_id, after=numbers[0] - 1)) as again:
                 assert (await anext(again)).event == numbers[0]
+
+
+async def test_over_rest_a_header_makes_any_creation_repeatable(world: World) -> None:
+    async def create(path: str, task: Any, key: str) -> Any:
+        headers = {"Authorization": f"Bearer {world.token}", "X-Namespace": world.place.namespace}
+        return await call_service(
+            "task-manager-service", "POST", path, json=task, headers=headers, idempotency_key=key, url=world.gateway.url
+        )
+
+    task, keys = body(suspend=True), [uuid.uuid4().hex for _ in range(3)]
+    first, again, other = [await create("/api/v1/tasks", task, key) for key in (keys[0], keys[0], keys[1])]
+    assert first["uid"] == again["uid"] != other["uid"]
+    async with AsyncTaskClient.over_rest(world.gateway.url, namespace=world.place.namespace, token=world.token) as client:
+        await client.cancel(first["id"])
+        await client.wait(first["id"], timeout=MINUTE)
+    first, again = [await create(f"/api/v1/tasks/{first['id']}/retry", None, keys[2]) for _ in range(2)]
+    assert first["uid"] == again["uid"]
+    with pytest.raises(ServiceRefused, match="Idempotency-Key"):
+        await create("/api/v1/tasks", task, "not printable \t")
 
 
 @pytest.mark.parametrize("token", [None, "nonsense"])
