@@ -104,7 +104,7 @@ class Installation:
 
         It gets what the operator gives to pods of tasks, ends by itself after ten minutes, and is deleted before.
         """
-        operator = _operator(self._kubectl, self.place)
+        operator = _deployment(self._kubectl, self.place, "operator")
         if operator is None:
             raise DevstackError(f"cannot find the operator in {self.place.namespace}: install it first")
         [container] = operator["spec"]["template"]["spec"]["containers"]
@@ -146,9 +146,16 @@ def install(endpoints: Endpoints, provider: Provider = _EMBEDDED) -> Installatio
         options = [f"--values={path}" for path in files] + (["--take-ownership"] if provider.ours else [])
         # Not --wait: it would wait for claims too, and some storage classes bind only when the first task runs.
         helm(endpoints, place, "upgrade", "--install", place.release, str(_CHART), *options, "--description", made_of)
-        wait = ["rollout", "status", f"--namespace={place.namespace}", f"deployment/{place.release}-operator"]
-        doing = f"get the operator ready (look at `kubectl -n {place.namespace} describe pods` and the pods' logs)"
-        reach(*wait, f"--timeout={_TIMEOUT}", doing=doing)
+        for part in ("operator", "gateway"):
+            if (deployment := _deployment(reach, place, part)) is not None:
+                wait = [
+                    "rollout",
+                    "status",
+                    f"--namespace={place.namespace}",
+                    f"deployment/{deployment['metadata']['name']}",
+                ]
+                doing = f"get the {part} ready (look at `kubectl -n {place.namespace} describe pods` and the pods' logs)"
+                reach(*wait, f"--timeout={_TIMEOUT}", doing=doing)
     return installation
 
 
@@ -183,8 +190,8 @@ def helm(endpoints: Endpoints, place: Place, *arguments: str) -> str:
     return answer.stdout
 
 
-def _operator(kubectl: Kubectl, place: Place) -> dict[str, Any] | None:
-    return kubectl.find("deployment", f"{place.release}-operator", f"--namespace={place.namespace}")
+def _deployment(kubectl: Kubectl, place: Place, part: str) -> dict[str, Any] | None:
+    return kubectl.find("deployment", f"{place.release}-{part}", f"--namespace={place.namespace}")
 
 
 def _stands(kubectl: Kubectl, place: Place, release: dict[str, Any], made_of: str) -> bool:
@@ -198,13 +205,15 @@ def _stands(kubectl: Kubectl, place: Place, release: dict[str, Any], made_of: st
     # What was deleted or changed since: the answer of a dry run is compared with what is there, object by object.
     if kubectl.differs(release["manifest"], field_manager="helm") is not False:
         return False
-    operator = _operator(kubectl, place)
-    if operator is None:
-        return False
-    status = operator["status"]
+    operator, gateway = (_deployment(kubectl, place, part) for part in ("operator", "gateway"))
+    return operator is not None and all(_available(one) for one in (operator, gateway) if one is not None)
+
+
+def _available(deployment: dict[str, Any]) -> bool:
+    status = deployment["status"]
     return bool(
-        status.get("observedGeneration") == operator["metadata"]["generation"]
-        and status.get("availableReplicas") == status.get("updatedReplicas") == operator["spec"]["replicas"]
+        status.get("observedGeneration") == deployment["metadata"]["generation"]
+        and status.get("availableReplicas") == status.get("updatedReplicas") == deployment["spec"]["replicas"]
     )
 
 

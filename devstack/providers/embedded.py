@@ -27,6 +27,7 @@ class Embedded:
         apply_namespace(Kubectl(endpoints.kubectl, endpoints.kubeconfig), self.place.namespace)
         documents = cluster.document_volume(self.place.task_namespace)
         chosen = loaded(references) | stores(endpoints.pod_urls) | local_documents(self.place.task_namespace)
+        chosen["gateway"] = {"replicas": 1}  # a second one on the same node would keep nobody company
         return Prepared(chosen, documents)
 
     def clear(self, endpoints: Endpoints) -> None:

@@ -16,17 +16,26 @@ from task_gateway.callbacks import Callbacks
 from task_gateway.callers import ANYBODY, Caller, Callers
 from task_gateway.cluster import Cluster
 from task_gateway.database import Database
+from task_gateway.documents import DocumentVolumes
+from task_gateway.following import Watchers
+from task_gateway.hub import Hub
+from task_gateway.knowledge import Knowledge
 from task_gateway.limits import RateLimit
+from task_gateway.listener import Listener
+from task_gateway.live import Live
 from task_gateway.logs import Logs
 from task_gateway.metrics import Metrics
 from task_gateway.openapi import OpenApi
 from task_gateway.probes import Probes
 from task_gateway.routes import Part
 from task_gateway.settings import Auth, Settings
+from task_gateway.stats import Statistics, connects
 from task_gateway.tasks import Tasks
 from task_gateway.tickets import Tickets
+from task_gateway.uploads import Uploads
 from task_platform.kubernetes import Access, KubeconfigError
 from task_platform.logs import configure_logging
+from task_platform.progress import ProgressFeed
 from task_platform.settings import SettingsError, load_settings
 
 _log = structlog.get_logger("task_gateway")
@@ -39,6 +48,9 @@ async def run(settings: Settings) -> int:
     that are under way.
     """
     metrics = Metrics()
+    listener = Listener(settings.postgres_url)
+    hub = Hub(listener)
+    feed = None if settings.redis_url is None else ProgressFeed(settings.redis_url, sink=hub.on_progress)
     cluster, database = Cluster(Access.from_environment()), Database(settings.postgres_url)
     trusting = settings.auth is Auth.TRUST_THE_NETWORK
     callers = Callers(
@@ -56,7 +68,15 @@ async def run(settings: Settings) -> int:
         metrics=metrics,
         cors_origins=settings.cors_origins,
     )
-    tasks = Tasks(cluster=cluster, database=database, callers=callers, metrics=metrics, settings=settings)
+    tasks = Tasks(cluster=cluster, database=database, callers=callers, metrics=metrics, settings=settings, latest=hub.latest)
+    live = Live(Watchers(hub=hub, past=database, callers=callers, most=settings.live_clients), origins=settings.cors_origins)
+    uploads = Uploads(
+        tasks=tasks,
+        callers=callers,
+        volumes=None if settings.documents is None else DocumentVolumes(settings.documents),
+        most_bytes=settings.upload_bytes,
+    )
+    metrics.watch_hub(hub)
     probes = Probes(
         checks={"kubernetes": cluster.ping, "postgres": database.ping},
         vital="kubernetes",
@@ -69,6 +89,19 @@ async def run(settings: Settings) -> int:
         Logs(tasks=tasks, cluster=cluster, database=database),
         Callbacks(tasks=tasks, database=database, callers=callers),
         Tickets(callers),
+        live,
+        uploads,
+        Knowledge(database=database, callers=callers),
+        Statistics(
+            counts=database,
+            callers=callers,
+            stores={
+                "postgres": database.ping,
+                "redis": None if feed is None else feed.ping,
+                "milvus": None if settings.milvus_url is None else connects(settings.milvus_url),
+                "elasticsearch": None if settings.elasticsearch_url is None else connects(settings.elasticsearch_url),
+            },
+        ),
         probes,
     ]
     app = make_app(gate, [*parts, OpenApi(parts)])
@@ -80,9 +113,11 @@ async def run(settings: Settings) -> int:
         )
     await cluster.warm_up()
     await database.warm_up()
-    consuming = None
+    work = [asyncio.create_task(hub.run(), name="hub"), asyncio.create_task(uploads.tidy(), name="uploads")]
+    if feed is not None:
+        work.append(asyncio.create_task(feed.run(), name="progress"))
     if settings.rabbitmq_url is not None:
-        from task_gateway.submissions import Submissions  # 10 MB that few need
+        from task_gateway.submissions import Submissions  # a library that few need
 
         submissions = Submissions(
             settings.rabbitmq_url,
@@ -93,7 +128,7 @@ async def run(settings: Settings) -> int:
             metrics=metrics,
             prefetch=settings.rabbitmq_prefetch,
         )
-        consuming = asyncio.create_task(submissions.run(), name="submissions")
+        work.append(asyncio.create_task(submissions.run(), name="submissions"))
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=settings.stop_seconds, handler_cancellation=True)
     try:
         await runner.setup()
@@ -102,18 +137,27 @@ async def run(settings: Settings) -> int:
                 host, _, port = listen.rpartition(":")
                 await web.TCPSite(runner, host.strip("[]"), int(port), reuse_address=True).start()
         _log.info("gateway started", listen=settings.listen, front=settings.front_listen)
-        await _signalled()
+        stop = asyncio.create_task(_signalled())
+        await asyncio.wait([stop, *work], return_when=asyncio.FIRST_COMPLETED)
         gate.draining = True
+        if not stop.done():
+            for failed in (one for one in work if one.done()):
+                _log.error("a part of the gateway failed", part=failed.get_name(), error=repr(failed.exception()))
+            return 1
         _log.info("gateway is about to stop", seconds=settings.drain_seconds)
         await asyncio.sleep(settings.drain_seconds)
     except OSError as error:
         _log.error("cannot listen", error=str(error))
         return 1
     finally:
-        if consuming is not None:
-            consuming.cancel()
-            await asyncio.wait([consuming])
+        hub.close()
         await runner.cleanup()
+        for one in work:
+            one.cancel()
+        await asyncio.wait(work)
+        await listener.aclose()
+        if feed is not None:
+            await feed.aclose()
         await cluster.aclose()
         await database.aclose()
         _log.info("gateway stopped")

@@ -113,7 +113,7 @@ class Callers:
             return ANYBODY
         if not token:
             raise _unknown("cannot tell who asks: send the header Authorization: Bearer TOKEN")
-        if len(token) > _TOKEN_LIMIT or not token.isascii() or not token.isprintable():
+        if len(token) > _TOKEN_LIMIT or not token.isascii() or not token.isprintable() or " " in token:
             raise _unknown("cannot accept the token: it is none of this cluster")
         try:
             caller = await self._tokens.get(_digest(token), lambda: self._review(token))

@@ -1,5 +1,5 @@
 """PostgreSQL as the gateway uses it: lists and history as the operator has written them, and tickets. The only file of it
-that speaks to PostgreSQL.
+that speaks to PostgreSQL, beside the connection that listens (:mod:`task_gateway.listener`).
 
 Nothing connects before it is needed: a gateway starts without its database, and accepts tasks without it.
 """
@@ -13,6 +13,8 @@ import asyncpg
 
 from task_contract.callbacks import REPLAY
 from task_contract.models import Phase, Priority, TaskType
+from task_gateway.hub import Event, Filter
+from task_gateway.listener import EVENT_COLUMNS
 from task_gateway.models import Cursor
 
 _CONNECTIONS: Final = 8
@@ -85,6 +87,26 @@ def page_statement(
         f"WHERE {' AND '.join(conditions)} {order}) AS found {order}"
     )
     return statement, values
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a task stands: the last event of it, and stage and percentage of its status."""
+
+    event: Event
+    stage: str | None
+    progress: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """Events that have passed."""
+
+    lowest: int
+    """Of the numbers that are kept; 0 when there is none."""
+    head: int
+    """The highest number."""
+    events: list[Event]
 
 
 class Database:
@@ -215,3 +237,111 @@ class Database:
             "DELETE FROM gateway_tickets WHERE digest = $1 RETURNING caller, expires_at > now() AS valid", digest
         )
         return str(found[0]["caller"]) if found and found[0]["valid"] else None
+
+    # ------------------------------------------------------------------------------------------------------------- live
+
+    async def standing(self, wanted: Filter, *, limit: int) -> tuple[int, list[Standing]]:
+        """Return the highest number of an event and, of the same moment, where the tasks of a filter stand.
+
+        Those are the unfinished ones, the youngest first; where tasks and namespaces are named, the youngest of each name,
+        ended or not.
+        """
+        clauses, values = _conditions(wanted, table="tasks", first=2)
+        order, distinct = "tasks.created_at DESC", ""
+        if wanted.task_ids and wanted.namespaces is not None:
+            distinct, order = "DISTINCT ON (tasks.namespace, tasks.name)", f"tasks.namespace, tasks.name, {order}"
+        else:
+            clauses += ["tasks.finished_at IS NULL", "tasks.deleted_at IS NULL"]
+        rows = await self.rows(
+            "SELECT edge.head, found.* FROM (SELECT coalesce(max(number), 0) AS head FROM task_events) AS edge "  # noqa: S608
+            f"LEFT JOIN LATERAL (SELECT {distinct} coalesce(last.number, 0) AS number, uid::text AS uid, namespace, name, "
+            "kb_id, type, coalesce(last.phase, tasks.phase) AS phase, coalesce(last.attempt, tasks.attempt) AS attempt, "
+            "coalesce(last.reason, tasks.reason, tasks.phase) AS reason, coalesce(last.message, tasks.message) AS message, "
+            "coalesce(last.at, tasks.created_at) AS at, stage, progress FROM tasks LEFT JOIN LATERAL (SELECT number, phase, "
+            "attempt, reason, message, at FROM task_events WHERE task_uid = tasks.uid ORDER BY number DESC LIMIT 1) AS last "
+            f"ON true WHERE {' AND '.join(clauses)} ORDER BY {order} LIMIT $1) AS found ON true",
+            limit,
+            *values,
+        )
+        found = [Standing(Event(*row[1:12]), row["stage"], row["progress"]) for row in rows if row["uid"] is not None]
+        return rows[0]["head"], found
+
+    async def events_between(self, wanted: Filter, *, after: int, upto: int, limit: int) -> Passed:
+        """Return what events there are at all, and those of a filter with numbers above one and up to another."""
+        clauses, values = _conditions(wanted, table="task_events", first=4)
+        rows = await self.rows(
+            "SELECT edge.lowest, edge.head, found.* FROM (SELECT coalesce(min(number), 0) AS lowest, "  # noqa: S608
+            f"coalesce(max(number), 0) AS head FROM task_events) AS edge LEFT JOIN LATERAL (SELECT {EVENT_COLUMNS} "
+            f"FROM task_events WHERE {' AND '.join(['number > $1', 'number <= $2', *clauses])} ORDER BY number LIMIT $3) "
+            "AS found ON true ORDER BY found.number",
+            after,
+            upto,
+            limit,
+            *values,
+        )
+        events = [Event(*row[2:]) for row in rows if row["number"] is not None]
+        return Passed(lowest=rows[0]["lowest"], head=rows[0]["head"], events=events)
+
+    # -------------------------------------------------------------------------------------------------------- knowledge
+
+    async def knowledge_base(self, namespace: str, kb_id: str) -> asyncpg.Record | None:
+        """Return the state of a knowledge base; None for one in which nothing was ever published."""
+        found = await self.rows(
+            "SELECT generation, model_fingerprint, dimension, documents, chunks::bigint AS chunks, "
+            "missing::bigint AS missing, extra::bigint AS extra, checked_at, intents, state, updated_at "
+            "FROM knowledge_base_states WHERE namespace = $1 AND kb_id = $2",
+            namespace,
+            kb_id,
+        )
+        return found[0] if found else None
+
+    async def documents(self, namespace: str, kb_id: str, *, after: str | None, limit: int) -> list[asyncpg.Record]:
+        """Return documents that readers see, in the order of their ids, from the one after ``after``."""
+        beyond, values = ("AND document_id > $4", [after]) if after is not None else ("", [])
+        return await self.rows(
+            "SELECT document_id, published_version, chunk_count, content_hash, published_task_uid::text AS task_uid, "  # noqa: S608
+            "missing, extra, checked_at, updated_at FROM documents WHERE namespace = $1 AND kb_id = $2 "
+            f"AND published_version IS NOT NULL AND chunk_count > 0 {beyond} ORDER BY document_id LIMIT $3",
+            namespace,
+            kb_id,
+            limit,
+            *values,
+        )
+
+    # ------------------------------------------------------------------------------------------------------- statistics
+
+    async def unfinished(self, scope: Sequence[str] | None) -> list[asyncpg.Record]:
+        """Return how many unfinished tasks there are by phase and priority, and since when the oldest one of each waits."""
+        where, values = _within(scope)
+        return await self.rows(
+            "SELECT phase, priority, count(*) AS tasks, "  # noqa: S608
+            "extract(epoch FROM now() - min(coalesce(queued_at, created_at)))::float8 AS oldest FROM tasks "
+            f"WHERE finished_at IS NULL AND deleted_at IS NULL {where} GROUP BY phase, priority",
+            *values,
+        )
+
+    async def ended(self, scope: Sequence[str] | None, *, seconds: Sequence[int]) -> list[asyncpg.Record]:
+        """Return for each of these times until now how many tasks have ended how, and how long successful ones ran."""
+        where, values = _within(scope, first=2)
+        return await self.rows(
+            "SELECT period.seconds, count(*) FILTER (WHERE phase = 'Completed') AS completed, "  # noqa: S608
+            "count(*) FILTER (WHERE phase = 'Failed') AS failed, count(*) FILTER (WHERE phase = 'Canceled') AS canceled, "
+            "avg(extract(epoch FROM finished_at - started_at)) FILTER (WHERE phase = 'Completed')::float8 AS ran "
+            "FROM unnest($1::int[]) AS period (seconds) LEFT JOIN tasks "
+            f"ON finished_at > now() - make_interval(secs => period.seconds) {where} GROUP BY period.seconds ORDER BY 1",
+            list(seconds),
+            *values,
+        )
+
+
+def _within(scope: Sequence[str] | None, *, first: int = 1) -> tuple[str, list[list[str]]]:
+    """Return the condition that rows are in some namespaces, and its value; None: in any."""
+    return ("", []) if scope is None else (f"AND namespace = ANY(${first}::text[])", [list(scope)])
+
+
+def _conditions(wanted: Filter, *, table: str, first: int) -> tuple[list[str], list[list[str]]]:
+    """Return a filter as conditions, with the values of their parameters, which count from ``first``."""
+    given = {"namespace": wanted.namespaces, "kb_id": wanted.kb_ids or None, "name": wanted.task_ids or None}
+    asked = {column: sorted(values) for column, values in given.items() if values is not None}
+    clauses = [f"{table}.{column} = ANY(${place}::text[])" for place, column in enumerate(asked, first)]
+    return clauses, list(asked.values())

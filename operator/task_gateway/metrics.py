@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from task_gateway.hub import Drop, Hub
+
 
 class Metrics:
     """All metrics, in a registry of their own, so that tests can have several gateways in one process."""
@@ -28,3 +30,12 @@ class Metrics:
     def watch(self, name: str, help_text: str, value: Callable[[], float]) -> None:
         """Have a gauge read when somebody asks."""
         Gauge(name, help_text, registry=self.registry).set_function(value)
+
+    def watch_hub(self, hub: Hub) -> None:
+        """Have what live updates do read when somebody asks."""
+        self.watch("task_gateway_live_clients", "WebSockets and event streams.", lambda: hub.subscribers)
+        self.watch("task_gateway_live_connected", "1 while transitions arrive from PostgreSQL.", lambda: hub.connected)
+        self.watch("task_gateway_live_updates", "Updates handed on since the start.", lambda: hub.updates)
+        dropped = Gauge("task_gateway_live_dropped", "Clients parted with since the start.", ["why"], registry=self.registry)
+        for why in Drop:
+            dropped.labels(why.value).set_function(lambda why=why: hub.drops[why])  # type: ignore[misc]

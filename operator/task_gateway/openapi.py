@@ -68,6 +68,7 @@ _WHAT: Final = {
     429: "Too many requests of this caller; Retry-After says when to come again.",
     500: "A fault of the gateway.",
     503: "A server that is needed does not answer.",
+    507: "The document volume is full.",
 }
 
 

@@ -37,6 +37,7 @@ TITLES: Final[Mapping[str, str]] = {
     "no-callback": "The task has no callback",
     "conflict": "Somebody else has written since",
     "too-large": "The body is too large",
+    "volume-full": "There is no room for the document",
     "unsupported-media-type": "The body is of another type",
     "too-many-requests": "Too many requests",
     "refused-by-cluster": "The cluster refuses it",
@@ -110,7 +111,7 @@ def field_errors(error: ValidationError, *, rename: Mapping[str, str] | None = N
     """Return the bad fields of a model, at most 50; paths are dotted."""
     found = []
     for problem in error.errors(include_url=False, include_input=False, include_context=False)[:50]:
-        first, *rest = [str(part) for part in problem["loc"]] or [""]
+        first, *rest = [str(part) for part in problem["loc"] if part != "[key]"] or [""]
         path = ".".join([(rename or {}).get(first, first), *rest])
         found.append(FieldError(_printable(path), _printable(_message(problem["type"], problem["msg"]))))
     return found

@@ -1,9 +1,10 @@
 """The gateway's settings: environment variables with prefix ``GATEWAY_``, read and checked once at start."""
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from task_gateway.problems import is_namespace
@@ -67,6 +68,16 @@ class Settings(BaseSettings):
     """After that, so long for requests that are under way."""
     cors_origins: Names = ()
     """Origins whose pages may use the gateway, such as https://app.example.com, comma separated; empty: none."""
+    live_clients: Annotated[int, Field(ge=1, le=100_000)] = 5000
+    """So many WebSockets and event streams at once."""
+    documents: Annotated[Path | None, BeforeValidator(lambda value: value or None)] = None
+    """Folder with one folder for each namespace, which is the document volume of that namespace; empty: no uploads."""
+    upload_bytes: Annotated[int, Field(ge=1, le=2**40)] = 512 * 2**20
+    """Largest upload. Runners read as much by default."""
+    milvus_url: OptionalUrl = None
+    """For GET /api/v1/stats/system alone: whether it can be connected to."""
+    elasticsearch_url: OptionalUrl = None
+    """The same."""
     rabbitmq_url: OptionalUrl = None
     """RabbitMQ with a queue of tasks, amqp:// or amqps://. None: there is none."""
     rabbitmq_queue: Annotated[str, Field(min_length=1, max_length=200)] = "processing-tasks"

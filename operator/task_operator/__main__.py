@@ -111,7 +111,7 @@ async def run(settings: Settings) -> int:
         if settings.redis_url is not None:
             sinks.append(RedisSink(settings.redis_url))
         if settings.rabbitmq_url is not None:
-            from task_operator.broker import RabbitSink  # 10 MB that few need
+            from task_operator.broker import RabbitSink  # a library that few need
 
             sinks.append(RabbitSink(settings.rabbitmq_url, exchange=settings.rabbitmq_exchange))
         publishers = [Publisher(settings.postgres_url, sink, source=source, metrics=metrics) for sink in sinks]

@@ -18,9 +18,11 @@ import asyncpg
 import orjson
 import structlog
 
+from task_contract.models import Phase
 from task_contract.views import percent, status_word, timestamp
 from task_operator.metrics import Metrics
 from task_operator.outbox import EVENTS_CHANNEL
+from task_operator.transitions import DELETED
 
 _log = structlog.get_logger(__name__)
 
@@ -70,7 +72,7 @@ class Event:
         """``row``: of ``task_events``."""
         self.number: int = row["number"]
         self.uid: str = row["uid"]
-        self.routing_key = f"tasks.{row['namespace']}.{row['type'] or 'unknown'}.{status_word(row['phase'])}"
+        self.routing_key = f"tasks.{row['namespace']}.{row['type'] or 'unknown'}.{_status(row)}"
         self.body: bytes = orjson.dumps(cloud_event(row, source=source))
 
     @property
@@ -80,7 +82,10 @@ class Event:
 
 
 def event_update(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row of ``task_events`` as services see it: the live update of a transition."""
+    """Return a row of ``task_events`` as services see it: the live update of a transition.
+
+    A task that was deleted before it had ended is canceled, for the reason Deleted.
+    """
     at: datetime = row["at"]
     return {
         "type": "task",
@@ -90,7 +95,7 @@ def event_update(row: Mapping[str, Any]) -> dict[str, Any]:
         "uid": row["uid"],
         "kb_id": row["kb_id"],
         "task_type": row["type"],
-        "status": status_word(row["phase"]),
+        "status": _status(row),
         "progress": percent(row["phase"], None),
         "stage": None,
         "attempt": row["attempt"],
@@ -98,6 +103,10 @@ def event_update(row: Mapping[str, Any]) -> dict[str, Any]:
         "message": row["message"],
         "at": timestamp(at),
     }
+
+
+def _status(row: Mapping[str, Any]) -> str:
+    return status_word(Phase.CANCELED if row["phase"] == DELETED else row["phase"])
 
 
 def cloud_event(row: Mapping[str, Any], *, source: str) -> dict[str, Any]:

@@ -42,6 +42,10 @@ class ProgressFeed:
                 await asyncio.sleep(wait)
                 wait = min(2 * wait, _MAX_BACKOFF)
 
+    async def ping(self) -> None:
+        """Ask whether Redis answers. Raises what is wrong."""
+        await self._redis.ping()
+
     async def aclose(self) -> None:
         """Close the connection."""
         await self._redis.aclose()

@@ -34,6 +34,10 @@ tests/integration/test_operator_history.py and test_callbacks.py."""
 ELSEWHERE = {
     ("README.md", "make demo"): "`.ci/run` runs both on every commit",
     ("README.md", "kubectl apply -n knowledge -f manifests"): "`devstack/demo.py:run` prints it",
+    (
+        "docs/gateway.md",
+        "curl -s http://processing-tasks-gateway",
+    ): "`tests/integration/gateway/test_gateway_tasks.py:test_each_change_has_an_audit_line` sends one",
     ("CONTRIBUTING.md", "make lint"): "`.ci/run` runs the same",
     (
         "docs/images.md",

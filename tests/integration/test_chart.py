@@ -17,6 +17,7 @@ import yaml
 
 from devstack import Endpoints, tools
 from task_contract.models import parse_manifest
+from task_gateway.settings import Settings as GatewaySettings
 from task_operator.projection import DefaultCallback
 from task_operator.settings import Settings
 from task_platform.settings import load_settings
@@ -65,6 +66,30 @@ def rendered(request: pytest.FixtureRequest, helm: Helm) -> tuple[str, dict[str,
 
 def pods(documents: Iterator[Document] | list[Document]) -> list[Document]:
     return [document["spec"]["template"]["spec"] for document in documents if document["kind"] in {"Deployment", "Job"}]
+
+
+def of_component(documents: dict[str, Document], component: str, *kinds: str) -> list[Document]:
+    """Return the objects of these kinds that are of a component."""
+    label = "app.kubernetes.io/component"
+    found = (one for one in documents.values() if one["kind"] in kinds)
+    return [one for one in found if one["metadata"]["labels"].get(label) == component]
+
+
+def pod_of(documents: list[Document], component: str) -> Document:
+    """Return the pod of the Deployment of a component."""
+    [deployment] = of_component({key(one): one for one in documents}, component, "Deployment")
+    pod: Document = deployment["spec"]["template"]["spec"]
+    return pod
+
+
+def granted(role: Document) -> dict[tuple[str, str], list[str]]:
+    """Return the verbs that a role gives, by group and resource."""
+    return {
+        (group, resource): rule["verbs"]
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+    }
 
 
 def containers(pod: Document) -> list[Document]:
@@ -134,6 +159,13 @@ BAD_VALUES: list[tuple[list[str], list[str]]] = [
     (["operator.resources.limit.memory=1Gi"], ["/operator/resources", "limit"]),
     (["operator.metrics.service.port=99999"], ["/operator/metrics/service/port"]),
     (["operator.serviceAccount.create=false"], ["operator.serviceAccount.name"]),
+    (["gateway.auth=none"], ["/gateway/auth"]),
+    (["gateway.replicas=0"], ["/gateway/replicas"]),
+    (["gateway.limit.perSecond=0"], ["/gateway/limit/perSecond"]),
+    (["gateway.corsOrigins[0]=*"], ["/gateway/corsOrigins/0"]),
+    (["gateway.service.aliases[0]=Task_Manager"], ["/gateway/service/aliases/0"]),
+    (["gateway.defaultNamespace=elsewhere"], ["gateway.defaultNamespace", "elsewhere"]),
+    (["gateway.serviceAccount.create=false"], ["gateway.serviceAccount.name"]),
     (["runner.embeddingModel=7"], ["/runner/embeddingModel"]),
     (["runner.tolerations[0].operator=In"], ["/runner/tolerations/0/operator"]),
     (["runner.resources.requests.cpu=true"], ["/runner/resources/requests/cpu"]),
@@ -372,11 +404,11 @@ def test_credentials_stand_in_secrets_only(rendered: tuple[str, dict[str, Docume
         assert len(inside) == {"minimal": 2, "existing": 0}[name]
 
 
-def test_only_the_operators_pod_gets_a_token(rendered: tuple[str, dict[str, Document]]) -> None:
+def test_only_pods_of_operator_and_gateway_get_a_token(rendered: tuple[str, dict[str, Document]]) -> None:
     for document in rendered[1].values():
         if document["kind"] == "ServiceAccount":
             assert document["automountServiceAccountToken"] is False
-    assert [pod["automountServiceAccountToken"] for pod in pods(list(rendered[1].values()))] == [True]
+    assert {pod["automountServiceAccountToken"] for pod in pods(list(rendered[1].values()))} == {True}
 
 
 PERMISSIONS = {
@@ -393,7 +425,7 @@ PERMISSIONS = {
 def test_operator_may_do_this_and_no_more(rendered: tuple[str, dict[str, Document]]) -> None:
     name, documents = rendered
     account = {"minimal": "processing-tasks-operator", "full": "kb-tasks-controller", "existing": "controllers"}[name]
-    bindings = [document for document in documents.values() if document["kind"] in {"RoleBinding", "ClusterRoleBinding"}]
+    bindings = of_component(documents, "operator", "RoleBinding", "ClusterRoleBinding")
     expected = {"minimal": {"knowledge"}, "full": {"knowledge", "research"}, "existing": {None}}[name]
     assert {binding["metadata"].get("namespace") for binding in bindings} == expected
     for binding in bindings:
@@ -402,13 +434,7 @@ def test_operator_may_do_this_and_no_more(rendered: tuple[str, dict[str, Documen
         ]
         namespace = binding["metadata"].get("namespace", "-")
         role = documents[f"{binding['roleRef']['kind']} {namespace}/{binding['roleRef']['name']}"]
-        granted = {
-            (group, resource): rule["verbs"]
-            for rule in role["rules"]
-            for group in rule["apiGroups"]
-            for resource in rule["resources"]
-        }
-        assert granted == PERMISSIONS
+        assert granted(role) == PERMISSIONS
         signing = {"full": ["hooks", "processing-task-callbacks"]}.get(name, ["processing-task-callbacks"])
         assert [rule["resourceNames"] for rule in role["rules"] if rule["resources"] == ["secrets"]] == [signing]
 
@@ -419,14 +445,83 @@ def test_without_secrets_that_sign_the_operator_reads_none(helm: Helm) -> None:
     assert not [rule for role in roles for rule in role["rules"] if "secrets" in rule["resources"]]
 
 
+GATEWAY_PERMISSIONS = {
+    ("tasks.zzdsj.io", "processingtasks"): ["get", "create", "patch", "delete"],
+    ("", "pods"): ["get", "list"],
+    ("", "pods/log"): ["get"],
+}
+REVIEWS = {
+    ("authentication.k8s.io", "tokenreviews"): ["create"],
+    ("authorization.k8s.io", "subjectaccessreviews"): ["create"],
+}
+
+
+def test_gateway_may_do_this_and_no_more(rendered: tuple[str, dict[str, Document]]) -> None:
+    name, documents = rendered
+    account = {"minimal": "processing-tasks-gateway", "full": "kb-tasks-door", "existing": "doors"}[name]
+    found: dict[str, list[Document]] = {"reviews": [], "tasks": []}
+    for binding in of_component(documents, "gateway", "RoleBinding", "ClusterRoleBinding"):
+        assert binding["subjects"] == [
+            {"kind": "ServiceAccount", "name": account, "namespace": "processing-tasks-system"},
+        ]
+        namespace = binding["metadata"].get("namespace", "-")
+        role = documents[f"{binding['roleRef']['kind']} {namespace}/{binding['roleRef']['name']}"]
+        reviews = binding["metadata"]["name"].endswith("-reviews")
+        assert granted(role) == (REVIEWS if reviews else GATEWAY_PERMISSIONS)
+        found["reviews" if reviews else "tasks"].append(namespace)
+    # Who trusts the network asks the cluster nothing about callers.
+    assert found["reviews"] == {"minimal": ["-"], "full": ["-"], "existing": []}[name]
+    assert found["tasks"] == {"minimal": ["knowledge"], "full": ["knowledge", "research"], "existing": ["-"]}[name]
+
+
+@pytest.mark.parametrize("values", SETS)
+def test_gateway_reads_its_settings_from_the_rendered_environment(
+    helm: Helm, values: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = render(helm, "--values", DATA / f"{values}.values.yaml")
+    [container] = pod_of(documents, "gateway")["containers"]
+    for name, value in environment(container).items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings(GatewaySettings, program="gateway")
+    assert settings.auth == ("trust-the-network" if values == "existing" else "kubernetes")
+    assert settings.namespaces == {"minimal": ("knowledge",), "full": ("knowledge", "research"), "existing": ()}[values]
+    assert settings.default_namespace == {"minimal": "knowledge", "full": "research", "existing": "knowledge"}[values]
+    if values == "full":
+        assert (settings.rate, settings.burst, settings.audiences) == (20.5, 40, ("tasks",))
+        assert settings.cors_origins == ("https://app.example.com",)
+    grace = pod_of(documents, "gateway")["terminationGracePeriodSeconds"]
+    assert grace > settings.drain_seconds + settings.stop_seconds
+
+
+def test_gateway_is_reached_by_the_names_that_callers_know(rendered: tuple[str, dict[str, Document]]) -> None:
+    name, documents = rendered
+    services = of_component(documents, "gateway", "Service")
+    names = [service["metadata"]["name"] for service in services]
+    expected = {"minimal": "processing-tasks-gateway", "full": "kb-tasks-gateway", "existing": "processing-tasks-gateway"}
+    assert names == sorted([expected[name], *(["task-manager-service"] if name == "full" else [])])
+    for service in services:
+        assert [port["port"] for port in service["spec"]["ports"]] == [8084, 8080]
+    [deployment] = of_component(documents, "gateway", "Deployment")
+    assert services[0]["spec"]["selector"].items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
+    budgets = of_component(documents, "gateway", "PodDisruptionBudget")
+    assert len(budgets) == (0 if deployment["spec"]["replicas"] == 1 else 1)
+
+
+def test_without_the_gateway_nothing_of_it_is_made(helm: Helm) -> None:
+    documents = render(helm, "--set", POSTGRES, "--set", "gateway.enabled=false")
+    assert [key(document) for document in documents if "gateway" in key(document)] == []
+
+
 def test_documented_permissions_are_the_granted_ones() -> None:
     text = (ROOT / "docs/install.md").read_text(encoding="utf-8")
-    rows = [f"| `{resource}` | {', '.join(verbs)} |" for (_, resource), verbs in PERMISSIONS.items()]
+    everything = [*PERMISSIONS.items(), *GATEWAY_PERMISSIONS.items(), *REVIEWS.items()]
+    rows = [f"| `{resource}` | {', '.join(verbs)} |" for (_, resource), verbs in everything]
     assert [row for row in rows if row not in text] == []
 
 
 def test_users_roles_never_include_the_status(helm: Helm) -> None:
-    roles = [document for document in render(helm, "--set", POSTGRES) if document["kind"] == "ClusterRole"]
+    documents = {key(document): document for document in render(helm, "--set", POSTGRES)}
+    roles = of_component(documents, "access", "ClusterRole")
     writes = {
         (role["metadata"]["name"], resource)
         for role in roles
@@ -450,7 +545,7 @@ def test_operator_reads_its_settings_from_the_rendered_environment(
     helm: Helm, values: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     documents = render(helm, "--values", DATA / f"{values}.values.yaml")
-    for container in containers(pods(documents)[0]):
+    for container in containers(pod_of(documents, "operator")):
         with monkeypatch.context() as patch:
             for name, value in environment(container).items():
                 patch.setenv(name, value)
@@ -491,7 +586,7 @@ def test_operator_reads_its_settings_from_the_rendered_environment(
 def test_without_documents_there_is_neither_claim_nor_volume(helm: Helm) -> None:
     documents = render(helm, "--set", POSTGRES, "--set", "documents.enabled=false")
     assert [document for document in documents if document["kind"] == "PersistentVolumeClaim"] == []
-    assert environment(pods(documents)[0]["containers"][0])["OPERATOR_DOCUMENTS_CLAIM"] == ""
+    assert environment(pod_of(documents, "operator")["containers"][0])["OPERATOR_DOCUMENTS_CLAIM"] == ""
 
 
 def test_notes_give_manifests_that_are_valid(helm: Helm, tmp_path: Path) -> None:
@@ -507,6 +602,11 @@ def test_notes_give_manifests_that_are_valid(helm: Helm, tmp_path: Path) -> None
     assert "kubectl -n processing-tasks-system rollout status deployment/processing-tasks-operator" in notes
     blocks = [block.split("\n   END")[0] for block in notes.split("<<'END'\n")[1:]]
     assert [parse_manifest(yaml.safe_load(block)).metadata.name for block in blocks] == ["health", "handbook"]
+    assert "http://processing-tasks-gateway.processing-tasks-system:8084/api/v1/tasks" in notes
+    assert "WARNING" not in notes
+    trusting = ("--set", POSTGRES, "--set", "gateway.auth=trust-the-network")
+    notes = next(d for d in render(helm, *trusting, chart=chart) if d["kind"] == "ConfigMap")["data"]["text"]
+    assert "WARNING: gateway.auth is trust-the-network" in notes
 
 
 # ------------------------------------------------------------------------------------------------------------- API server
@@ -562,11 +662,18 @@ def test_release_comes_up_under_pod_security_and_leaves_nothing(
         account = f"system:serviceaccount:{namespace}:{prefix}-operator"
         assert rules(kubectl, account, tasks) == {identity: set(verbs) for identity, verbs in PERMISSIONS.items()}
         assert rules(kubectl, account, namespace) == {}
+        door = f"system:serviceaccount:{namespace}:{prefix}-gateway"
+        reviews = {identity: set(verbs) for identity, verbs in REVIEWS.items()}
+        assert (
+            rules(kubectl, door, tasks)
+            == {identity: set(verbs) for identity, verbs in GATEWAY_PERMISSIONS.items()} | reviews
+        )
+        assert rules(kubectl, door, namespace) == reviews
         assert rules(kubectl, f"system:serviceaccount:{tasks}:processing-task-runner", tasks) == {}
     finally:
         removed = helm("uninstall", release, "--wait", "--timeout", "120s", *where)
     assert removed.returncode == 0, removed.stderr
     selector = f"--selector=app.kubernetes.io/instance={release}"
     assert kubectl("get", "namespaces,priorityclasses,clusterroles,clusterrolebindings", selector, "-o=name") == ""
-    inside = "deployments,services,roles,rolebindings,secrets,serviceaccounts,persistentvolumeclaims"
+    inside = "deployments,services,roles,rolebindings,secrets,serviceaccounts,persistentvolumeclaims,poddisruptionbudgets"
     assert kubectl("get", inside, f"-n={namespace}", selector, "-o=name") == ""

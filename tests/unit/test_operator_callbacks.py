@@ -352,7 +352,7 @@ def test_an_event_is_a_cloud_event_whose_data_is_the_live_update() -> None:
     [
         ("Queued", "tasks.team-a.document_processing.queued"),
         ("Completed", "tasks.team-a.document_processing.completed"),
-        ("Deleted", "tasks.team-a.document_processing.deleted"),
+        ("Deleted", "tasks.team-a.document_processing.canceled"),
     ],
 )
 def test_routing_keys_name_namespace_type_and_status(phase: str, key: str) -> None:

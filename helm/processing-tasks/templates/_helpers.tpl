@@ -347,3 +347,82 @@ Secrets those alone that sign callbacks. */}}
 {{- fail "documents.volumeName: a volume can be bound once; set taskNamespaces[].documents.volumeName for each namespace" }}
 {{- end }}
 {{- end }}
+
+{{- define "processing-tasks.gatewaySelectorLabels" -}}
+{{ include "processing-tasks.selectorLabels" . }}
+app.kubernetes.io/component: gateway
+{{- end }}
+
+{{- define "processing-tasks.gatewayServiceAccount" -}}
+{{- if .Values.gateway.serviceAccount.create }}
+{{- default (printf "%s-gateway" (include "processing-tasks.fullname" .)) .Values.gateway.serviceAccount.name }}
+{{- else }}
+{{- required "gateway.serviceAccount.name: required when gateway.serviceAccount.create is false" .Values.gateway.serviceAccount.name }}
+{{- end }}
+{{- end }}
+
+{{/* Settings of the gateway. Takes a dict of root and from (operatorStores). */}}
+{{- define "processing-tasks.gatewayEnvironment" -}}
+{{- $root := .root -}}
+{{- $gateway := $root.Values.gateway -}}
+{{- $namespaces := list }}
+{{- range $root.Values.taskNamespaces }}
+{{- $namespaces = append $namespaces .name }}
+{{- end }}
+{{- $default := default (first (append $namespaces $root.Release.Namespace)) $gateway.defaultNamespace }}
+{{- if not (or $root.Values.operator.clusterWide (has $default $namespaces)) }}
+{{- fail (printf "gateway.defaultNamespace: %s is not one of taskNamespaces" $default) }}
+{{- end }}
+- name: GATEWAY_POSTGRES_URL
+  valueFrom:
+    secretKeyRef:
+      name: {{ .from.secret }}
+      key: {{ .from.postgres }}
+- name: GATEWAY_REDIS_URL
+  valueFrom:
+    secretKeyRef:
+      name: {{ .from.secret }}
+      key: {{ .from.redis }}
+      optional: true
+- name: GATEWAY_NAMESPACES
+  value: {{ ternary "" (join "," $namespaces) $root.Values.operator.clusterWide | quote }}
+- name: GATEWAY_DEFAULT_NAMESPACE
+  value: {{ $default }}
+- name: GATEWAY_AUTH
+  value: {{ $gateway.auth }}
+- name: GATEWAY_AUDIENCES
+  value: {{ join "," $gateway.audiences | quote }}
+- name: GATEWAY_LISTEN
+  value: 0.0.0.0:8084
+- name: GATEWAY_FRONT_LISTEN
+  value: 0.0.0.0:8080
+- name: GATEWAY_RATE
+  value: {{ $gateway.limit.perSecond | quote }}
+- name: GATEWAY_BURST
+  value: {{ int $gateway.limit.burst | quote }}
+- name: GATEWAY_CORS_ORIGINS
+  value: {{ join "," $gateway.corsOrigins | quote }}
+- name: GATEWAY_DRAIN_SECONDS
+  value: {{ int $gateway.drainSeconds | quote }}
+- name: GATEWAY_STOP_SECONDS
+  value: {{ int $gateway.stopSeconds | quote }}
+- name: GATEWAY_LOG_LEVEL
+  value: {{ $gateway.logLevel }}
+{{- with $gateway.extraEnv }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* What the gateway may do in each task namespace or, with operator.clusterWide, in all. A caller gets no more than it has itself. */}}
+{{- define "processing-tasks.gatewayRules" -}}
+- apiGroups: [tasks.zzdsj.io]
+  resources: [processingtasks]
+  verbs: [get, create, patch, delete]
+# Logs of tasks: their pods by label, and what they wrote.
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [get, list]
+- apiGroups: [""]
+  resources: [pods/log]
+  verbs: [get]
+{{- end }}

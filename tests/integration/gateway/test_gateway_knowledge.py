@@ -1,0 +1,390 @@
+"""Uploads, knowledge bases and figures, on real PostgreSQL, Redis and API server and a real folder."""
+
+import asyncio
+import hashlib
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import asyncpg
+import orjson
+import psutil
+import pytest
+from aiohttp import web
+
+from devstack import Endpoints
+from tests.support.event_sources import event
+from tests.support.event_tables import tell
+from tests.support.gateway_lab import GatewayProcess, account
+from tests.support.operator_lab import Kube, Place, Proxy, until
+
+pytestmark = pytest.mark.integration
+
+Make = Callable[..., GatewayProcess]
+PDF = b"%PDF-1.7\n" + b"x" * 1000
+MB = 1_000_000
+
+
+@pytest.fixture
+def volume(place: Place, tmp_path: Path) -> Path:
+    """The document volume of the namespace, as it is mounted in the gateway."""
+    folder = tmp_path / "documents" / place.namespace
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def with_volume(gateway: Make, volume: Path) -> Make:
+    """Make a trusting gateway that has it."""
+
+    def make(**given: Any) -> GatewayProcess:
+        return gateway(**{"trusting": True, "GATEWAY_DOCUMENTS": str(volume.parent), **given})
+
+    return make
+
+
+@pytest.fixture
+async def uploads(with_volume: Make) -> AsyncIterator[GatewayProcess]:
+    async with with_volume(GATEWAY_UPLOAD_BYTES="5000000").at_work() as process:
+        yield process
+
+
+def form(
+    *fields: tuple[str, Any], file: bytes = PDF, name: str = "handbook.pdf", content_type: str = ""
+) -> aiohttp.FormData:
+    """Return a form: fields in their order, and the file where a field of the name ``file`` stands, else at the end."""
+    data = aiohttp.FormData()
+    for field, value in fields:
+        if field != "file":
+            data.add_field(field, value)
+        else:
+            data.add_field("file", file, filename=name, content_type=content_type or "application/octet-stream")
+    if "file" not in [field for field, _ in fields]:
+        data.add_field("file", file, filename=name, content_type=content_type or "application/octet-stream")
+    return data
+
+
+async def upload(process: GatewayProcess, data: Any, **headers: str) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Return status, JSON and headers of the answer."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(process.url + "/api/v1/knowledge/upload", data=data, headers=headers) as response,
+    ):
+        return response.status, orjson.loads(await response.read()), dict(response.headers)
+
+
+def files(volume: Path) -> list[str]:
+    return sorted(str(path.relative_to(volume)) for path in volume.rglob("*") if path.is_file())
+
+
+KB = ("kb_id", "kb-42")
+
+
+async def test_an_upload_is_a_file_where_pods_see_it_and_a_task_for_it(
+    uploads: GatewayProcess, volume: Path, place: Place
+) -> None:
+    data = form(
+        KB, ("chunk_size", "500"), ("metadata", '{"team": "search"}'), ("priority", "high"), ("labels", '{"a": "b"}')
+    )
+    status, told, _ = await upload(uploads, data)
+    assert status == 202, told
+    path = told["file_path"].removeprefix("/data/")
+    assert (volume / path).read_bytes() == PDF
+    assert (told["sha256"], told["size_bytes"]) == (hashlib.sha256(PDF).hexdigest(), len(PDF))
+    assert (told["status"], told["document_id"]) == ("queued", "handbook.pdf")
+    task = await place.task(told["id"])
+    assert task is not None
+    assert task["spec"]["payload"] == {
+        "filePath": told["file_path"],
+        "fileBytes": len(PDF),
+        "documentId": "handbook.pdf",
+        "chunkSize": 500,
+        "metadata": {"team": "search"},
+    }
+    assert (task["spec"]["kbId"], task["spec"]["priority"]) == ("kb-42", "high")
+    assert task["metadata"]["annotations"]["tasks.zzdsj.io/sha256"] == told["sha256"]
+    assert task["metadata"]["labels"] == {"a": "b"}
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "field"),
+    [
+        (lambda: form(), 422, "kb_id"),
+        (lambda: form(KB, ("chunk_size", "7")), 422, "payload.chunk_size"),
+        (lambda: form(("file", None), KB, ("chunk_size", "many")), 422, "payload.chunk_size"),
+        (lambda: form(KB, ("metadata", "{")), 422, "metadata"),
+        (lambda: form(KB, ("surprise", "x")), 422, "surprise"),
+        (lambda: form(KB, KB), 422, "kb_id"),
+        (lambda: form(KB, ("file", None), ("file", None)), 422, "file"),
+        (lambda: form(("file", None), KB, ("namespace", "elsewhere")), 422, "namespace"),
+        (lambda: form(KB, ("namespace", "elsewhere")), 403, None),
+        (lambda: form(KB, file=b""), 422, "file"),
+        (lambda: form(KB, file=b"plain text"), 422, "file"),
+        (lambda: form(KB, file=b"\x7fELF\x02\x01\0", name="a.txt"), 422, "file"),
+        (lambda: form(KB, name="a.txt", file=b"plain", content_type="application/pdf"), 422, "file"),
+        (lambda: form(KB, ("sha256", "0" * 64)), 422, "sha256"),
+        (lambda: form(KB, ("document_id", "x" * 70_000)), 422, "document_id"),
+        (lambda: form(("kb_id", "../../etc")), 422, "kb_id"),
+        (lambda: form(KB, file=b"x" * 5_000_001, name="a.txt"), 413, None),
+        (lambda: form(KB, file=b"x" * 7_000_000, name="a.txt"), 413, None),  # its length says so
+        (lambda: {"kb_id": "kb-42"}, 415, None),  # a form of another kind
+        (lambda: _without_file(), 422, "file"),
+    ],
+)
+async def test_what_is_refused_says_which_field_and_leaves_nothing(
+    uploads: GatewayProcess, volume: Path, place: Place, data: Callable[[], Any], status: int, field: str | None
+) -> None:
+    found, problem, headers = await upload(uploads, data())
+    assert found == status, problem
+    assert headers["Content-Type"].startswith("application/problem+json")
+    assert [one["field"] for one in problem.get("errors", [])] == ([] if field is None else [field])
+    assert files(volume) == []
+    assert await place.objects("processingtasks") == []
+
+
+def _without_file() -> aiohttp.MultipartWriter:
+    writer = aiohttp.MultipartWriter("form-data")
+    writer.append("kb-42").set_content_disposition("form-data", name="kb_id")
+    return writer
+
+
+async def test_bodies_that_are_no_form_are_refused_and_leave_nothing(uploads: GatewayProcess, volume: Path) -> None:
+    boundary = "multipart/form-data; boundary=b"
+    part = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.txt"\r\n\r\n'
+    for content_type, body in (
+        ("multipart/form-data", b"x"),
+        (boundary, b""),
+        (boundary, b"--b--\r\n"),
+        (boundary, b"nothing of the kind"),
+        (boundary, part + b"no end"),
+        (boundary, b"--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--\r\n"),
+        (boundary, b"--b\r\nContent-Type: multipart/mixed; boundary=c\r\n\r\n--c\r\n\r\nx\r\n--c--\r\n--b--\r\n"),
+        (boundary, b"\xff" * 5000),
+    ):
+        status, problem, _ = await upload(uploads, body, **{"Content-Type": content_type})
+        assert status in {400, 422}, (body, problem)
+        assert files(volume) == [], body
+    assert uploads.exit_code() is None
+    assert not [line for line in uploads.lines() if line["level"] == "error"]
+
+
+async def test_a_repeated_upload_is_one_task_and_another_file_under_its_key_is_refused(
+    uploads: GatewayProcess, volume: Path, place: Place
+) -> None:
+    key = ("idempotency_key", "order-7")
+    _, first, _ = await upload(uploads, form(KB, key))
+    status, again, headers = await upload(uploads, form(KB, key))
+    assert (status, again["uid"], headers["Idempotent-Replayed"]) == (202, first["uid"], "true")
+    status, problem, _ = await upload(uploads, form(KB, key, file=PDF + b"y"))
+    assert (status, problem["type"].rpartition("/")[2]) == (409, "already-exists")
+    assert files(volume) == [first["file_path"].removeprefix("/data/")]
+    assert len(await place.objects("processingtasks")) == 1
+
+
+@pytest.mark.parametrize("how", ["the client goes", "the client stops in the middle", "the gateway is killed"])
+async def test_an_upload_that_is_cut_off_leaves_nothing(with_volume: Make, volume: Path, place: Place, how: str) -> None:
+    process = with_volume()
+    async with process.at_work():
+        reader, writer = await asyncio.open_connection("127.0.0.1", process.port)
+        head = (
+            b'--b\r\nContent-Disposition: form-data; name="kb_id"\r\n\r\nkb-42\r\n'
+            b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.txt"\r\n\r\n'
+        )
+        writer.write(
+            b"POST /api/v1/knowledge/upload HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+            b"Content-Length: 90000000\r\n\r\n" + head + b"x" * 3 * MB
+        )
+        await writer.drain()
+
+        async def arrives() -> bool:
+            return any((volume / name).stat().st_size >= 2 * MB for name in files(volume))
+
+        await until("the file arrives", arrives, seconds=20, interval=0.02)
+        [partial] = files(volume)
+        assert partial.startswith("uploads/.partial-")
+        match how:
+            case "the client goes":
+                writer.transport.abort()
+            case "the client stops in the middle":
+                writer.write_eof()
+            case _:
+                process.kill()
+                hours_ago = time.time() - 7200
+                os.utime(volume / partial, (hours_ago, hours_ago))
+                process.start()
+                await process.ready()
+
+        async def gone() -> bool:
+            return files(volume) == []
+
+        await until("nothing of it is left", gone, seconds=20)
+        writer.transport.abort()
+        del reader
+    assert await place.objects("processingtasks") == []
+
+
+async def test_a_file_stays_when_nobody_can_tell_whether_its_task_is_there(
+    with_volume: Make, volume: Path, kube: Kube, tmp_path: Path
+) -> None:
+    refused = {"kind": "Status", "message": "quota exceeded", "reason": "Forbidden"}
+    proxy = Proxy(kube.access, folder=tmp_path)
+    await proxy.start()
+    try:
+        async with with_volume(kubeconfig=proxy.kubeconfig).at_work() as process:
+            for answer, status, kept in (
+                (lambda: web.Response(status=503), 503, 1),
+                (lambda: web.json_response(refused, status=403), 403, 1),  # this one's is gone again
+            ):
+                proxy.refuse = lambda method, path, answer=answer: answer() if method == "POST" else None  # type: ignore[misc]
+                found, problem, _ = await upload(process, form(KB))
+                assert (found, len(files(volume))) == (status, kept), problem
+    finally:
+        await proxy.aclose()
+
+
+async def test_200_megabytes_pass_through_bounded_memory(with_volume: Make, volume: Path) -> None:
+    size = 200 * MB
+    process = with_volume()
+    async with process.at_work():
+        await upload(process, form(KB))
+        resident = psutil.Process(process.pid)
+        before, most = resident.memory_info().rss, 0
+        block = os.urandom(MB)
+        digest = hashlib.sha256()
+
+        async def blocks() -> AsyncIterator[bytes]:
+            nonlocal most
+            for _ in range(size // MB):
+                digest.update(block)
+                yield block
+                most = max(most, resident.memory_info().rss)
+
+        data = aiohttp.FormData()
+        data.add_field("kb_id", "kb-42")
+        data.add_field("file", blocks(), filename="large.txt", content_type="text/plain")
+        block = b"a line of text that is read by nobody\n" * (MB // 38) + b"x" * (MB % 38)
+        status, told, _ = await upload(process, data)
+    assert (status, told.get("size_bytes"), told.get("sha256")) == (202, size, digest.hexdigest()), told
+    assert most - before < 30 * MB, f"{before / MB:.0f} MB before, {most / MB:.0f} MB at most"
+
+
+async def test_who_may_not_create_tasks_may_not_upload(with_volume: Make, volume: Path, kube: Kube, place: Place) -> None:
+    async with with_volume(trusting=False).at_work() as process:
+        reader = await account(kube, place.namespace, "reader", verbs=["list"])
+        writer = await account(kube, place.namespace, "writer", verbs=["create"])
+        assert (await upload(process, form(KB)))[0] == 401
+        assert (await upload(process, form(KB), Authorization=f"Bearer {reader}"))[0] == 403
+        assert files(volume) == []
+        assert (await upload(process, form(KB), Authorization=f"Bearer {writer}"))[0] == 202
+
+
+async def test_a_gateway_without_a_volume_says_so(trusting: GatewayProcess) -> None:
+    status, problem, _ = await upload(trusting, form(KB))
+    assert status == 404
+    assert "not mounted" in problem["detail"]
+
+
+# ------------------------------------------------------------------------------------------------------ knowledge bases
+
+
+@pytest.fixture
+async def filled(sql: "asyncpg.Connection[Any]", place: Place) -> str:
+    """A knowledge base of seven documents, one of them deleted, one inconsistent; another namespace has one of that name."""
+    for namespace, documents in ((place.namespace, 7), ("elsewhere", 1)):
+        await sql.execute(
+            "INSERT INTO knowledge_bases (namespace, kb_id, generation, model_fingerprint, dimension) "
+            "VALUES ($1, 'kb-42', 3, 'usem3', 256)",
+            namespace,
+        )
+        for number in range(documents):
+            await sql.execute(
+                "INSERT INTO documents (namespace, kb_id, document_id, last_version, published_version, chunk_count, "
+                "missing, checked_at) VALUES ($1, 'kb-42', $2, 2, 2, $3, $4, now())",
+                *(namespace, f"文档-{number}.md", 0 if number == 6 else 10, 4 if number == 1 else 0),
+            )
+    return "kb-42"
+
+
+async def test_the_state_of_a_knowledge_base_is_that_of_the_ledger(
+    trusting: GatewayProcess, filled: str, place: Place
+) -> None:
+    told = await trusting.do("GET", f"/api/v1/knowledge/{filled}")
+    consistency = told.pop("consistency")
+    updated_at = datetime.fromisoformat(told.pop("updated_at"))
+    assert datetime.now(UTC) - updated_at < timedelta(minutes=5)
+    assert told == {
+        "kb_id": filled,
+        "namespace": place.namespace,
+        "state": "degraded",
+        "generation": 3,
+        "model": "usem3",
+        "dimension": 256,
+        "documents": 6,
+        "chunks": 60,
+        "intents": 0,
+    }
+    assert (consistency["missing"], consistency["extra"]) == (4, 0)
+    for path in ("/api/v1/knowledge/none", "/api/v1/knowledge/none/documents", "/api/v1/knowledge/%00%ff/documents"):
+        status, problem = await trusting.ask("GET", path)
+        assert (status, problem["type"].rpartition("/")[2]) == (404, "not-found")
+
+
+async def test_documents_come_in_pages(trusting: GatewayProcess, filled: str) -> None:
+    seen: list[str] = []
+    cursor = ""
+    for _ in range(3):
+        page = await trusting.do("GET", f"/api/v1/knowledge/{filled}/documents?limit=2{cursor}")
+        seen += [one["document_id"] for one in page["items"]]
+        cursor = f"&cursor={page['next_cursor']}"
+    assert page["next_cursor"] is None
+    assert sorted(seen) == [f"文档-{number}.md" for number in range(6)]
+    status, problem = await trusting.ask("GET", f"/api/v1/knowledge/{filled}/documents?cursor=%21")
+    assert (status, problem["errors"][0]["field"]) == (422, "cursor")
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+async def test_figures_are_of_the_callers_namespaces_alone(
+    gateway: Make, place: Place, kube: Kube, sql: "asyncpg.Connection[Any]", stores: Endpoints
+) -> None:
+    async with Place.fresh(kube) as other:
+        process = gateway(
+            namespaces=[place.namespace, other.namespace],
+            GATEWAY_REDIS_URL=stores.host_urls["TASKS_REDIS_URL"],
+            GATEWAY_MILVUS_URL=stores.host_urls["TASKS_MILVUS_URL"],
+            GATEWAY_ELASTICSEARCH_URL="http://127.0.0.1:1",
+        )
+        async with process.at_work():
+            ada = await account(kube, place.namespace, "ada", verbs=["list"])
+            await tell(
+                sql,
+                [
+                    *(event(f"waits-{n}", "Queued", namespace=place.namespace) for n in range(3)),
+                    *(event(f"runs-{n}", namespace=place.namespace) for n in range(2)),
+                    *(event(f"done-{n}", "Completed", namespace=place.namespace) for n in range(3)),
+                    event("broken", "Failed", namespace=place.namespace),
+                    event("theirs", "Queued", namespace=other.namespace),
+                ],
+            )
+            await sql.execute("UPDATE tasks SET started_at = finished_at - interval '4 seconds' WHERE phase = 'Completed'")
+            for namespace in (place.namespace, "*"):
+                told = await process.do("GET", f"/api/v1/stats/system?namespace={namespace}", token=ada)
+                assert told["namespaces"] == [place.namespace]
+                assert told["queue"]["by_priority"] == {"high": 0, "normal": 3, "low": 0}
+                assert (told["running"], told["workers"]["busy"]) == (2, 2)
+                assert told["queue"]["oldest_seconds"] > 0
+                minute = told["throughput"]["1m"]
+                assert (minute["completed"], minute["failed"], minute["success_rate"]) == (3, 1, 0.75)
+                assert minute["average_seconds"] == 4
+                assert {name: store["status"] for name, store in told["stores"].items()} == {
+                    "postgres": "ok",
+                    "redis": "ok",
+                    "milvus": "ok",
+                    "elasticsearch": "down",
+                }
+            assert (await process.ask("GET", f"/api/v1/stats/system?namespace={other.namespace}", token=ada))[0] == 403
