@@ -459,7 +459,7 @@ REVIEWS = {
 def test_gateway_may_do_this_and_no_more(rendered: tuple[str, dict[str, Document]]) -> None:
     name, documents = rendered
     account = {"minimal": "processing-tasks-gateway", "full": "kb-tasks-door", "existing": "doors"}[name]
-    found: dict[str, list[Document]] = {"reviews": [], "tasks": []}
+    found: dict[str, list[str]] = {"reviews": [], "tasks": []}
     for binding in of_component(documents, "gateway", "RoleBinding", "ClusterRoleBinding"):
         assert binding["subjects"] == [
             {"kind": "ServiceAccount", "name": account, "namespace": "processing-tasks-system"},

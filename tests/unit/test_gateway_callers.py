@@ -66,7 +66,7 @@ ADA = {"user": {"username": "ada", "uid": "7", "groups": ["staff"], "extra": {"s
 def make(**given: Any) -> tuple[Callers, Cluster, Clock]:
     rights = {("ada", "get", "processingtasks", "a"), ("ada", "list", "processingtasks", "a")}
     cluster, clock = Cluster(users={"good": ADA}, rights=given.pop("rights", rights)), Clock()
-    options = {"namespaces": ("a", "b"), "default_namespace": "a", "trusting": False} | given
+    options: dict[str, Any] = {"namespaces": ("a", "b"), "default_namespace": "a", "trusting": False} | given
     return Callers(reviews=cluster, tickets=Shelf(), clock=clock, **options), cluster, clock
 
 

@@ -162,7 +162,8 @@ async def test_a_batch_may_be_lines(trusting: GatewayProcess, place: Place) -> N
 
 
 async def test_a_batch_has_a_bound(trusting: GatewayProcess, place: Place) -> None:
-    for body in ([], [document()] * 1001, {"tasks": []}):
+    bodies: list[Any] = [[], [document()] * 1001, {"tasks": []}]
+    for body in bodies:
         status, answer = await trusting.ask("POST", f"{TASKS}/batch", body)
         assert (status, problem(answer)[0]) == (422, "invalid-request")
     assert await place.objects("processingtasks") == []
