@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import kubernetes.client
+import kubernetes.config
 import pytest
 import pytest_asyncio
+from aiohttp import web
 
 from devstack import Endpoints
 from service_client import (
@@ -39,7 +41,7 @@ from tests.support.client_world import World
 from tests.support.databases import fresh_database
 from tests.support.devstack import Kubectl
 from tests.support.gateway_lab import account
-from tests.support.operator_lab import until
+from tests.support.operator_lab import Proxy, until
 from tests.support.servers import free_port
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
@@ -354,6 +356,54 @@ async def test_over_kubernetes_names_may_be_chosen_and_show_who_wrote(world: Wor
     assert "processing-tasks-client" in managed
     assert not {one for one in managed if one.lower().startswith(("python", "openapi", "swagger"))}
     assert found["spec"]["cancel"] is True
+
+
+async def test_over_rest_waiting_outlasts_a_gateway_that_is_away(world: World) -> None:
+    async with AsyncTaskClient.over_rest(world.gateway.url, namespace=world.place.namespace, token=world.token) as client:
+        submitted = await client.submit(body(suspend=True))
+        seen: list[TaskUpdate] = []
+        waiting = asyncio.create_task(client.wait(submitted.id, timeout=MINUTE, on_change=seen.append))
+        await until("it waits", lambda: asyncio.sleep(0, bool(seen)))
+        world.gateway.kill()
+        await world.place.edit(submitted.id, cancel=True)
+        await world.place.wait_for("Canceled", name=submitted.id)
+        assert not waiting.done()
+        world.gateway.start()
+        await world.gateway.ready()
+        assert (await waiting).status is TaskStatus.CANCELED
+
+
+async def test_over_kubernetes_waiting_outlasts_an_api_server_that_is_away(world: World, folder: Path) -> None:
+    proxy = Proxy(world.place.kube.access, folder=folder)
+    await proxy.start()
+    try:
+        api: Any = kubernetes.config.new_client_from_config(str(proxy.kubeconfig))
+        api.configuration.retries = 0
+        async with AsyncTaskClient.over_kubernetes(
+            kubernetes.client.CustomObjectsApi(api), namespace=world.place.namespace
+        ) as client:
+            submitted = await AsyncTaskClient.over_kubernetes(world.api(), namespace=world.place.namespace).submit(
+                body(suspend=True)
+            )
+            seen: list[TaskUpdate] = []
+            waiting = asyncio.create_task(client.wait(submitted.id, timeout=MINUTE, on_change=seen.append))
+            await until("it waits", lambda: asyncio.sleep(0, bool(seen)))
+            refused: list[str] = []
+
+            def refuse(method: str, path: str) -> web.Response:
+                refused.append(path)
+                return web.Response(status=503)
+
+            proxy.refuse = refuse
+            proxy.cut_watches()
+            await world.place.edit(submitted.id, cancel=True)
+            await world.place.wait_for("Canceled", name=submitted.id)
+            await until("it has been refused", lambda: asyncio.sleep(0, len(refused) > 2))
+            assert not waiting.done()
+            proxy.refuse = lambda method, path: None
+            assert (await waiting).status is TaskStatus.CANCELED
+    finally:
+        await proxy.aclose()
 
 
 @pytest.mark.parametrize("transport", ["rest", "kubernetes"])
