@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from devstack import installation
+from devstack.providers import Place
 from tests.e2e.conftest import Installed
 from tests.support.devstack import Kubectl
 
 pytestmark = pytest.mark.e2e
 
-PLACE = installation.Place()
-# Run in the gateway's pod, so that it needs no way from this machine to the Service; it goes through the Service all the same.
+PLACE = Place()
+# Run in the pod of the gateway, since this machine may have no way to the Service; it goes through the Service all the same.
 CALL = """
 import json, sys, urllib.error, urllib.request
 method, path, token, body = sys.argv[1:]
@@ -30,7 +31,7 @@ print(json.dumps([answer.status, answer.read().decode()]))
 
 @pytest.fixture
 def service(installed: Installed) -> str:
-    """Token of an account that may edit in the task namespace; both go after."""
+    """Token of an account that may edit in the task namespace."""
     name, kubectl = f"service-{uuid.uuid4().hex[:8]}", installed.kubectl
     kubectl("create", "serviceaccount", name)
     account = f"--serviceaccount={installation.TASK_NAMESPACE}:{name}"
