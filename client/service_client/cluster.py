@@ -173,8 +173,17 @@ class ClusterTransport:
         if watched.task_id is not None:
             selector = f"metadata.name={watched.task_id}"
         told: dict[str, Task] = {}
+        failures = 0
         while True:
-            version: str | None = yield from self._present(watched, selector, told)
+            version: str | None = None
+            try:
+                version = yield from self._present(watched, selector, told)
+                failures = 0
+            except TaskUnavailable as error:
+                failures += 1
+                if self._ended(watched, told):
+                    return
+                yield from pause(pause_before(failures + 2, error.retry_after, chance=self._chance))
             while version is not None:
                 if self._ended(watched, told):
                     return
@@ -185,7 +194,8 @@ class ClusterTransport:
         cursor: str | None = None
         there: set[str] = set()
         while True:
-            listed = yield from self._patiently(partial(self._list, selector, limit=200, cursor=cursor))
+            left = None if watched.until is None else watched.until - self._clock()
+            listed = yield from call(partial(self._list, selector, limit=200, cursor=cursor, seconds=left))
             for manifest in listed["items"]:
                 there.add(manifest["metadata"]["uid"])
                 yield from self._tell(_task(manifest), told)
@@ -288,8 +298,9 @@ class ClusterTransport:
                 "Manifest", self._api.get_namespaced_custom_object(**self._where, name=task_id, _request_timeout=_TIMEOUT)
             )
 
-    def _list(self, selector: str, *, limit: int, cursor: str | None) -> Manifest:
-        options: dict[str, Any] = {"limit": limit, "_request_timeout": _TIMEOUT}
+    def _list(self, selector: str, *, limit: int, cursor: str | None, seconds: float | None = None) -> Manifest:
+        timeout = _TIMEOUT if seconds is None else tuple(max(0.1, min(one, seconds)) for one in _TIMEOUT)
+        options: dict[str, Any] = {"limit": limit, "_request_timeout": timeout}
         options |= {"field_selector": selector} if selector else {}
         options |= {"_continue": cursor} if cursor else {}
         with _translated("cannot list tasks"):
@@ -362,13 +373,13 @@ class _translated:  # noqa: N801  # used as a function
 
 
 _KINDS: Final[dict[int, type[TaskClientError]]] = {
-    400: TaskRefused,
     401: TaskForbidden,
     403: TaskForbidden,
     404: TaskNotFound,
+    408: TaskUnavailable,
     409: TaskConflict,
-    413: TaskRefused,
-    422: TaskRefused,
+    410: TaskUnavailable,  # a position in a list that is forgotten: read it anew
+    429: TaskUnavailable,
 }
 
 
@@ -379,7 +390,7 @@ def _of_answer(error: ApiException, what: str) -> TaskClientError:
         causes = (answer.get("details") or {}).get("causes") or []
     except (ValueError, AttributeError):
         message, causes = error.reason, []
-    kind = _KINDS.get(error.status, TaskUnavailable)
+    kind = _KINDS.get(error.status, TaskRefused if 400 <= (error.status or 0) < 500 else TaskUnavailable)
     fields = tuple(_field(str(one.get("field", "")), str(one.get("message", ""))) for one in causes)
     asked = (error.headers or {}).get("Retry-After", "")
     return kind(

@@ -406,13 +406,15 @@ class _Alarm:
 
 
 class _translated:  # noqa: N801  # used as a function
-    """Turns what httpx raises into :class:`NotSent` and :class:`NoAnswer`."""
+    """Turns what httpx raises into :class:`NotSent` and :class:`NoAnswer`; for a request that is none, ``ValueError``."""
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         match error:
+            case httpx.LocalProtocolError():
+                raise ValueError(f"cannot send the request: {error}") from error
             case httpx.ConnectError() | httpx.ConnectTimeout() | httpx.PoolTimeout() | httpx.UnsupportedProtocol():
                 raise NotSent(_words(error)) from error
             case httpx.TimeoutException() | TimeoutError():

@@ -5,10 +5,12 @@ A watch goes on behind the last event that was seen when its stream ends, and as
 caller waits for never hangs on an event.
 """
 
+import contextlib
 import json
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -128,8 +130,11 @@ class RestTransport:
 
     def get(self, task_id: str) -> Program[Task]:
         """Read a task."""
-        what = f"cannot read task {task_id}"
-        _, data = yield from self._ask(what, CallMethod.GET, _path(task_id), params={"namespace": self._namespace})
+        return self._get(task_id, self._config)
+
+    def _get(self, task_id: str, config: CallConfig) -> Program[Task]:
+        what, params = f"cannot read task {task_id}", {"namespace": self._namespace}
+        _, data = yield from self._ask(what, CallMethod.GET, _path(task_id), params=params, config=config)
         return _task(data, what)
 
     def cancel(self, task_id: str) -> Program[Task]:
@@ -153,6 +158,9 @@ class RestTransport:
 
     def page(self, wanted: TaskFilter, *, limit: int, cursor: str | None) -> Program[Page]:
         """Read part of a list, the youngest first."""
+        return self._page(wanted, limit=limit, cursor=cursor, config=self._config)
+
+    def _page(self, wanted: TaskFilter, *, limit: int, cursor: str | None, config: CallConfig) -> Program[Page]:
         what = "cannot list tasks"
         params = {
             "namespace": self._namespace,
@@ -163,7 +171,7 @@ class RestTransport:
             "limit": limit,
             "cursor": cursor,
         }
-        _, data = yield from self._ask(what, CallMethod.GET, TASKS, params=params)
+        _, data = yield from self._ask(what, CallMethod.GET, TASKS, params=params, config=config)
         try:
             return Page([Task.model_validate(one) for one in data["items"]], data.get("next_cursor"))
         except (KeyError, TypeError, AttributeError, ValidationError) as error:
@@ -179,7 +187,7 @@ class RestTransport:
             try:
                 heard = yield from self._stream(watched, seen)
                 failures = 0 if heard else failures + 1
-            except (NotSent, NoAnswer, ValueError):
+            except (NotSent, NoAnswer, TaskUnavailable):
                 failures += 1
             except ServiceError as error:
                 if isinstance(error, ServiceRefused) and error.status not in {404, 405, 406}:
@@ -213,48 +221,52 @@ class RestTransport:
         if isinstance(opened, Answer):
             kind = {429: TooManyRequests}.get(opened.status, ServiceRefused if opened.status < 500 else ServiceError)
             raise call.error(kind, f"{opened.status}", status=opened.status)
+        self._breakers.of(call.base).succeeded()
         if watched.task_id is not None:
             # After the stream has begun, so that nothing lies in between.
-            yield from self._look(watched.task_id, seen)
+            yield from self._look(watched, seen)
         parser, heard, looked_at = EventParser(), False, self._clock()
         while not seen.over(self._clock()):
             chunk: bytes = yield Read(opened)
             if not chunk:
                 return heard
-            for event in parser.feed(chunk):
+            try:
+                events = list(parser.feed(chunk))
+            except ValueError as error:
+                raise NoAnswer(str(error)) from error
+            for event in events:
                 heard = True
                 yield from seen.hear(event)
             if watched.task_id is not None and self._clock() - looked_at >= LOOK and not seen.over(self._clock()):
                 looked_at = self._clock()
-                yield from self._look(watched.task_id, seen)
+                yield from self._look(watched, seen)
         return heard
 
     def _poll(self, watched: Watched, seen: "_Seen") -> Program[None]:
         """Look at the tasks again and again, for a while."""
         until = self._clock() + POLLED
         while self._clock() < until:
-            try:
-                if watched.task_id is not None:
-                    yield from self._look(watched.task_id, seen)
-                else:
-                    yield from self._look_at_all(watched, seen)
-            except TaskUnavailable:
-                pass  # the next look will tell
+            with contextlib.suppress(TaskUnavailable):  # the next look will tell
+                yield from self._look(watched, seen)
             if seen.over(self._clock()):
                 return
             left = POLL if watched.until is None else min(POLL, max(0.01, watched.until - self._clock()))
             yield from pause(left * (0.75 + self._chance() / 4))
 
-    def _look(self, task_id: str, seen: "_Seen") -> Program[None]:
-        task = yield from self.get(task_id)
-        if task.deleted_at is not None and not task.status.finished:
-            raise TaskNotFound(f"cannot watch task {task_id}: it was deleted")
-        yield from seen.tell(TaskUpdate.of(task), only_if_new=True)
-
-    def _look_at_all(self, watched: Watched, seen: "_Seen") -> Program[None]:
+    def _look(self, watched: Watched, seen: "_Seen") -> Program[None]:
+        """Tell where the tasks stand, unless that was told."""
+        config = self._config
+        if watched.until is not None:
+            config = replace(config, timeout=max(0.05, min(config.timeout, watched.until - self._clock())))
+        if watched.task_id is not None:
+            task = yield from self._get(watched.task_id, config)
+            if task.deleted_at is not None and not task.status.finished:
+                raise TaskNotFound(f"cannot watch task {task.id}: it was deleted")
+            yield from seen.tell(TaskUpdate.of(task), only_if_new=True)
+            return
         cursor, count = None, 0
         while count < _MOST_POLLED:
-            page = yield from self.page(TaskFilter(kb_id=watched.kb_id), limit=100, cursor=cursor)
+            page = yield from self._page(TaskFilter(kb_id=watched.kb_id), limit=100, cursor=cursor, config=config)
             for task in page.items:
                 yield from seen.tell(TaskUpdate.of(task), only_if_new=True)
             count, cursor = count + len(page.items), page.cursor
@@ -265,7 +277,8 @@ class RestTransport:
 
     def _ask(self, what: str, method: CallMethod, path: str, **options: Any) -> Program[tuple[Answer, Any]]:
         """Make a call; return the answer and its JSON. Raises :class:`TaskClientError` that begins with ``what``."""
-        call = make_call(SERVICE, method, path, headers=self._headers(), config=self._config, url=self._url, **options)
+        given: dict[str, Any] = {"headers": self._headers(), "config": self._config, "url": self._url} | options
+        call = make_call(SERVICE, method, path, **given)
         try:
             answer = yield from exchange(call, breakers=self._breakers, clock=self._clock, chance=self._chance)
             return answer, decoded(call, answer)

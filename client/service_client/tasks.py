@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 _PAGE = 100
 
 
+def _over_kubernetes(api: "CustomObjectsApi | None", namespace: str) -> Transport:
+    try:
+        from service_client.cluster import ClusterTransport, api_from_environment
+    except ModuleNotFoundError as error:
+        raise ImportError(f"cannot use the Kubernetes API: {error}; install processing-tasks[client-kubernetes]") from error
+    return ClusterTransport(api or api_from_environment(), namespace=namespace)
+
+
 class _Programs:
     """What both clients do."""
 
@@ -126,9 +134,7 @@ class TaskClient(_Programs):
     @classmethod
     def over_kubernetes(cls, api: "CustomObjectsApi | None" = None, *, namespace: str) -> Self:
         """Use the Kubernetes API, by default with the pod's service account or the current context of the kubeconfig."""
-        from service_client.cluster import ClusterTransport, api_from_environment
-
-        return cls(ClusterTransport(api or api_from_environment(), namespace=namespace))
+        return cls(_over_kubernetes(api, namespace))
 
     @classmethod
     def from_environment(cls, *, namespace: str) -> Self:
@@ -243,9 +249,7 @@ class AsyncTaskClient(_Programs):
     @classmethod
     def over_kubernetes(cls, api: "CustomObjectsApi | None" = None, *, namespace: str) -> Self:
         """Do as :meth:`TaskClient.over_kubernetes`; requests run in threads."""
-        from service_client.cluster import ClusterTransport, api_from_environment
-
-        return cls(ClusterTransport(api or api_from_environment(), namespace=namespace))
+        return cls(_over_kubernetes(api, namespace))
 
     async def submit(
         self,

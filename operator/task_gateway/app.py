@@ -29,6 +29,14 @@ _log = structlog.get_logger(__name__)
 _ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _ROUTE: Final = web.RequestKey("route", str)
 _COMPRESS_OVER: Final = 1024  # bytes
+_CORS_HEADERS: Final = (
+    "Authorization",
+    "Content-Type",
+    "X-Namespace",
+    "X-Request-Id",
+    "Last-Event-ID",
+    "Idempotency-Key",
+)
 _CORS_SECONDS: Final = "600"
 _CHANGES: Final = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 
@@ -182,7 +190,7 @@ class Gate:
             status=HTTPStatus.NO_CONTENT,
             headers={
                 "Access-Control-Allow-Methods": "GET, POST, PATCH, DELETE",
-                "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Namespace, X-Request-Id, Last-Event-ID",
+                "Access-Control-Allow-Headers": ", ".join(_CORS_HEADERS),
                 "Access-Control-Max-Age": _CORS_SECONDS,
             },
         )

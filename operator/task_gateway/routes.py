@@ -9,12 +9,13 @@ A part of the gateway (tasks, live updates, knowledge) is an object with a metho
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar, cast
 
 import orjson
 from aiohttp import web
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from task_contract.models import Spec
 from task_gateway.callers import ANYBODY, Caller
 from task_gateway.problems import Problem, of_validation
 
@@ -94,6 +95,15 @@ NAMESPACE: Final = (
 )
 
 
+_KEY: Final[TypeAdapter[str | None]] = TypeAdapter(cast("Any", Spec.model_fields["idempotency_key"].annotation))
+IDEMPOTENCY_KEY: Final = Parameter(
+    "Idempotency-Key",
+    "header",
+    {"type": "string", "minLength": 1, "maxLength": 128},
+    "The request may be repeated: one with the same key is answered with what the first has created.",
+)
+
+
 LIST_NAMESPACE: Final = (
     Parameter(
         "namespace", "query", {"type": "string", "maxLength": 63}, "A namespace, or * for all that the caller may list."
@@ -111,6 +121,16 @@ def caller_of(request: web.Request) -> Caller:
 def asked_namespace(request: web.Request) -> tuple[str | None, ...]:
     """Return the namespaces that a request names outside its body, the one that goes first first."""
     return request.headers.get("X-Namespace"), request.query.get("namespace")
+
+
+def idempotency_key(request: web.Request) -> str | None:
+    """Return the header Idempotency-Key. Raises :class:`Problem` unless it may be the field ``idempotency_key``."""
+    try:
+        return _KEY.validate_python(request.headers.get("Idempotency-Key"))
+    except ValidationError as error:
+        raise Problem(
+            422, "invalid-parameter", "cannot read the header Idempotency-Key: give 1 to 128 printable ASCII characters"
+        ) from error
 
 
 def answer(data: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:

@@ -7,6 +7,7 @@ gone come from PostgreSQL.
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import orjson
@@ -43,6 +44,7 @@ from task_gateway.models import (
 )
 from task_gateway.problems import Problem, is_task_name, of_cluster, of_validation
 from task_gateway.routes import (
+    IDEMPOTENCY_KEY,
     LIST_NAMESPACE,
     NAME,
     NAMESPACE,
@@ -51,6 +53,7 @@ from task_gateway.routes import (
     asked_namespace,
     caller_of,
     check_media_type,
+    idempotency_key,
     parse_json,
     query_parameters,
     read_body,
@@ -94,11 +97,12 @@ class Tasks:
                 "Create a task",
                 {202: {_JSON: Accepted}},
                 problems=(400, 409, 413, 415, 422),
-                parameters=NAMESPACE,
+                parameters=(*NAMESPACE, IDEMPOTENCY_KEY),
                 body={_JSON: {"$ref": "#/components/schemas/TaskRequest"}},
                 description=(
-                    "It is accepted once the cluster has stored it, and can be read at once. With an idempotency_key the "
-                    "request may be repeated: the answer is the first task, with the header Idempotent-Replayed."
+                    "It is accepted once the cluster has stored it, and can be read at once. With an idempotency_key, as a "
+                    "field or as a header, the request may be repeated: the answer is the first task, with the header "
+                    "Idempotent-Replayed."
                 ),
             ),
             Route(
@@ -151,7 +155,7 @@ class Tasks:
                 "Do a finished task again",
                 {202: {_JSON: Accepted}},
                 problems=(404, 409, 422),
-                parameters=(NAME, *NAMESPACE),
+                parameters=(NAME, *NAMESPACE, IDEMPOTENCY_KEY),
                 description="As a new task of the same spec; its annotation tasks.zzdsj.io/retry-of names the first.",
             ),
             Route(
@@ -198,6 +202,7 @@ class Tasks:
 
     async def _create(self, request: web.Request) -> web.Response:
         wanted = parse_task(await read_json(request, limit=self._settings.body_bytes))
+        wanted = replace(wanted, idempotency_key=wanted.idempotency_key or idempotency_key(request))
         caller = caller_of(request)
         namespace = self._callers.namespace(wanted.namespace, *asked_namespace(request))
         await self._callers.check(caller, "create", namespace)
@@ -357,10 +362,10 @@ class Tasks:
             spec={key: value for key, value in spec.items() if key not in once},
             labels=labels,
             namespace=namespace,
-            idempotency_key=None,
+            idempotency_key=idempotency_key(request),
         )
-        created, _ = await self.create(again, caller=caller, namespace=namespace, annotations={RETRY_OF: name})
-        return answer(accepted(created), status=202)
+        created, replayed = await self.create(again, caller=caller, namespace=namespace, annotations={RETRY_OF: name})
+        return answer(accepted(created), status=202, headers={"Idempotent-Replayed": "true"} if replayed else None)
 
     async def _not_there(self, namespace: str, name: str, *, what: str) -> Problem:
         """Return why a task that the API server has not cannot be changed."""

@@ -166,6 +166,12 @@ async def test_a_redirect_is_not_followed(ask: Ask, service: Service) -> None:
     assert len(service.asked) == 1
 
 
+async def test_a_request_that_is_none_is_not_sent(ask: Ask, service: Service) -> None:
+    with pytest.raises(ValueError, match="Illegal header value"):
+        await ask(headers={"X-Team": "a\r\nX-Other: b"})
+    assert service.asked == []
+
+
 async def test_a_problem_is_told(ask: Ask, service: Service) -> None:
     async def refuses(request: web.Request) -> web.Response:
         problem = {"type": "https://example.com/p", "detail": "too much", "errors": [{"field": "a", "message": "b"}]}

@@ -15,6 +15,7 @@ from typing import Any  # the document's own
 
 import httpx
 import pytest
+import pytest_asyncio
 from aiohttp import web
 
 from devstack import Endpoints
@@ -37,7 +38,7 @@ def database_url(stores: Endpoints) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def world(
     cluster: Endpoints, kubectl: Kubectl, database_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[World]:

@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import kubernetes.client
+import kubernetes.config
 import pytest
+import pytest_asyncio
+from aiohttp import web
 
 from devstack import Endpoints
 from service_client import (
     AsyncTaskClient,
+    ServiceRefused,
     TaskClient,
     TaskConflict,
     TaskFailed,
@@ -30,13 +34,14 @@ from service_client import (
     TaskTimeout,
     TaskUnavailable,
     TaskUpdate,
+    call_service,
 )
 from task_contract.models import Payload, Spec, TaskType
 from tests.support.client_world import World
 from tests.support.databases import fresh_database
 from tests.support.devstack import Kubectl
 from tests.support.gateway_lab import account
-from tests.support.operator_lab import until
+from tests.support.operator_lab import Proxy, until
 from tests.support.servers import free_port
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
@@ -55,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("client")
 
 
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def world(cluster: Endpoints, kubectl: Kubectl, database_url: str, folder: Path) -> AsyncIterator[World]:
     async with World.open(cluster, postgres=database_url, folder=folder) as world:
         yield world
@@ -98,7 +103,7 @@ class Hands:
         return found
 
 
-@pytest.fixture(params=["rest", "rest, async", "kubernetes", "kubernetes, async"])
+@pytest_asyncio.fixture(loop_scope="module", params=["rest", "rest, async", "kubernetes", "kubernetes, async"])
 async def hands(world: World, request: pytest.FixtureRequest) -> AsyncIterator[Hands]:
     transport, _, loop = str(request.param).partition(", ")
     kind = AsyncTaskClient if loop else TaskClient
@@ -289,13 +294,36 @@ async def test_an_event_loop_is_left_at_once(hands: Hands) -> None:
 
 async def test_over_rest_a_watch_goes_on_behind_the_event_that_was_seen_last(world: World) -> None:
     async with AsyncTaskClient.over_rest(world.gateway.url, namespace=world.place.namespace, token=world.token) as client:
-        submitted = await client.submit(body())
-        seen = [one async for one in client.watch(submitted.id)]
-        numbers = [one.event for one in seen if one.event is not None]
-        assert numbers == sorted(set(numbers))
-        if numbers:
-            async with contextlib.aclosing(client.watch(kb_id=seen[0].kb_id, after=numbers[0] - 1)) as again:
-                assert (await anext(again)).event == numbers[0]
+        submitted = await client.submit(body(suspend=True))
+        seen: list[TaskUpdate] = []
+        async for one in client.watch(submitted.id):
+            seen.append(one)
+            if len(seen) == 1:
+                await client.cancel(submitted.id)
+        last = seen[-1]
+        assert (last.status, last.kb_id is None) == (TaskStatus.CANCELED, False)
+        assert last.event is not None, "what is looked up has no number: there was no stream"
+        async with contextlib.aclosing(client.watch(kb_id=last.kb_id, after=last.event - 1)) as again:
+            assert (await anext(again)).event == last.event
+
+
+async def test_over_rest_a_header_makes_any_creation_repeatable(world: World) -> None:
+    async def create(path: str, task: Any, key: str) -> Any:
+        headers = {"Authorization": f"Bearer {world.token}", "X-Namespace": world.place.namespace}
+        return await call_service(
+            "task-manager-service", "POST", path, json=task, headers=headers, idempotency_key=key, url=world.gateway.url
+        )
+
+    task, keys = body(suspend=True), [uuid.uuid4().hex for _ in range(3)]
+    first, again, other = [await create("/api/v1/tasks", task, key) for key in (keys[0], keys[0], keys[1])]
+    assert first["uid"] == again["uid"] != other["uid"]
+    async with AsyncTaskClient.over_rest(world.gateway.url, namespace=world.place.namespace, token=world.token) as client:
+        await client.cancel(first["id"])
+        await client.wait(first["id"], timeout=MINUTE)
+    first, again = [await create(f"/api/v1/tasks/{first['id']}/retry", None, keys[2]) for _ in range(2)]
+    assert first["uid"] == again["uid"]
+    with pytest.raises(ServiceRefused, match="Idempotency-Key"):
+        await create("/api/v1/tasks", task, "k" * 129)
 
 
 @pytest.mark.parametrize("token", [None, "nonsense"])
@@ -328,6 +356,54 @@ async def test_over_kubernetes_names_may_be_chosen_and_show_who_wrote(world: Wor
     assert "processing-tasks-client" in managed
     assert not {one for one in managed if one.lower().startswith(("python", "openapi", "swagger"))}
     assert found["spec"]["cancel"] is True
+
+
+async def test_over_rest_waiting_outlasts_a_gateway_that_is_away(world: World) -> None:
+    async with AsyncTaskClient.over_rest(world.gateway.url, namespace=world.place.namespace, token=world.token) as client:
+        submitted = await client.submit(body(suspend=True))
+        seen: list[TaskUpdate] = []
+        waiting = asyncio.create_task(client.wait(submitted.id, timeout=MINUTE, on_change=seen.append))
+        await until("it waits", lambda: asyncio.sleep(0, bool(seen)))
+        world.gateway.kill()
+        await world.place.edit(submitted.id, cancel=True)
+        await world.place.wait_for("Canceled", name=submitted.id)
+        assert not waiting.done()
+        world.gateway.start()
+        await world.gateway.ready()
+        assert (await waiting).status is TaskStatus.CANCELED
+
+
+async def test_over_kubernetes_waiting_outlasts_an_api_server_that_is_away(world: World, folder: Path) -> None:
+    proxy = Proxy(world.place.kube.access, folder=folder)
+    await proxy.start()
+    try:
+        api: Any = kubernetes.config.new_client_from_config(str(proxy.kubeconfig))
+        api.configuration.retries = 0
+        async with AsyncTaskClient.over_kubernetes(
+            kubernetes.client.CustomObjectsApi(api), namespace=world.place.namespace
+        ) as client:
+            submitted = await AsyncTaskClient.over_kubernetes(world.api(), namespace=world.place.namespace).submit(
+                body(suspend=True)
+            )
+            seen: list[TaskUpdate] = []
+            waiting = asyncio.create_task(client.wait(submitted.id, timeout=MINUTE, on_change=seen.append))
+            await until("it waits", lambda: asyncio.sleep(0, bool(seen)))
+            refused: list[str] = []
+
+            def refuse(method: str, path: str) -> web.Response:
+                refused.append(path)
+                return web.Response(status=503)
+
+            proxy.refuse = refuse
+            proxy.cut_watches()
+            await world.place.edit(submitted.id, cancel=True)
+            await world.place.wait_for("Canceled", name=submitted.id)
+            await until("it has been refused", lambda: asyncio.sleep(0, len(refused) > 2))
+            assert not waiting.done()
+            proxy.refuse = lambda method, path: None
+            assert (await waiting).status is TaskStatus.CANCELED
+    finally:
+        await proxy.aclose()
 
 
 @pytest.mark.parametrize("transport", ["rest", "kubernetes"])

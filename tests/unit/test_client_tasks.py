@@ -361,6 +361,19 @@ def test_an_event_that_never_comes_is_not_waited_for() -> None:
     assert told(script) == [("queued", None), ("completed", None)]
 
 
+def test_a_look_that_fails_ends_no_watch() -> None:
+    config = CallConfig(retry_times=0)
+    script = Script([STREAM, answer(503), STREAM, answer(200, view()), events(update("completed", event=1))])
+    script.run(transport(script, config=config).updates(Watched(task_id="t")))
+    assert told(script) == [("queued", None), ("completed", 1)]
+
+
+def test_a_look_takes_no_longer_than_the_watch() -> None:
+    script = Script([STREAM, answer(200, view()), *[b":\n\n"] * 50], seconds=1)
+    script.run(transport(script).updates(Watched(task_id="t", until=script.now + 5)))
+    assert script.requests[1].seconds <= 5
+
+
 def test_a_watch_ends_at_its_time() -> None:
     script = Script([STREAM, answer(200, view()), *[b":\n\n"] * 50], seconds=1)
     script.run(transport(script).updates(Watched(task_id="t", until=script.now + 10)))
