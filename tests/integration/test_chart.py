@@ -166,6 +166,9 @@ BAD_VALUES: list[tuple[list[str], list[str]]] = [
     (["gateway.service.aliases[0]=Task_Manager"], ["/gateway/service/aliases/0"]),
     (["gateway.defaultNamespace=elsewhere"], ["gateway.defaultNamespace", "elsewhere"]),
     (["gateway.serviceAccount.create=false"], ["gateway.serviceAccount.name"]),
+    (["gateway.queue.enabled=true"], ["gateway.queue.enabled", "events.rabbitmq.url"]),
+    (["gateway.queue.enabled=true", "events.rabbitmq.url=amqp://u:hidden@r"], ["gateway.queue.account"]),
+    (["gateway.queue.prefetch=0"], ["/gateway/queue/prefetch"]),
     (["runner.embeddingModel=7"], ["/runner/embeddingModel"]),
     (["runner.tolerations[0].operator=In"], ["/runner/tolerations/0/operator"]),
     (["runner.resources.requests.cpu=true"], ["/runner/resources/requests/cpu"]),
@@ -489,6 +492,10 @@ def test_gateway_reads_its_settings_from_the_rendered_environment(
     if values == "full":
         assert (settings.rate, settings.burst, settings.audiences) == (20.5, 40, ("tasks",))
         assert settings.cors_origins == ("https://app.example.com",)
+        assert (settings.rabbitmq_queue, settings.rabbitmq_prefetch) == ("orders", 4)
+        assert settings.rabbitmq_account == "system:serviceaccount:agents:submitter"
+    else:
+        assert settings.rabbitmq_url is None
     grace = pod_of(documents, "gateway")["terminationGracePeriodSeconds"]
     assert grace > settings.drain_seconds + settings.stop_seconds
 
