@@ -274,7 +274,11 @@ def test_importing_the_client_is_light() -> None:
         "heavy = {'kubernetes', 'aiohttp', 'redis', 'asyncpg', 'numpy', 'yaml'} & set(sys.modules); "
         "assert not heavy, heavy; "
         "from shared.service_client import call_service, CallMethod; "
-        "assert call_service is service_client.call_service"
+        "assert call_service is service_client.call_service\n"
+        "sys.modules['kubernetes'] = None\n"  # as where the extra is not installed
+        "try: service_client.TaskClient.over_kubernetes(namespace='n')\n"
+        "except ImportError as error: assert 'processing-tasks[client-kubernetes]' in str(error)\n"
+        "else: raise AssertionError('no error')"
     )
     path = ":".join(str(ROOT / part) for part in ("crds", "client", "examples/alias"))
     done = subprocess.run(
