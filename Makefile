@@ -27,7 +27,10 @@ ifeq ($(origin NAME),command line)
 	@$(BIN)/python -m pytest $$(grep -rl --include='test_*.py' --exclude-dir=torch --exclude-dir=ocr -e '$(NAME)' tests || echo tests) -k '$(NAME)'
 else
 	@$(BIN)/python -m devstack up
-	@$(BIN)/python -m pytest tests
+	@failed=0; \
+	$(BIN)/python -m pytest tests -m "not alone" -n 2 --dist loadfile || failed=1; \
+	$(BIN)/python -m pytest tests -m alone || failed=1; \
+	exit $$failed
 endif
 
 test-unit: $(READY) ## Tests that need no server: seconds

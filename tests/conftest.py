@@ -6,6 +6,7 @@ minutes is not under the time limit of a test.
 
 import contextlib
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +15,17 @@ from devstack import endpoints as where
 from tests.support import evidence
 from tests.support.devstack import bring_up, fresh_namespace, started_here
 
+HERE = Path(__file__).parent
+ALONE = ("crash", "docs", "e2e")
+"""Folders of tests that take the cluster, the stores or the machine for themselves."""
 FIXTURES = {"cluster": ["cluster"], "node": ["cluster", "node"], "stores": ["stores"], "devstack_node": list(PARTS)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of those folders, and all that need the node; of others the marker stands where they do."""
+    for item in items:
+        if item.path.relative_to(HERE).parts[0] in ALONE or item.get_closest_marker("e2e"):
+            item.add_marker("alone")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -78,7 +78,7 @@ async def run(settings: Settings) -> int:
     )
     metrics.watch_hub(hub)
     probes = Probes(
-        checks={"kubernetes": cluster.ping, "postgres": database.ping},
+        checks={"kubernetes": cluster.ping, "postgres": database.ping, "redis": None if feed is None else feed.ping},
         vital="kubernetes",
         metrics=metrics,
         ready=lambda: not gate.draining,

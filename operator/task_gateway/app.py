@@ -124,6 +124,8 @@ class Gate:
         try:
             response = self._preflight(request) or await self._answer(request, handler)
             status = response.status
+            if self.draining and not response.prepared:
+                response.force_close()
             if isinstance(response, web.Response) and (response.content_length or 0) > _COMPRESS_OVER:
                 response.enable_compression()
             return response
@@ -175,8 +177,6 @@ class Gate:
             headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After, Idempotent-Replayed"
         if self._origins:
             headers["Vary"] = "Origin"
-        if self.draining:
-            response.force_close()
 
     def _origin(self, request: web.Request) -> str | None:
         origin = request.headers.get("Origin")

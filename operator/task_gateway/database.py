@@ -247,7 +247,7 @@ class Database:
         ended or not.
         """
         clauses, values = _conditions(wanted, table="tasks", first=2)
-        order, distinct = "tasks.created_at DESC", ""
+        order, distinct = "tasks.created_at DESC, tasks.uid DESC", ""
         if wanted.task_ids and wanted.namespaces is not None:
             distinct, order = "DISTINCT ON (tasks.namespace, tasks.name)", f"tasks.namespace, tasks.name, {order}"
         else:

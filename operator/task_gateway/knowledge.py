@@ -82,9 +82,12 @@ class DocumentPage(Answer):
 def _cursor(text: str) -> str:
     """Return the document id at which a page ended."""
     try:
-        return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode()
-    except (binascii.Error, ValueError) as error:
-        raise ValueError("is no cursor; take next_cursor of the page before as it is") from error
+        document_id = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode()
+    except (binascii.Error, ValueError):
+        document_id = "\0"
+    if "\0" in document_id:
+        raise ValueError("is no cursor; take next_cursor of the page before as it is")
+    return document_id
 
 
 class DocumentsQuery(BaseModel):

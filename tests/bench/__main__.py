@@ -16,10 +16,10 @@ from pathlib import Path
 
 from devstack.progress import DevstackError
 
-BENCHMARKS = ("devstack", "document", "operator", "pipeline", "projection", "store_limits")
+BENCHMARKS = ("devstack", "document", "gateway", "gateway_live", "operator", "pipeline", "projection", "store_limits")
 NAMED_ONLY = ("store_limits",)
 """Takes half an hour, and is left out where all are run."""
-PARTED = ("operator", "pipeline", "store_limits")
+PARTED = ("gateway", "gateway_live", "operator", "pipeline", "store_limits")
 """Have parts."""
 RESULTS = Path(__file__).resolve().parents[2] / "build/bench"
 

@@ -166,6 +166,11 @@ BAD_VALUES: list[tuple[list[str], list[str]]] = [
     (["gateway.service.aliases[0]=Task_Manager"], ["/gateway/service/aliases/0"]),
     (["gateway.defaultNamespace=elsewhere"], ["gateway.defaultNamespace", "elsewhere"]),
     (["gateway.serviceAccount.create=false"], ["gateway.serviceAccount.name"]),
+    (["gateway.upload.enabled=true"], ["gateway.upload.claims"]),
+    (
+        ["gateway.upload.enabled=true", "gateway.upload.claims[0].namespace=a", "gateway.upload.claims[0].claimName=b"],
+        ["gateway.upload.claims: a is not one of taskNamespaces"],
+    ),
     (["runner.embeddingModel=7"], ["/runner/embeddingModel"]),
     (["runner.tolerations[0].operator=In"], ["/runner/tolerations/0/operator"]),
     (["runner.resources.requests.cpu=true"], ["/runner/resources/requests/cpu"]),
@@ -489,8 +494,22 @@ def test_gateway_reads_its_settings_from_the_rendered_environment(
     if values == "full":
         assert (settings.rate, settings.burst, settings.audiences) == (20.5, 40, ("tasks",))
         assert settings.cors_origins == ("https://app.example.com",)
+        assert (str(settings.documents), settings.upload_bytes) == ("/documents", 1_000_000_000)
     grace = pod_of(documents, "gateway")["terminationGracePeriodSeconds"]
     assert grace > settings.drain_seconds + settings.stop_seconds
+
+
+def test_a_gateway_in_the_namespace_of_the_tasks_uploads_into_their_claim(helm: Helm) -> None:
+    own = ["--namespace", "knowledge", "--set", POSTGRES, "--set", "gateway.upload.enabled=true"]
+    for given, claim in (([], "processing-task-documents"), (["--set", "documents.existingClaim=shared"], "shared")):
+        pod = pod_of(render(helm, *own, *given), "gateway")
+        [container] = pod["containers"]
+        [volume] = [one for one in pod["volumes"] if "persistentVolumeClaim" in one]
+        assert volume["persistentVolumeClaim"] == {"claimName": claim}
+        mount = {"name": volume["name"], "mountPath": "/documents/knowledge"}
+        assert mount in container["volumeMounts"]
+        assert environment(container)["GATEWAY_DOCUMENTS"] == "/documents"
+        assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsUser"]
 
 
 def test_gateway_is_reached_by_the_names_that_callers_know(rendered: tuple[str, dict[str, Document]]) -> None:

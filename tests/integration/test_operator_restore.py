@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.devstack import in_private_machine
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.alone]
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from devstack.process import find, running, wait_until
 from devstack.progress import DevstackError
 from devstack.stores import milvus, milvus_lite
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.alone]
 
 VECTOR = [0.1, 0.2, 0.3, 0.4]
 

@@ -28,7 +28,7 @@ from tests.support.operator_lab import MERGE, Kube, Place, until
 from tests.support.releases import RELEASES, ROOT, Release
 from tests.support.resources import TaskResources
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300), pytest.mark.alone]
 
 RELEASED = pytest.mark.parametrize("release", RELEASES, ids=str)
 

@@ -402,6 +402,12 @@ app.kubernetes.io/component: gateway
   value: {{ int $gateway.limit.burst | quote }}
 - name: GATEWAY_CORS_ORIGINS
   value: {{ join "," $gateway.corsOrigins | quote }}
+{{- if $gateway.upload.enabled }}
+- name: GATEWAY_DOCUMENTS
+  value: /documents
+- name: GATEWAY_UPLOAD_BYTES
+  value: {{ int64 $gateway.upload.maxBytes | quote }}
+{{- end }}
 - name: GATEWAY_DRAIN_SECONDS
   value: {{ int $gateway.drainSeconds | quote }}
 - name: GATEWAY_STOP_SECONDS
@@ -425,4 +431,28 @@ app.kubernetes.io/component: gateway
 - apiGroups: [""]
   resources: [pods/log]
   verbs: [get]
+{{- end }}
+
+{{/* Claims of the gateway's namespace with the document volumes of task namespaces, as a list under "claims". */}}
+{{- define "processing-tasks.gatewayClaims" -}}
+{{- $claims := list }}
+{{- if .Values.gateway.upload.enabled }}
+{{- $served := list }}
+{{- range .Values.taskNamespaces }}
+{{- $served = append $served .name }}
+{{- end }}
+{{- range .Values.gateway.upload.claims }}
+{{- if not (or $.Values.operator.clusterWide (has .namespace $served)) }}
+{{- fail (printf "gateway.upload.claims: %s is not one of taskNamespaces" .namespace) }}
+{{- end }}
+{{- $claims = append $claims . }}
+{{- end }}
+{{- if and (not $claims) .Values.documents.enabled (has .Release.Namespace $served) }}
+{{- $claims = append $claims (dict "namespace" .Release.Namespace "claimName" (default "processing-task-documents" .Values.documents.existingClaim)) }}
+{{- end }}
+{{- if not $claims }}
+{{- fail "gateway.upload.enabled: give gateway.upload.claims, claims in the release's namespace that lead to the document volumes" }}
+{{- end }}
+{{- end }}
+{{- dict "claims" $claims | toYaml }}
 {{- end }}

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import io
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -62,9 +63,9 @@ def form(
         if field != "file":
             data.add_field(field, value)
         else:
-            data.add_field("file", file, filename=name, content_type=content_type or "application/octet-stream")
+            data.add_field("file", io.BytesIO(file), filename=name, content_type=content_type or "application/octet-stream")
     if "file" not in [field for field, _ in fields]:
-        data.add_field("file", file, filename=name, content_type=content_type or "application/octet-stream")
+        data.add_field("file", io.BytesIO(file), filename=name, content_type=content_type or "application/octet-stream")
     return data
 
 
@@ -110,39 +111,39 @@ async def test_an_upload_is_a_file_where_pods_see_it_and_a_task_for_it(
     assert task["metadata"]["labels"] == {"a": "b"}
 
 
-@pytest.mark.parametrize(
-    ("data", "status", "field"),
-    [
-        (lambda: form(), 422, "kb_id"),
-        (lambda: form(KB, ("chunk_size", "7")), 422, "payload.chunk_size"),
-        (lambda: form(("file", None), KB, ("chunk_size", "many")), 422, "payload.chunk_size"),
-        (lambda: form(KB, ("metadata", "{")), 422, "metadata"),
-        (lambda: form(KB, ("surprise", "x")), 422, "surprise"),
-        (lambda: form(KB, KB), 422, "kb_id"),
-        (lambda: form(KB, ("file", None), ("file", None)), 422, "file"),
-        (lambda: form(("file", None), KB, ("namespace", "elsewhere")), 422, "namespace"),
-        (lambda: form(KB, ("namespace", "elsewhere")), 403, None),
-        (lambda: form(KB, file=b""), 422, "file"),
-        (lambda: form(KB, file=b"plain text"), 422, "file"),
-        (lambda: form(KB, file=b"\x7fELF\x02\x01\0", name="a.txt"), 422, "file"),
-        (lambda: form(KB, name="a.txt", file=b"plain", content_type="application/pdf"), 422, "file"),
-        (lambda: form(KB, ("sha256", "0" * 64)), 422, "sha256"),
-        (lambda: form(KB, ("document_id", "x" * 70_000)), 422, "document_id"),
-        (lambda: form(("kb_id", "../../etc")), 422, "kb_id"),
-        (lambda: form(KB, file=b"x" * 5_000_001, name="a.txt"), 413, None),
-        (lambda: form(KB, file=b"x" * 7_000_000, name="a.txt"), 413, None),  # its length says so
-        (lambda: {"kb_id": "kb-42"}, 415, None),  # a form of another kind
-        (lambda: _without_file(), 422, "file"),
-    ],
-)
+REFUSED: list[tuple[Callable[[], Any], int, str | None]] = [
+    (lambda: form(), 422, "kb_id"),
+    (lambda: form(KB, ("chunk_size", "7")), 422, "payload.chunk_size"),
+    (lambda: form(("file", None), KB, ("chunk_size", "many")), 422, "payload.chunk_size"),
+    (lambda: form(KB, ("metadata", "{")), 422, "metadata"),
+    (lambda: form(KB, ("surprise", "x")), 422, "surprise"),
+    (lambda: form(KB, KB), 422, "kb_id"),
+    (lambda: form(KB, ("file", None), ("file", None)), 422, "file"),
+    (lambda: form(("file", None), KB, ("namespace", "elsewhere")), 422, "namespace"),
+    (lambda: form(KB, ("namespace", "elsewhere")), 403, None),
+    (lambda: form(KB, file=b""), 422, "file"),
+    (lambda: form(KB, file=b"plain text"), 422, "file"),
+    (lambda: form(KB, file=b"\x7fELF\x02\x01\0", name="a.txt"), 422, "file"),
+    (lambda: form(KB, name="a.txt", file=b"plain", content_type="application/pdf"), 422, "file"),
+    (lambda: form(KB, ("sha256", "0" * 64)), 422, "sha256"),
+    (lambda: form(KB, ("document_id", "x" * 70_000)), 422, "document_id"),
+    (lambda: form(("kb_id", "../../etc")), 422, "kb_id"),
+    (lambda: form(KB, file=b"x" * 5_000_001, name="a.txt"), 413, None),
+    (lambda: form(KB, file=b"x" * 7_000_000, name="a.txt"), 413, None),  # its length says so
+    (lambda: {"kb_id": "kb-42"}, 415, None),  # a form of another kind
+    (lambda: _without_file(), 422, "file"),
+]
+
+
 async def test_what_is_refused_says_which_field_and_leaves_nothing(
-    uploads: GatewayProcess, volume: Path, place: Place, data: Callable[[], Any], status: int, field: str | None
+    uploads: GatewayProcess, volume: Path, place: Place
 ) -> None:
-    found, problem, headers = await upload(uploads, data())
-    assert found == status, problem
-    assert headers["Content-Type"].startswith("application/problem+json")
-    assert [one["field"] for one in problem.get("errors", [])] == ([] if field is None else [field])
-    assert files(volume) == []
+    for number, (data, status, field) in enumerate(REFUSED):
+        found, problem, headers = await upload(uploads, data())
+        assert found == status, (number, problem)
+        assert headers["Content-Type"].startswith("application/problem+json")
+        assert [one["field"] for one in problem.get("errors", [])] == ([] if field is None else [field]), number
+        assert files(volume) == [], number
     assert await place.objects("processingtasks") == []
 
 
@@ -342,8 +343,9 @@ async def test_documents_come_in_pages(trusting: GatewayProcess, filled: str) ->
         cursor = f"&cursor={page['next_cursor']}"
     assert page["next_cursor"] is None
     assert sorted(seen) == [f"文档-{number}.md" for number in range(6)]
-    status, problem = await trusting.ask("GET", f"/api/v1/knowledge/{filled}/documents?cursor=%21")
-    assert (status, problem["errors"][0]["field"]) == (422, "cursor")
+    for wrong in ("%21", "AA", "_w", "x"):  # no base64, NUL, no UTF-8, too short
+        status, problem = await trusting.ask("GET", f"/api/v1/knowledge/{filled}/documents?cursor={wrong}")
+        assert (status, problem["errors"][0]["field"]) == (422, "cursor"), wrong
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics

@@ -177,30 +177,30 @@ async def test_messages_are_answered_and_change_what_is_sent(live: GatewayProces
         assert (await client.until(lambda frame: frame["type"] == "task"))["task_id"] == "two"
 
 
-@pytest.mark.parametrize(
-    ("message", "said"),
-    [
-        ("no JSON", "is no JSON"),
-        (b"\x00\xff", "binary"),
-        ([1, 2], "action"),
-        ({"action": "dance"}, "action"),
-        ({"action": "subscribe", "kb": "kb-1"}, "kb: is no field of it"),
-        ({"action": "subscribe", "kb_id": "../x"}, "kb_id"),
-        ({"action": "subscribe", "kb_id": [f"kb-{n}" for n in range(101)]}, "kb_id"),
-        ({"action": "subscribe", "since": -1}, "since"),
-        ({"action": "subscribe", "namespace": "third"}, "this gateway serves knowledge, other"),
-        ({"action": "unsubscribe", "id": ""}, "id"),
-    ],
-)
-async def test_a_bad_message_is_answered_with_what_is_wrong(live: GatewayProcess, message: object, said: str) -> None:
-    async with connected(live.front_url) as client:
-        await client.send(message)
-        answer = await client.next()
-        assert answer is not None
-        assert answer["type"] == "error"
-        assert said in answer["detail"]
-        await client.send({"action": "subscribe"})  # and the connection serves on
-        assert await client.next() == {"type": "subscribed", "id": "default"}
+BAD_MESSAGES: list[tuple[object, str]] = [
+    ("no JSON", "is no JSON"),
+    (b"\x00\xff", "binary"),
+    ([1, 2], "action"),
+    ({"action": "dance"}, "action"),
+    ({"action": "subscribe", "kb": "kb-1"}, "kb: is no field of it"),
+    ({"action": "subscribe", "kb_id": "../x"}, "kb_id"),
+    ({"action": "subscribe", "kb_id": [f"kb-{n}" for n in range(101)]}, "kb_id"),
+    ({"action": "subscribe", "since": -1}, "since"),
+    ({"action": "subscribe", "namespace": "third"}, "this gateway serves knowledge, other"),
+    ({"action": "unsubscribe", "id": ""}, "id"),
+]
+
+
+async def test_a_bad_message_is_answered_with_what_is_wrong(live: GatewayProcess) -> None:
+    for message, said in BAD_MESSAGES:
+        async with connected(live.front_url) as client:
+            await client.send(message)
+            answer = await client.next()
+            assert answer is not None
+            assert answer["type"] == "error", message
+            assert said in answer["detail"]
+            await client.send({"action": "subscribe"})  # and the connection serves on
+            assert await client.next() == {"type": "subscribed", "id": "default"}
 
 
 async def test_a_client_that_sends_nothing_but_nonsense_is_parted_with(live: GatewayProcess) -> None:
@@ -246,27 +246,17 @@ async def test_fuzzed_frames_end_connections_and_never_the_gateway(
     assert not [line for line in live.lines() if line["level"] in {"error", "critical"}]
 
 
-@pytest.mark.parametrize(
-    ("headers", "status"),
-    [
-        ({"Origin": "https://evil.example.com"}, 403),
-        ({"Origin": "null"}, 403),
-        ({"Origin": "https://app.example.com"}, None),
-        ({"Origin": "SAME"}, None),
-        ({}, None),
-    ],
-)
-async def test_pages_of_elsewhere_may_not_listen(gateways: Make, headers: dict[str, str], status: int | None) -> None:
+async def test_pages_of_elsewhere_may_not_listen(gateways: Make) -> None:
     async with at_work(gateways(GATEWAY_CORS_ORIGINS="https://app.example.com")) as process:
-        given = {name: value.replace("SAME", process.front_url) for name, value in headers.items()}
-        if status is None:
-            async with connected(process.front_url, headers=given, control="true") as client:
+        for origin in ("https://app.example.com", process.front_url, None):
+            headers = {} if origin is None else {"Origin": origin}
+            async with connected(process.front_url, headers=headers, control="true") as client:
                 assert (await client.next() or {})["type"] == "ready"
-        else:
+        for origin in ("https://evil.example.com", "null", "http://app.example.com", ""):
             with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
-                async with connected(process.front_url, headers=given):
+                async with connected(process.front_url, headers={"Origin": origin}):
                     pass
-            assert refused.value.status == status
+            assert refused.value.status == 403
 
 
 async def test_a_slow_client_is_dropped_with_a_reason_and_the_others_go_on(
@@ -426,7 +416,7 @@ async def test_an_event_stream_resumes_where_it_ended(live: GatewayProcess, sql:
     async with streamed(live.url) as events:
         seen = [await within(5, anext(events)) for _ in range(4)]
         assert [one.get("id") for one in seen] == [None, None, "2", "2"]
-        assert [one["data"]["task_id"] for one in seen[1:3]] == ["two", "one"]
+        assert {one["data"]["task_id"] for one in seen[1:3]} == {"one", "two"}
         assert (seen[3]["event"], seen[3]["data"]["sent"]) == ("ready", 2)
         await tell(sql, [event("one")])
         assert (await within(5, anext(events)))["id"] == "3"
@@ -447,13 +437,14 @@ async def test_namespaces_do_not_mix_and_a_ticket_works_once(
 ) -> None:
     async with Place.fresh(kube) as other, at_work(gateway(namespaces=[place.namespace, other.namespace])) as process:
         ada = await account(kube, place.namespace, "ada", verbs=["list"])
-        await tell(sql, [event("mine", "Queued", namespace=place.namespace), event("theirs", namespace=other.namespace)])
+        begin = [event("mine", "Queued", namespace=place.namespace), event("theirs", namespace=other.namespace)]
+        numbers = await tell(sql, begin)
         header = {"Authorization": f"Bearer {ada}"}
         for namespace in (place.namespace, "*"):
             async with connected(process.front_url, headers=header, namespace=namespace) as client:
                 snapshot = await client.next()
                 assert snapshot is not None
-                assert (snapshot["task_id"], snapshot["event"]) == ("mine", 2)
+                assert (snapshot["task_id"], snapshot["event"]) == ("mine", numbers[-1])
                 batch = [event("theirs", "Completed", namespace=other.namespace), event("mine", namespace=place.namespace)]
                 numbers = await tell(sql, batch)
                 await client.until(lambda frame, last=numbers[1]: frame.get("event") == last)  # type: ignore[misc]
