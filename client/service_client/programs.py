@@ -236,7 +236,10 @@ class Blocking:
             case Read(stream):
                 with _translated():
                     stream.chunks = stream.chunks or stream.response.iter_bytes()
-                    return next(stream.chunks, b"")
+                    chunk = next(stream.chunks, b"")
+                if not chunk:
+                    _close(opened)  # its connection may be used again: no alarm must ring on it
+                return chunk
             case Call(function):
                 value = function()
                 if isinstance(value, Closable):
@@ -391,14 +394,16 @@ class _Alarm:
     """Ends a read that waits, from another thread, after some seconds."""
 
     def __init__(self, seconds: float, response: httpx.Response) -> None:
-        self._socket = response.extensions["network_stream"].get_extra_info("socket")
+        stream = response.extensions.get("network_stream")  # none where a transport of the caller's has no network
+        self._socket = None if stream is None else stream.get_extra_info("socket")
         self._timer = threading.Timer(seconds, self._ring)
         self._timer.daemon = True
         self._timer.start()
 
     def _ring(self) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Stop it; may be called twice."""
