@@ -29,7 +29,9 @@ T = TypeVar("T")
 MAX_ANSWER: Final = 64 * 2**20
 """Bytes of an answer, unpacked; more is refused."""
 
-_THREADS: Final = 64
+# Each watch keeps a connection: with a bound, a hundred of them would leave none to anybody else.
+_LIMITS: Final = httpx.Limits(max_connections=None, max_keepalive_connections=20)
+_THREADS: Final = 256
 """Calls that block at once, of one client."""
 
 
@@ -251,7 +253,7 @@ class Blocking:
     def _send(self, request: Request) -> httpx.Response:
         http = self._given or self._made
         if http is None:
-            http = self._made = httpx.Client(verify=_tls())
+            http = self._made = httpx.Client(verify=_tls(), limits=_LIMITS)
         with _translated():
             return http.send(_made(request), stream=True, follow_redirects=False)
 
@@ -355,7 +357,7 @@ class Waiting:
     async def _send(self, request: Request) -> httpx.Response:
         http = self._given or self._made
         if http is None:
-            http = self._made = httpx.AsyncClient(verify=_tls())
+            http = self._made = httpx.AsyncClient(verify=_tls(), limits=_LIMITS)
         with _translated():
             return await http.send(_made(request), stream=True, follow_redirects=False)
 

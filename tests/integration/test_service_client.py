@@ -329,6 +329,16 @@ async def test_over_rest_a_header_makes_any_creation_repeatable(world: World) ->
         await create("/api/v1/tasks", task, "k" * 129)
 
 
+async def test_over_rest_many_wait_at_once_and_leave_room_for_others(world: World) -> None:
+    async with AsyncTaskClient.over_rest(world.gateway.url, namespace=world.place.namespace, token=world.token) as client:
+        submitted = await client.submit(body(suspend=True))
+        seen: list[TaskUpdate] = []
+        waiting = [asyncio.create_task(client.wait(submitted.id, timeout=MINUTE, on_change=seen.append)) for _ in range(120)]
+        await until("all wait", lambda: asyncio.sleep(0, len(seen) >= len(waiting)))
+        await client.cancel(submitted.id)
+        assert {task.status for task in await asyncio.gather(*waiting)} == {TaskStatus.CANCELED}
+
+
 @pytest.mark.parametrize("token", [None, "nonsense"])
 async def test_over_rest_a_caller_without_a_valid_token_is_refused(world: World, token: str | None) -> None:
     async with AsyncTaskClient.over_rest(world.gateway.url, namespace=world.place.namespace, token=token) as client:
