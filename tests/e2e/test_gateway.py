@@ -74,3 +74,19 @@ def test_a_service_sends_a_task_and_follows_it_to_its_end(installed: Installed, 
     status, text = call(installed, "GET", links["events"], token=service)
     assert status == 200
     assert json.loads(text)["items"][0]["status"] == "queued"
+
+
+def test_a_log_is_followed_to_the_end_of_its_attempt(installed: Installed, service: str) -> None:
+    status, text = call(installed, "POST", "/api/v1/tasks", token=service, body={"task_type": "health_check"})
+    assert status == 202, text
+    links = json.loads(text)["links"]
+    deadline = time.monotonic() + 120
+    # Until there is a pod that writes, there is no log; then the answer ends with the attempt.
+    while (found := call(installed, "GET", links["logs"] + "&follow=true", token=service))[0] != 200:
+        assert (found[0], time.monotonic() < deadline) == (404, True), found
+    followed = found[1].splitlines()
+    status, text = call(installed, "GET", links["logs"] + "&tail=2", token=service)
+    assert status == 200
+    assert text.splitlines() == followed[-2:]
+    status, text = call(installed, "GET", links["logs"], token=service)
+    assert text.splitlines() == followed
