@@ -42,6 +42,14 @@ def status_word(phase: str) -> str:
     return phase.lower()
 
 
+def event_status(phase: str) -> str:
+    """Return the state that a row of ``task_events`` tells of.
+
+    A task that was deleted before it had ended (phase Deleted) is canceled: nothing of it will be published.
+    """
+    return status_word(Phase.CANCELED if phase == "Deleted" else phase)
+
+
 def percent(phase: str, progress: int | None) -> int:
     """Return how far a task is in percent: 0 before it runs, 100 once it is Completed."""
     if phase == Phase.COMPLETED:
