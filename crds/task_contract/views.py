@@ -42,6 +42,14 @@ def status_word(phase: str) -> str:
     return phase.lower()
 
 
+def event_status(phase: str) -> str:
+    """Return the state that a row of ``task_events`` tells of.
+
+    A task that was deleted before it had ended (phase Deleted) is canceled: nothing of it will be published.
+    """
+    return status_word(Phase.CANCELED if phase == "Deleted" else phase)
+
+
 def percent(phase: str, progress: int | None) -> int:
     """Return how far a task is in percent: 0 before it runs, 100 once it is Completed."""
     if phase == Phase.COMPLETED:
@@ -84,5 +92,13 @@ def task_view(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "duplicate_of": status.get("duplicateOf"),
         "payload": snake_case(spec.get("payload") or {}),
         "labels": dict(metadata.get("labels") or {}),
-        "callback": snake_case(status.get("callback")),
+        "callback": _delivery(status.get("callback")),
     }
+
+
+def _delivery(callback: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return what has become of a callback; its states are in lower case as those of tasks."""
+    if callback is None:
+        return None
+    view: dict[str, Any] = snake_case(callback)
+    return view | ({"state": view["state"].lower()} if view.get("state") else {})

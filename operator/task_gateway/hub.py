@@ -31,7 +31,7 @@ import structlog
 
 from task_contract.messages import ProgressEvent
 from task_contract.models import Phase
-from task_contract.views import percent, status_word, timestamp
+from task_contract.views import event_status, percent, timestamp
 
 _log = structlog.get_logger(__name__)
 
@@ -44,8 +44,6 @@ QUEUE: Final = 1000
 """Updates that may wait for one client; some 0.4 KB each, shared with all others that are sent them."""
 _BATCH: Final = 64
 """Updates that a client is given at once: what waits in the queue meanwhile is still replaced by what is newer."""
-_DELETED: Final = "Deleted"
-"""A phase of task_events: the task was deleted before it had ended."""
 
 
 class SourceUnavailable(Exception):
@@ -284,9 +282,8 @@ def task_update(
     when that is of no use. A task that was deleted before it had ended is canceled, for the reason Deleted: nothing of it
     will be published.
     """
-    phase = str(Phase.CANCELED) if event.phase == _DELETED else event.phase
     stage, done = None, None
-    if phase == Phase.PROCESSING:
+    if event.phase == Phase.PROCESSING:
         stage, done = stored
         if latest is not None and latest.attempt == event.attempt:
             stage, done = str(latest.stage), latest.progress
@@ -298,8 +295,8 @@ def task_update(
         "uid": event.uid,
         "kb_id": event.kb_id,
         "task_type": event.type,
-        "status": status_word(phase),
-        "progress": percent(phase, done),
+        "status": event_status(event.phase),
+        "progress": percent(event.phase, done),
         "stage": stage,
         "attempt": event.attempt,
         "reason": event.reason or None,

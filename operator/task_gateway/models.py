@@ -18,7 +18,7 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 from task_contract.messages import ProgressEvent
 from task_contract.models import Attempt, Failure, Phase, Priority, QueueStatus, Result, Spec, TaskType, Timestamp
 from task_contract.names import API_VERSION, GROUP, KIND, digest
-from task_contract.views import task_view, timestamp
+from task_contract.views import event_status, task_view, timestamp
 from task_gateway.problems import FieldError, Problem, field_errors
 
 TasksStatus = Literal["queued", "processing", "retrying", "completed", "failed", "canceled"]
@@ -299,7 +299,7 @@ class TaskEvent(Answer):
     kb_id: str | None
     task_type: str
     status: str
-    """The state that it has come into; deleted: it was deleted before it had ended."""
+    """The state that it has come into; canceled, with the reason Deleted: it was deleted before it had ended."""
     attempt: int
     reason: str
     message: str | None
@@ -505,7 +505,7 @@ def event_view(row: Row) -> dict[str, Any]:
         "uid": str(row["task_uid"]),
         "kb_id": row["kb_id"],
         "task_type": row["type"],
-        "status": row["phase"].lower(),
+        "status": event_status(row["phase"]),
         "attempt": row["attempt"],
         "reason": row["reason"],
         "message": row["message"],

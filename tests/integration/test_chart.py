@@ -508,6 +508,7 @@ def test_gateway_reads_its_settings_from_the_rendered_environment(
 
 def test_a_gateway_in_the_namespace_of_the_tasks_uploads_into_their_claim(helm: Helm) -> None:
     own = ["--namespace", "knowledge", "--set", POSTGRES, "--set", "gateway.upload.enabled=true"]
+    own += ["--set", "taskNamespaces[0].name=knowledge"]  # helm made it
     for given, claim in (([], "processing-task-documents"), (["--set", "documents.existingClaim=shared"], "shared")):
         pod = pod_of(render(helm, *own, *given), "gateway")
         [container] = pod["containers"]

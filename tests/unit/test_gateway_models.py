@@ -233,7 +233,7 @@ def test_answers_fit_the_document() -> None:
     }
     view = event_view(row)
     check(view, "TaskEvent")
-    assert (view["event"], view["status"], view["at"]) == (7, "deleted", "2026-01-31T00:00:00Z")
+    assert (view["event"], view["status"], view["at"]) == (7, "canceled", "2026-01-31T00:00:00Z")
 
 
 # ---------------------------------------------------------------------------------------------------------------- pages
