@@ -6,6 +6,8 @@ Everything it speaks to is real: an API server, an operator, and a gateway that 
 import asyncio
 import contextlib
 import importlib
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -369,6 +371,28 @@ async def test_over_kubernetes_names_may_be_chosen_and_show_who_wrote(world: Wor
     assert "processing-tasks-client" in managed
     assert not {one for one in managed if one.lower().startswith(("python", "openapi", "swagger"))}
     assert found["spec"]["cancel"] is True
+
+
+async def test_over_kubernetes_the_kubeconfig_of_the_environment_is_used(world: World) -> None:
+    script = (
+        "import sys; from service_client import TaskClient\n"
+        "task = TaskClient.from_environment(namespace=sys.argv[1]).submit({'type': 'health_check', 'suspend': True})\n"
+        "print(TaskClient.over_kubernetes(namespace=sys.argv[1]).get(task.id).task_type)"
+    )
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", script, world.place.namespace],
+        env={
+            "PYTHONPATH": ":".join(str(ROOT / part) for part in ("crds", "client")),
+            "KUBECONFIG": str(world.cluster.kubeconfig),
+            "PATH": "",
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "health_check"), done.stderr
 
 
 async def test_over_rest_waiting_outlasts_a_gateway_that_is_away(world: World) -> None:

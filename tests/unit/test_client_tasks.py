@@ -1,12 +1,15 @@
 """The client of tasks over REST, without a server: what is asked, and what is made of the answers."""
 
+import contextlib
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from service_client import (
     AsyncTaskClient,
@@ -504,6 +507,78 @@ def test_a_watch_ends_at_its_time() -> None:
     script.run(transport(script).updates(Watched(task_id="t", until=script.now + 10)))
     assert script.now <= 1011
     assert script.requests[0].seconds == 10
+
+
+# ------------------------------------------------------------------------------------------------- answers of any kind
+
+KEYS = [
+    "id",
+    "items",
+    "index",
+    "task",
+    "problem",
+    "status",
+    "errors",
+    "field",
+    "detail",
+    "next_cursor",
+    "type",
+    "event",
+    "uid",
+]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=6),
+    max_leaves=15,
+)
+ANSWERS = st.builds(
+    Answer,
+    status=st.sampled_from([200, 202, 204, 301, 404, 422, 429, 503]),
+    headers=st.fixed_dictionaries({"content-type": st.sampled_from(["application/json", "text/html"])}),
+    body=JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=20),
+)
+CALLS: list[Callable[[RestTransport], Program[Any]]] = [
+    lambda rest: rest.get("t"),
+    lambda rest: rest.submit(Order.of(BODY, key="k")),
+    lambda rest: rest.submit_batch([Order.of(BODY, key="k")]),
+    lambda rest: rest.cancel("t"),
+    lambda rest: rest.page(TaskFilter(), limit=1, cursor=None),
+]
+
+
+@given(answered=ANSWERS, asked=st.sampled_from(CALLS))
+@settings(max_examples=50, deadline=None)
+def test_whatever_is_answered_the_error_is_one_of_ours(answered: Answer, asked: Callable[[RestTransport], Any]) -> None:
+    script = Script([answered])
+    with contextlib.suppress(TaskClientError):
+        script.run(asked(transport(script, config=CallConfig(retry_times=0))))
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"a":' * 100_000])
+def test_an_answer_that_is_nested_without_end_is_none(body: bytes) -> None:
+    script = Script([Answer(status, {"content-type": "application/json"}, body) for status in (200, 422)])
+    for kind in (TaskUnavailable, TaskRefused):
+        with pytest.raises(kind):
+            script.run(transport(script).get("t"))
+
+
+@given(said=JSON, number=st.text(max_size=5) | st.integers().map(str) | st.just("9" * 5000))
+@settings(max_examples=50, deadline=None)
+def test_whatever_a_stream_says_a_watch_goes_on(said: Any, number: str) -> None:
+    text = f"id: {number}\ndata: {json.dumps(said)}\n\n".encode()
+    script = Script([STREAM, text, events(update("completed", event=2**62))])
+    script.until = lambda: any(one.event == 2**62 for one in script.emitted) or not script.outcomes
+    script.run(transport(script).updates(Watched()))
+
+
+@given(chunks=st.lists(st.binary(max_size=30), max_size=8))
+@settings(max_examples=50, deadline=None)
+def test_bytes_of_any_kind_are_the_same_events_in_one_piece(chunks: list[bytes]) -> None:
+    def parsed(pieces: Sequence[bytes]) -> list[ServerEvent]:
+        parser = EventParser()
+        return [event for piece in pieces for event in parser.feed(piece)]
+
+    assert parsed(chunks) == parsed([b"".join(chunks)])
 
 
 # -------------------------------------------------------------------------------------------------- server-sent events
