@@ -42,7 +42,7 @@ from service_client.errors import (
 )
 from service_client.rest import TokenFile
 from service_client.tasks import AsyncTaskClient, TaskClient
-from service_client.views import BatchItem, Submitted, Task, TaskStatus, TaskUpdate
+from service_client.views import BatchItem, CallbackDelivery, Submitted, Task, TaskStatus, TaskUpdate
 
 __all__ = [
     "AsyncServiceClient",
@@ -50,6 +50,7 @@ __all__ = [
     "BatchItem",
     "CallConfig",
     "CallMethod",
+    "CallbackDelivery",
     "CallbackEvent",
     "CallbackReceiver",
     "CallbackRefused",

@@ -277,7 +277,7 @@ def decoded(call: Call, answer: Answer) -> Any:
         return None
     try:
         return json_module.loads(answer.body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         kind = answer.headers.get("content-type", "no type")
         why = f"the answer is no JSON but {kind}: {answer.body[:100]!r}; is this the service?"
         raise call.error(ServiceUnavailable, why, status=answer.status) from error

@@ -187,7 +187,10 @@ class ClusterTransport:
             while version is not None:
                 if self._ended(watched, told):
                     return
+                begun = self._clock()
                 version = yield from self._follow(watched, selector, told, version)
+                if self._clock() - begun < 1 and not self._ended(watched, told):
+                    yield from pause(pause_before(2, None, chance=self._chance))  # something ends watches at once
 
     def _present(self, watched: Watched, selector: str, told: dict[str, Task]) -> Program[str]:
         """Emit what has changed since the last look, and return the version that it was at."""
@@ -335,7 +338,10 @@ class _Watch:
         """Return the next event, None at the end."""
         with _translated("cannot watch tasks"):
             line = next(self._lines, None)
-        return None if line is None else json.loads(line)
+        try:
+            return None if line is None else json.loads(line)
+        except ValueError as error:
+            raise TaskUnavailable(f"cannot watch tasks: the answer is no JSON ({line!r:.100})") from error
 
     def _read(self) -> Iterator[bytes]:
         rest = b""

@@ -53,7 +53,7 @@ class Problem:
         """Read the body of a refusal. Anything that is no problem becomes its first 300 characters as detail."""
         try:
             given = json.loads(body) if "json" in content_type else None
-        except ValueError:
+        except (ValueError, RecursionError):
             given = None
         if not isinstance(given, Mapping):
             return cls(detail=body[:300].decode(errors="replace").strip())

@@ -29,7 +29,9 @@ T = TypeVar("T")
 MAX_ANSWER: Final = 64 * 2**20
 """Bytes of an answer, unpacked; more is refused."""
 
-_THREADS: Final = 64
+# Each watch keeps a connection: with a bound, a hundred of them would leave none to anybody else.
+_LIMITS: Final = httpx.Limits(max_connections=None, max_keepalive_connections=20)
+_THREADS: Final = 256
 """Calls that block at once, of one client."""
 
 
@@ -236,7 +238,10 @@ class Blocking:
             case Read(stream):
                 with _translated():
                     stream.chunks = stream.chunks or stream.response.iter_bytes()
-                    return next(stream.chunks, b"")
+                    chunk = next(stream.chunks, b"")
+                if not chunk:
+                    _close(opened)  # its connection may be used again: no alarm must ring on it
+                return chunk
             case Call(function):
                 value = function()
                 if isinstance(value, Closable):
@@ -248,7 +253,7 @@ class Blocking:
     def _send(self, request: Request) -> httpx.Response:
         http = self._given or self._made
         if http is None:
-            http = self._made = httpx.Client(verify=_tls())
+            http = self._made = httpx.Client(verify=_tls(), limits=_LIMITS)
         with _translated():
             return http.send(_made(request), stream=True, follow_redirects=False)
 
@@ -352,7 +357,7 @@ class Waiting:
     async def _send(self, request: Request) -> httpx.Response:
         http = self._given or self._made
         if http is None:
-            http = self._made = httpx.AsyncClient(verify=_tls())
+            http = self._made = httpx.AsyncClient(verify=_tls(), limits=_LIMITS)
         with _translated():
             return await http.send(_made(request), stream=True, follow_redirects=False)
 
@@ -391,14 +396,16 @@ class _Alarm:
     """Ends a read that waits, from another thread, after some seconds."""
 
     def __init__(self, seconds: float, response: httpx.Response) -> None:
-        self._socket = response.extensions["network_stream"].get_extra_info("socket")
+        stream = response.extensions.get("network_stream")  # none where a transport of the caller's has no network
+        self._socket = None if stream is None else stream.get_extra_info("socket")
         self._timer = threading.Timer(seconds, self._ring)
         self._timer.daemon = True
         self._timer.start()
 
     def _ring(self) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Stop it; may be called twice."""

@@ -8,6 +8,7 @@ caller waits for never hangs on an event.
 import contextlib
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -123,7 +124,7 @@ class RestTransport:
                 items += [_item(index, found[place]) for place, (index, _) in enumerate(part)]
             except TaskClientError as error:
                 items += [BatchItem(index, error=error) for index, _ in part]
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
                 unreadable = _unreadable(what, error)
                 items += [BatchItem(index, error=unreadable) for index, _ in part]
         return sorted(items, key=lambda item: item.index)
@@ -320,8 +321,8 @@ class _Seen:
         try:
             said = json.loads(event.data)
             kind = said.get("type") if isinstance(said, dict) else None
-            update = TaskUpdate.model_validate(said) if kind in {"task", "snapshot"} else None
-        except ValueError:
+            update = TaskUpdate.model_validate(said) if kind == "task" or kind == "snapshot" else None
+        except (ValueError, RecursionError):
             return  # of a kind that a later gateway has
         if update is not None and kind == "snapshot":
             if said.get("reset"):
@@ -329,7 +330,7 @@ class _Seen:
             yield from self.tell(update, only_if_new=True)
         elif update is not None and (update.event is None or self.cursor is None or update.event > self.cursor):
             yield from self.tell(update)
-        if event.id is not None and event.id.isdecimal():
+        if event.id is not None and re.fullmatch("[0-9]{1,19}", event.id):
             self.cursor = int(event.id)
 
     def tell(self, update: TaskUpdate, *, only_if_new: bool = False) -> Program[None]:

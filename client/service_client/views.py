@@ -47,6 +47,20 @@ class Submitted(_View):
     """Whether an earlier request with the same idempotency key, or name, had created it already."""
 
 
+class CallbackDelivery(_View):
+    """Whether the receiver of the callback knows of the end of the task."""
+
+    state: str | None = None
+    """pending, delivered or dead: given up, it can be sent again by hand."""
+    attempts: int | None = None
+    """Deliveries that were tried."""
+    last_attempt_at: datetime | None = None
+    status_code: int | None = None
+    """What the receiver answered; None when it did not."""
+    message: str | None = None
+    """Why it is not delivered."""
+
+
 class Task(_View):
     """A task. Fields without a value are None."""
 
@@ -80,8 +94,8 @@ class Task(_View):
     duplicate_of: str | None = None
     payload: dict[str, Any] = {}
     labels: dict[str, str] = {}
-    callback: dict[str, Any] | None = None
-    """What has become of its callback."""
+    callback: CallbackDelivery | None = None
+    """What has become of its callback; None before the first delivery was tried."""
     deleted_at: datetime | None = None
     """Since when it is only in the archive; over REST."""
 

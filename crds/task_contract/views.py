@@ -92,5 +92,13 @@ def task_view(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "duplicate_of": status.get("duplicateOf"),
         "payload": snake_case(spec.get("payload") or {}),
         "labels": dict(metadata.get("labels") or {}),
-        "callback": snake_case(status.get("callback")),
+        "callback": _delivery(status.get("callback")),
     }
+
+
+def _delivery(callback: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return what has become of a callback; its states are in lower case as those of tasks."""
+    if callback is None:
+        return None
+    view: dict[str, Any] = snake_case(callback)
+    return view | ({"state": view["state"].lower()} if view.get("state") else {})

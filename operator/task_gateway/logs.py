@@ -56,7 +56,9 @@ class Logs:
 
     async def _of_pod(self, request: web.Request, namespace: str, uid: str, query: LogQuery) -> web.StreamResponse | None:
         """Stream the log of the youngest pod; None when there is no pod, or none that has begun to write."""
-        response = web.StreamResponse(headers={"X-Log-Source": "pod", "Content-Type": f"{_TEXT}; charset=utf-8"})
+        response = web.StreamResponse(
+            headers={"X-Log-Source": "pod", "Content-Type": f"{_TEXT}; charset=utf-8", "X-Accel-Buffering": "no"}
+        )
         try:
             pods = await self._cluster.pods(namespace, uid=uid, attempt=query.attempt)
             if not pods:

@@ -75,6 +75,7 @@ class Told:
     error: str | None
 
 
+_DUE: Final = "SELECT EXISTS (SELECT FROM callbacks WHERE state = 'pending' AND next_at <= now())"
 # So many of a host, those that are in delivery included; of one host the oldest first.
 _CLAIM: Final = (
     "WITH due AS (SELECT found.id FROM "
@@ -122,8 +123,12 @@ class Outbox:
     async def claim(self, *, most: int, per_host: int, busy: Mapping[str, int]) -> list[Callback]:
         """Take callbacks that are due, ``per_host`` of one host less those that are ``busy``, the oldest first."""
         arguments = (list(busy), list(busy.values()), per_host, most, uuid.uuid4(), self._lease)
-        rows = await self._database.ask(lambda connection: connection.fetch(_CLAIM, *arguments))
-        return [Callback(**row) for row in rows]
+
+        async def work(connection: "asyncpg.Connection[asyncpg.Record]") -> list[asyncpg.Record]:
+            # Mostly there is none, and then nothing is written.
+            return await connection.fetch(_CLAIM, *arguments) if await connection.fetchval(_DUE) else []
+
+        return [Callback(**row) for row in await self._database.ask(work)]
 
     async def settle(self, callback: Callback, settlement: Settlement) -> bool:
         """Write what became of a delivery; False if somebody else has the callback by now."""

@@ -166,6 +166,9 @@ BAD_VALUES: list[tuple[list[str], list[str]]] = [
     (["gateway.service.aliases[0]=Task_Manager"], ["/gateway/service/aliases/0"]),
     (["gateway.defaultNamespace=elsewhere"], ["gateway.defaultNamespace", "elsewhere"]),
     (["gateway.serviceAccount.create=false"], ["gateway.serviceAccount.name"]),
+    (["gateway.queue.enabled=true"], ["gateway.queue.enabled", "events.rabbitmq.url"]),
+    (["gateway.queue.enabled=true", "events.rabbitmq.url=amqp://u:hidden@r"], ["gateway.queue.account"]),
+    (["gateway.queue.prefetch=0"], ["/gateway/queue/prefetch"]),
     (["gateway.upload.enabled=true"], ["gateway.upload.claims"]),
     (
         ["gateway.upload.enabled=true", "gateway.upload.claims[0].namespace=a", "gateway.upload.claims[0].claimName=b"],
@@ -495,6 +498,10 @@ def test_gateway_reads_its_settings_from_the_rendered_environment(
         assert (settings.rate, settings.burst, settings.audiences) == (20.5, 40, ("tasks",))
         assert settings.cors_origins == ("https://app.example.com",)
         assert (str(settings.documents), settings.upload_bytes) == ("/documents", 1_000_000_000)
+        assert (settings.rabbitmq_queue, settings.rabbitmq_prefetch) == ("orders", 4)
+        assert settings.rabbitmq_account == "system:serviceaccount:agents:submitter"
+    else:
+        assert settings.rabbitmq_url is None
     grace = pod_of(documents, "gateway")["terminationGracePeriodSeconds"]
     assert grace > settings.drain_seconds + settings.stop_seconds
 

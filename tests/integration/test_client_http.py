@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import ssl
 import subprocess
 import sys
 import time
@@ -11,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import trustme
 from aiohttp import web
 
 from service_client import (
@@ -267,6 +270,48 @@ async def test_a_stream_is_read_as_it_comes_and_ends_at_its_time(service: Servic
     assert time.monotonic() - begun < 2
 
 
+@pytest.mark.parametrize("driver", ["in a thread", "in an event loop"])
+async def test_a_stream_over_tls_ends_at_its_time_too(driver: str) -> None:
+    authority = trustme.CA()
+    server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    authority.issue_cert("localhost").configure_cert(server)
+    authority.configure_trust(client)
+    gone = asyncio.Event()
+
+    async def streams(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"one")
+        try:
+            await asyncio.sleep(60)
+        finally:
+            gone.set()
+        return response
+
+    app = web.Application()
+    app.router.add_get("/stream", streams)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "localhost", 0, ssl_context=server).start()
+        program = _stream(f"https://localhost:{runner.addresses[0][1]}", life=0.5, reads=3)
+        begun = time.monotonic()
+        try:
+            if driver == "in a thread":
+                with httpx.Client(verify=client, trust_env=False) as http:
+                    ended = await asyncio.to_thread(Blocking(http).run, program)
+            else:
+                async with httpx.AsyncClient(verify=client, trust_env=False) as waiting:
+                    ended = await Waiting(waiting).run(program)
+        except (TooLate, NoAnswer):
+            ended = [b"one"]
+        assert ended[0] == b"one"
+        assert time.monotonic() - begun < 3
+        await asyncio.wait_for(gone.wait(), 5)
+    finally:
+        await runner.cleanup()
+
+
 def test_importing_the_client_is_light() -> None:
     """What it must not bring along, and what the document's import is served by."""
     script = (
@@ -274,7 +319,11 @@ def test_importing_the_client_is_light() -> None:
         "heavy = {'kubernetes', 'aiohttp', 'redis', 'asyncpg', 'numpy', 'yaml'} & set(sys.modules); "
         "assert not heavy, heavy; "
         "from shared.service_client import call_service, CallMethod; "
-        "assert call_service is service_client.call_service"
+        "assert call_service is service_client.call_service\n"
+        "sys.modules['kubernetes'] = None\n"  # as where the extra is not installed
+        "try: service_client.TaskClient.over_kubernetes(namespace='n')\n"
+        "except ImportError as error: assert 'processing-tasks[client-kubernetes]' in str(error)\n"
+        "else: raise AssertionError('no error')"
     )
     path = ":".join(str(ROOT / part) for part in ("crds", "client", "examples/alias"))
     done = subprocess.run(

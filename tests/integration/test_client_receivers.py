@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,28 @@ import pytest
 from aiohttp import web
 
 from service_client import CallbackReceiver
+from task_contract.callbacks import callback_body
 from task_contract.webhooks import sign
+from tests.support.client_world import SECRETS
 
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = "/api/v1/tasks/task-1/callback"
-BODY = {
-    "task_id": "task-1",
-    "namespace": "knowledge",
-    "status": "completed",
-    "result": {"chunks": 7},
-    "completed_at": "2026-01-31T09:30:00Z",
-}
-SECRETS = "whsec_c2VjcmV0\n"
+BODY: dict[str, Any] = json.loads(
+    callback_body(
+        task_id="task-1",
+        namespace="knowledge",
+        uid="u",
+        kb_id="kb",
+        task_type="document_processing",
+        phase="Completed",
+        attempt=1,
+        result={"chunks": 7},
+        error=None,
+        finished_at=datetime(2026, 1, 31, 9, 30, tzinfo=UTC),
+    )
+)
 
 Serve = Callable[[Any, Any], AbstractAsyncContextManager[httpx.AsyncClient]]
 

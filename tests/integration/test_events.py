@@ -23,7 +23,7 @@ from task_operator.cloud_events import Publisher, Sink
 from task_operator.metrics import Metrics
 from task_operator.projection import Database
 from tests.support.broker import Broker
-from tests.support.operator_lab import until
+from tests.support.operator_lab import Kubelet, OperatorProcess, Place, until
 from tests.support.operator_values import finished, manifest, processing
 
 pytestmark = pytest.mark.integration
@@ -256,6 +256,41 @@ async def test_whoever_subscribes_in_redis_hears_of_events(
     mine = [event for event in heard if event["data"]["uid"] in story.uids]
     assert len(mine) == 6
     _in_order_of_each_task(mine)
+
+
+async def test_an_operator_tells_redis_and_rabbitmq_of_a_task(
+    place: Place,
+    process: Callable[..., OperatorProcess],
+    url: str,
+    sql: "asyncpg.Connection[Any]",
+    stores: Endpoints,
+    broker: Broker,
+) -> None:
+    exchange = f"test-{uuid.uuid4().hex[:8]}"
+    queue = await _bound_queue(broker, exchange, f"tasks.{place.namespace}.#")
+    brokers = {
+        "OPERATOR_REDIS_URL": stores.host_urls["TASKS_REDIS_URL"],
+        "OPERATOR_RABBITMQ_URL": broker.url,
+        "OPERATOR_RABBITMQ_EXCHANGE": exchange,
+    }
+    async with Kubelet(place).at_work(), process(OPERATOR_POSTGRES_URL=url, **brokers).at_work() as operator:
+        await _begun(sql, "rabbitmq")
+        await _begun(sql, "redis")
+        await place.create()
+        await place.wait_for("Completed")
+
+        async def told() -> bool:
+            return bool(await sql.fetchval("SELECT count(*) FROM task_events WHERE phase = 'Completed'"))
+
+        await until("PostgreSQL has its end", told)
+        await _caught_up(sql, "rabbitmq")
+        await _caught_up(sql, "redis")
+        _, metrics = await operator.get("/metrics")
+    events = [json.loads(message.body) for message in await _drain(broker, queue)]
+    assert [event["data"]["status"] for event in events][-1] == "completed"
+    assert {event["subject"] for event in events} == {f"{place.namespace}/handbook"}
+    for sink in ("redis", "rabbitmq"):
+        assert f'task_events_published_total{{sink="{sink}"}} {len(events)}.0' in metrics
 
 
 def test_the_broker_listens_on_this_machine_alone(broker: Broker) -> None:

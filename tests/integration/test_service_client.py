@@ -5,6 +5,9 @@ Everything it speaks to is real: an API server, an operator, and a gateway that 
 
 import asyncio
 import contextlib
+import importlib
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -22,6 +25,7 @@ from aiohttp import web
 from devstack import Endpoints
 from service_client import (
     AsyncTaskClient,
+    CallbackReceiver,
     ServiceRefused,
     TaskClient,
     TaskConflict,
@@ -37,7 +41,7 @@ from service_client import (
     call_service,
 )
 from task_contract.models import Payload, Spec, TaskType
-from tests.support.client_world import World
+from tests.support.client_world import SECRETS, World
 from tests.support.databases import fresh_database
 from tests.support.devstack import Kubectl
 from tests.support.gateway_lab import account
@@ -46,6 +50,7 @@ from tests.support.servers import free_port
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
 
+ROOT = Path(__file__).resolve().parents[2]
 MINUTE = timedelta(minutes=1)
 
 
@@ -326,6 +331,16 @@ async def test_over_rest_a_header_makes_any_creation_repeatable(world: World) ->
         await create("/api/v1/tasks", task, "k" * 129)
 
 
+async def test_over_rest_many_wait_at_once_and_leave_room_for_others(world: World) -> None:
+    async with AsyncTaskClient.over_rest(world.gateway.url, namespace=world.place.namespace, token=world.token) as client:
+        submitted = await client.submit(body(suspend=True))
+        seen: list[TaskUpdate] = []
+        waiting = [asyncio.create_task(client.wait(submitted.id, timeout=MINUTE, on_change=seen.append)) for _ in range(120)]
+        await until("all wait", lambda: asyncio.sleep(0, len(seen) >= len(waiting)))
+        await client.cancel(submitted.id)
+        assert {task.status for task in await asyncio.gather(*waiting)} == {TaskStatus.CANCELED}
+
+
 @pytest.mark.parametrize("token", [None, "nonsense"])
 async def test_over_rest_a_caller_without_a_valid_token_is_refused(world: World, token: str | None) -> None:
     async with AsyncTaskClient.over_rest(world.gateway.url, namespace=world.place.namespace, token=token) as client:
@@ -356,6 +371,28 @@ async def test_over_kubernetes_names_may_be_chosen_and_show_who_wrote(world: Wor
     assert "processing-tasks-client" in managed
     assert not {one for one in managed if one.lower().startswith(("python", "openapi", "swagger"))}
     assert found["spec"]["cancel"] is True
+
+
+async def test_over_kubernetes_the_kubeconfig_of_the_environment_is_used(world: World) -> None:
+    script = (
+        "import sys; from service_client import TaskClient\n"
+        "task = TaskClient.from_environment(namespace=sys.argv[1]).submit({'type': 'health_check', 'suspend': True})\n"
+        "print(TaskClient.over_kubernetes(namespace=sys.argv[1]).get(task.id).task_type)"
+    )
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", script, world.place.namespace],
+        env={
+            "PYTHONPATH": ":".join(str(ROOT / part) for part in ("crds", "client")),
+            "KUBECONFIG": str(world.cluster.kubeconfig),
+            "PATH": "",
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "health_check"), done.stderr
 
 
 async def test_over_rest_waiting_outlasts_a_gateway_that_is_away(world: World) -> None:
@@ -404,6 +441,34 @@ async def test_over_kubernetes_waiting_outlasts_an_api_server_that_is_away(world
             assert (await waiting).status is TaskStatus.CANCELED
     finally:
         await proxy.aclose()
+
+
+async def test_the_end_of_a_task_is_told_to_the_receiver_of_the_examples(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Client, gateway, operator, signature, receiver: nothing of it is played but the pod."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples/receivers"))
+    module, inbox = importlib.import_module("aiohttp_receiver"), importlib.import_module("inbox").Inbox()
+    runner = web.AppRunner(module.make_app(CallbackReceiver(SECRETS), inbox), access_log=None)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}/api/v1/tasks/{{task_id}}/callback"
+        callback = {"url": url, "secret_ref": {"name": "processing-task-callbacks", "key": "secret"}}
+        async with AsyncTaskClient.over_rest(
+            world.gateway.url, namespace=world.place.namespace, token=world.token
+        ) as client:
+            submitted = await client.submit(body(callback=callback))
+            await until("it is told", lambda: asyncio.sleep(0, inbox.documents()), seconds=30)
+            assert inbox.documents() == [(submitted.id, "completed", 7)]
+
+            async def delivered() -> Any:
+                told = (await client.get(submitted.id)).callback
+                return told is not None and (told.state, told.attempts, told.status_code) == ("delivered", 1, 200)
+
+            await until("its status says so", delivered, seconds=20)
+    finally:
+        await runner.cleanup()
 
 
 @pytest.mark.parametrize("transport", ["rest", "kubernetes"])

@@ -16,12 +16,16 @@ from task_platform.kubernetes import Access
 from tests.support.gateway_lab import GatewayProcess, account
 from tests.support.operator_lab import Kube, Kubelet, OperatorProcess, Place
 
+SECRETS = "whsec_c2VjcmV0\n"
 VERBS = ("get", "list", "watch", "create", "patch", "update", "delete")
 
 
 @dataclass
 class World:
-    """A namespace in which tasks run and complete with seven chunks; those that are suspended wait."""
+    """A namespace in which tasks run and complete with seven chunks; those that are suspended wait.
+
+    Callbacks may go to loopback, signed by the key ``secret`` of the Secret ``processing-task-callbacks``, :data:`SECRETS`.
+    """
 
     place: Place
     gateway: GatewayProcess
@@ -39,7 +43,10 @@ class World:
         try:
             async with Place.fresh(kube) as place:
                 token = await account(kube, place.namespace, "caller", verbs=VERBS)
-                operator = OperatorProcess(**given, namespaces=[place.namespace], OPERATOR_POSTGRES_URL=postgres)
+                secret = {"metadata": {"name": "processing-task-callbacks"}, "stringData": {"secret": SECRETS}}
+                await kube.do("POST", place.path("secrets"), secret)
+                told = {"OPERATOR_POSTGRES_URL": postgres, "OPERATOR_CALLBACKS_ALLOW": "127.0.0.1"}
+                operator = OperatorProcess(**given | told, namespaces=[place.namespace])
                 gateway = GatewayProcess(**given, namespaces=[place.namespace], postgres=postgres, trusting=trusting)
                 done = AttemptOutcome(outcome=Outcome.SUCCEEDED, attempt=1, result=Result(documents=1, chunks=7))
                 kubelet = Kubelet(place, outcomes={1: done})

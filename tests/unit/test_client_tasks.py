@@ -1,33 +1,45 @@
 """The client of tasks over REST, without a server: what is asked, and what is made of the answers."""
 
+import contextlib
+import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from service_client import (
+    AsyncTaskClient,
+    BatchItem,
     CallbackReceiver,
     CallbackRefused,
     CallConfig,
     Submitted,
     Task,
+    TaskClient,
     TaskClientError,
     TaskConflict,
+    TaskFailed,
     TaskForbidden,
+    TaskNotFinished,
     TaskNotFound,
     TaskRefused,
     TaskStatus,
+    TaskTimeout,
     TaskUnavailable,
+    TaskUpdate,
     TokenFile,
 )
 from service_client.breaker import Breakers
-from service_client.programs import Answer, NoAnswer, NotSent
+from service_client.programs import Answer, Emit, NoAnswer, NotSent, Program, call
 from service_client.rest import LOOK, RestTransport
 from service_client.sse import EventParser, ServerEvent
-from service_client.transport import Watched
+from service_client.transport import Page, Watched
 from service_client.views import Order, TaskFilter
-from task_contract.models import Payload, Spec, TaskType
+from task_contract.models import Payload, Result, Spec, TaskType
 from task_contract.webhooks import sign
 from tests.support.programs import Script
 
@@ -227,6 +239,122 @@ def test_a_view_of_a_later_gateway_is_read() -> None:
     assert task.result.milvus_count == 3
 
 
+# ------------------------------------------------------------------------------------------------- above the transport
+
+
+class Away:
+    """A transport without a server: what it is asked is kept, and answered by the number of the task."""
+
+    batch = 2
+
+    def __init__(self, *statuses: str) -> None:
+        self.orders: list[Order] = []
+        self.parts: list[int] = []
+        self.pages: list[tuple[int, str | None]] = []
+        self.statuses = list(statuses)
+
+    def submit(self, order: Order) -> Program[Submitted]:
+        self.orders.append(order)
+        return (yield from call(lambda: Submitted(id=f"t{len(self.orders)}", namespace="n", uid="u")))
+
+    def submit_batch(self, orders: Sequence[Order]) -> Program[list[BatchItem]]:
+        self.parts.append(len(orders))
+        tasks = []
+        for order in orders:
+            tasks.append((yield from self.submit(order)))
+        return [BatchItem(index, task=task) for index, task in enumerate(tasks)]
+
+    def get(self, task_id: str) -> Program[Task]:
+        return (yield from call(lambda: Task.model_validate(view(self.statuses[-1], id=task_id))))
+
+    def cancel(self, task_id: str) -> Program[Task]:
+        return self.get(task_id)
+
+    def retry(self, task_id: str, *, key: str) -> Program[Submitted]:
+        return self.submit(Order.of(BODY, key=key))
+
+    def page(self, wanted: TaskFilter, *, limit: int, cursor: str | None) -> Program[Page]:
+        self.pages.append((limit, cursor))
+        tasks = [Task.model_validate(view()) for _ in range(limit)]
+        return (yield from call(lambda: Page(tasks, cursor="next" if len(self.pages) < 3 else None)))
+
+    def updates(self, watched: Watched) -> Program[None]:
+        for status in self.statuses:
+            yield Emit(TaskUpdate.model_validate(update(status)))
+
+
+def test_a_batch_of_any_size_goes_in_parts_and_keeps_its_places() -> None:
+    away = Away()
+    tasks: list[Any] = [BODY, {"labels": 5}, BODY, BODY, BODY | {"idempotency_key": "mine"}, BODY]
+    items = TaskClient(away).submit_batch(iter(tasks))
+    assert away.parts == [2, 2, 1]
+    assert [item.index for item in items] == [0, 1, 2, 3, 4, 5]
+    assert [item.task.id if item.task else None for item in items] == ["t1", None, "t2", "t3", "t4", "t5"]
+    assert isinstance(items[1].error, TaskRefused)
+    keys = [order.key for order in away.orders]
+    assert keys[3] == "mine"
+    assert len({*keys}) == 5
+    assert TaskClient(away).submit_batch([]) == []
+
+
+def test_every_submission_has_a_key() -> None:
+    away = Away()
+    client = TaskClient(away)
+    client.submit(BODY, idempotency_key="mine")
+    client.submit(BODY)
+    client.submit(BODY)
+    client.retry("t1")
+    assert away.orders[0].key == "mine"
+    assert len({order.key for order in away.orders}) == 4
+
+
+@pytest.mark.parametrize(
+    ("limit", "pages", "count"),
+    [(None, [(100, None), (100, "next"), (100, "next")], 300), (150, [(100, None), (50, "next")], 150), (0, [], 0)],
+)
+def test_a_list_is_read_page_by_page_up_to_its_limit(
+    limit: int | None, pages: list[tuple[int, str | None]], count: int
+) -> None:
+    away = Away()
+    listed = TaskClient(away).list(limit=limit)
+    assert away.pages == [], "nothing is read before it is asked for"
+    assert (len(list(listed)), away.pages) == (count, pages)
+
+
+def test_waiting_returns_the_task_or_says_how_far_it_was() -> None:
+    seen: list[TaskUpdate] = []
+    task = TaskClient(Away("queued", "completed")).wait("t", timeout=timedelta(minutes=1), on_change=seen.append)
+    assert (task.status, [str(one.status) for one in seen]) == (TaskStatus.COMPLETED, ["queued", "completed"])
+    for statuses, state in ((("queued", "processing"), "processing"), ((), "not known")):
+        with pytest.raises(TaskTimeout, match=f"task t: it is {state} after 0:01:00; it goes on"):
+            TaskClient(Away(*statuses)).wait("t", timeout=timedelta(minutes=1))
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [("queued", TaskNotFinished), ("retrying", TaskNotFinished), ("failed", TaskFailed), ("canceled", TaskFailed)],
+)
+def test_a_result_is_that_of_a_completed_task(status: str, kind: type[TaskClientError]) -> None:
+    assert TaskClient(Away("completed")).result("t") == Result()
+    with pytest.raises(kind, match=status):
+        TaskClient(Away(status)).result("t")
+
+
+async def test_both_clients_do_the_same() -> None:
+    """What the one has the other has, by the same names and arguments."""
+    for name, method in vars(TaskClient).items():
+        if name.startswith("_") or name == "close" or isinstance(method, classmethod):
+            continue
+        twin = getattr(AsyncTaskClient, name)
+        assert [*inspect.signature(method).parameters] == [*inspect.signature(twin).parameters], name
+    away = Away("completed")
+    async with AsyncTaskClient(away) as client:
+        assert (await client.submit(BODY)).id == "t1"
+        assert (await client.wait("t", timeout=timedelta(minutes=1))).status is TaskStatus.COMPLETED
+        assert len([one async for one in client.list(limit=5)]) == 5
+        assert [str(one.status) async for one in client.watch("t")] == ["completed"]
+
+
 # --------------------------------------------------------------------------------------------------------------- watch
 
 
@@ -379,6 +507,78 @@ def test_a_watch_ends_at_its_time() -> None:
     script.run(transport(script).updates(Watched(task_id="t", until=script.now + 10)))
     assert script.now <= 1011
     assert script.requests[0].seconds == 10
+
+
+# ------------------------------------------------------------------------------------------------- answers of any kind
+
+KEYS = [
+    "id",
+    "items",
+    "index",
+    "task",
+    "problem",
+    "status",
+    "errors",
+    "field",
+    "detail",
+    "next_cursor",
+    "type",
+    "event",
+    "uid",
+]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=6),
+    max_leaves=15,
+)
+ANSWERS = st.builds(
+    Answer,
+    status=st.sampled_from([200, 202, 204, 301, 404, 422, 429, 503]),
+    headers=st.fixed_dictionaries({"content-type": st.sampled_from(["application/json", "text/html"])}),
+    body=JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=20),
+)
+CALLS: list[Callable[[RestTransport], Program[Any]]] = [
+    lambda rest: rest.get("t"),
+    lambda rest: rest.submit(Order.of(BODY, key="k")),
+    lambda rest: rest.submit_batch([Order.of(BODY, key="k")]),
+    lambda rest: rest.cancel("t"),
+    lambda rest: rest.page(TaskFilter(), limit=1, cursor=None),
+]
+
+
+@given(answered=ANSWERS, asked=st.sampled_from(CALLS))
+@settings(max_examples=50, deadline=None)
+def test_whatever_is_answered_the_error_is_one_of_ours(answered: Answer, asked: Callable[[RestTransport], Any]) -> None:
+    script = Script([answered])
+    with contextlib.suppress(TaskClientError):
+        script.run(asked(transport(script, config=CallConfig(retry_times=0))))
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"a":' * 100_000])
+def test_an_answer_that_is_nested_without_end_is_none(body: bytes) -> None:
+    script = Script([Answer(status, {"content-type": "application/json"}, body) for status in (200, 422)])
+    for kind in (TaskUnavailable, TaskRefused):
+        with pytest.raises(kind):
+            script.run(transport(script).get("t"))
+
+
+@given(said=JSON, number=st.text(max_size=5) | st.integers().map(str) | st.just("9" * 5000))
+@settings(max_examples=50, deadline=None)
+def test_whatever_a_stream_says_a_watch_goes_on(said: Any, number: str) -> None:
+    text = f"id: {number}\ndata: {json.dumps(said)}\n\n".encode()
+    script = Script([STREAM, text, events(update("completed", event=2**62))])
+    script.until = lambda: any(one.event == 2**62 for one in script.emitted) or not script.outcomes
+    script.run(transport(script).updates(Watched()))
+
+
+@given(chunks=st.lists(st.binary(max_size=30), max_size=8))
+@settings(max_examples=50, deadline=None)
+def test_bytes_of_any_kind_are_the_same_events_in_one_piece(chunks: list[bytes]) -> None:
+    def parsed(pieces: Sequence[bytes]) -> list[ServerEvent]:
+        parser = EventParser()
+        return [event for piece in pieces for event in parser.feed(piece)]
+
+    assert parsed(chunks) == parsed([b"".join(chunks)])
 
 
 # -------------------------------------------------------------------------------------------------- server-sent events

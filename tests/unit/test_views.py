@@ -46,6 +46,22 @@ def test_progress_is_a_number_in_every_state(phase: str, progress: int | None, s
     assert task_view(manifest(status=status))["progress"] == shown
 
 
+@pytest.mark.parametrize(
+    ("callback", "shown"),
+    [
+        (None, None),
+        (
+            {"state": "Delivered", "statusCode": 204, "attempts": 1},
+            {"state": "delivered", "status_code": 204, "attempts": 1},
+        ),
+        ({"attempts": 1}, {"attempts": 1}),
+    ],
+)
+def test_the_delivery_of_a_callback_has_states_in_lower_case(callback: Any, shown: Any) -> None:
+    status = DONE | ({} if callback is None else {"callback": callback})
+    assert task_view(manifest(status=status))["callback"] == shown
+
+
 def test_keys_that_are_data_stay_as_they_are() -> None:
     spec = {"filePath": "a.pdf", "metadata": {"signedBy": "Ada", "ISBN-13": "x"}}
     assert snake_case(spec) == {"file_path": "a.pdf", "metadata": {"signedBy": "Ada", "ISBN-13": "x"}}

@@ -412,6 +412,21 @@ app.kubernetes.io/component: gateway
   value: {{ int $gateway.drainSeconds | quote }}
 - name: GATEWAY_STOP_SECONDS
   value: {{ int $gateway.stopSeconds | quote }}
+{{- if $gateway.queue.enabled }}
+- name: GATEWAY_RABBITMQ_URL
+  valueFrom:
+    secretKeyRef:
+      name: {{ include "processing-tasks.rabbitmqSecret" $root | required "gateway.queue.enabled: set events.rabbitmq.url or events.rabbitmq.existingSecret, where the queue is" }}
+      key: url
+- name: GATEWAY_RABBITMQ_QUEUE
+  value: {{ $gateway.queue.name | quote }}
+{{- if eq $gateway.auth "kubernetes" }}
+- name: GATEWAY_RABBITMQ_ACCOUNT
+  value: {{ $gateway.queue.account | required "gateway.queue.account: required, unless gateway.auth is trust-the-network: whose rights have the messages?" | quote }}
+{{- end }}
+- name: GATEWAY_RABBITMQ_PREFETCH
+  value: {{ int $gateway.queue.prefetch | quote }}
+{{- end }}
 - name: GATEWAY_LOG_LEVEL
   value: {{ $gateway.logLevel }}
 {{- with $gateway.extraEnv }}
