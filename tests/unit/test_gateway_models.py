@@ -5,13 +5,13 @@ import contextlib
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import jsonschema
 import pytest
-import schemathesis
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -68,10 +68,15 @@ DOCUMENT = openapi_document(routes())
 SCHEMAS = DOCUMENT["components"]["schemas"]
 
 
+@cache
+def validator(model: str) -> jsonschema.Draft202012Validator:
+    """Return what checks JSON against a component of the document."""
+    return jsonschema.Draft202012Validator({"$ref": f"#/components/schemas/{model}", "components": DOCUMENT["components"]})
+
+
 def check(value: Any, model: str) -> None:
     """Check JSON against a component of the document."""
-    schema = {"$ref": f"#/components/schemas/{model}", "components": DOCUMENT["components"]}
-    jsonschema.Draft202012Validator(schema).validate(value)
+    validator(model).validate(value)
 
 
 # ------------------------------------------------------------------------------------------------------------- requests
@@ -331,7 +336,6 @@ def test_no_names_of_namespaces(name: str) -> None:
 
 def test_the_document_is_valid() -> None:
     assert DOCUMENT["openapi"] == "3.1.0"
-    schemathesis.openapi.from_dict(DOCUMENT).validate()
     for name, schema in SCHEMAS.items():
         jsonschema.Draft202012Validator.check_schema(schema)
         assert f"#/components/schemas/{name}" in str(DOCUMENT), f"nothing uses {name}"
