@@ -254,7 +254,7 @@ async def _chunks(part: BodyPartReader) -> AsyncIterator[bytes]:
 
 
 async def _read_field(part: BodyPartReader, fields: dict[str, str]) -> None:
-    name = str(part.name)
+    name = str(part.name).encode("utf-8", "replace").decode()  # headers may hold any bytes
     if name not in {"namespace", "sha256", *_PAYLOAD, *_AROUND}:
         raise _wrong(name[:80], "is no field of it; take it out")
     if name in fields:

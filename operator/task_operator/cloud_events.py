@@ -18,11 +18,9 @@ import asyncpg
 import orjson
 import structlog
 
-from task_contract.models import Phase
-from task_contract.views import percent, status_word, timestamp
+from task_contract.views import event_status, percent, timestamp
 from task_operator.metrics import Metrics
 from task_operator.outbox import EVENTS_CHANNEL
-from task_operator.transitions import DELETED
 
 _log = structlog.get_logger(__name__)
 
@@ -72,7 +70,7 @@ class Event:
         """``row``: of ``task_events``."""
         self.number: int = row["number"]
         self.uid: str = row["uid"]
-        self.routing_key = f"tasks.{row['namespace']}.{row['type'] or 'unknown'}.{_status(row)}"
+        self.routing_key = f"tasks.{row['namespace']}.{row['type'] or 'unknown'}.{event_status(row['phase'])}"
         self.body: bytes = orjson.dumps(cloud_event(row, source=source))
 
     @property
@@ -95,7 +93,7 @@ def event_update(row: Mapping[str, Any]) -> dict[str, Any]:
         "uid": row["uid"],
         "kb_id": row["kb_id"],
         "task_type": row["type"],
-        "status": _status(row),
+        "status": event_status(row["phase"]),
         "progress": percent(row["phase"], None),
         "stage": None,
         "attempt": row["attempt"],
@@ -103,10 +101,6 @@ def event_update(row: Mapping[str, Any]) -> dict[str, Any]:
         "message": row["message"],
         "at": timestamp(at),
     }
-
-
-def _status(row: Mapping[str, Any]) -> str:
-    return status_word(Phase.CANCELED if row["phase"] == DELETED else row["phase"])
 
 
 def cloud_event(row: Mapping[str, Any], *, source: str) -> dict[str, Any]:

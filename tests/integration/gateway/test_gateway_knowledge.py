@@ -165,6 +165,8 @@ async def test_bodies_that_are_no_form_are_refused_and_leave_nothing(uploads: Ga
         (boundary, b"--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--\r\n"),
         (boundary, b"--b\r\nContent-Type: multipart/mixed; boundary=c\r\n\r\n--c\r\n\r\nx\r\n--c--\r\n--b--\r\n"),
         (boundary, b"\xff" * 5000),
+        (boundary, b'--b\r\nContent-Disposition: form-data; name="\xff\xed\xa0\x80"\r\n\r\nx\r\n--b--\r\n'),
+        (boundary, part.replace(b"a.txt", b"\xff\xed\xa0\x80/..") + b"\0\r\n--b--\r\n"),
     ):
         status, problem, _ = await upload(uploads, body, **{"Content-Type": content_type})
         assert status in {400, 422}, (body, problem)

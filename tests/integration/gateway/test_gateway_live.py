@@ -252,7 +252,7 @@ async def test_pages_of_elsewhere_may_not_listen(gateways: Make) -> None:
             headers = {} if origin is None else {"Origin": origin}
             async with connected(process.front_url, headers=headers, control="true") as client:
                 assert (await client.next() or {})["type"] == "ready"
-        for origin in ("https://evil.example.com", "null", "http://app.example.com", ""):
+        for origin in ("https://evil.example.com", "null", "http://app.example.com", "http://[", "://", ""):
             with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
                 async with connected(process.front_url, headers={"Origin": origin}):
                     pass
