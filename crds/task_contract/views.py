@@ -5,6 +5,7 @@ The names are those of the platform's own services (``task_id``, ``task_type``, 
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final
 
 from pydantic.alias_generators import to_snake
@@ -15,6 +16,10 @@ _FREE_FORM: Final = frozenset({"metadata", "seconds"})
 """Fields of payload and result whose keys are data, not names of ours."""
 
 
+_snake: Final = lru_cache(maxsize=1024)(to_snake)
+"""The names are few and each takes some microseconds: of a page of tasks they would be most of the time."""
+
+
 def snake_case(value: Any) -> Any:
     """Return JSON with the names of all fields in snake_case; keys that are data stay as they are.
 
@@ -22,7 +27,7 @@ def snake_case(value: Any) -> Any:
     {'file_path': 'a.pdf', 'metadata': {'signedBy': 'Ada'}}
     """
     if isinstance(value, Mapping):
-        return {to_snake(key): item if key in _FREE_FORM else snake_case(item) for key, item in value.items()}
+        return {_snake(key): item if key in _FREE_FORM else snake_case(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [snake_case(item) for item in value]
     return value
