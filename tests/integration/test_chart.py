@@ -329,14 +329,16 @@ def test_every_pod_is_restricted_with_a_read_only_root(rendered: tuple[str, dict
     found = pods(list(rendered[1].values()))
     assert found
     for pod in found:
+        writes = "persistentVolumeClaim" in {kind for volume in pod["volumes"] for kind in volume}  # uploads
         assert pod["securityContext"] == {
             "runAsNonRoot": True,
             "runAsUser": 65532,
             "runAsGroup": 65532,
             "seccompProfile": {"type": "RuntimeDefault"},
+            **({"fsGroup": 65532, "fsGroupChangePolicy": "OnRootMismatch"} if writes else {}),
         }
         assert pod["enableServiceLinks"] is False
-        assert {tuple(volume) for volume in pod["volumes"]} == {("name", "emptyDir")}
+        assert {tuple(volume) for volume in pod["volumes"]} <= {("name", "emptyDir"), ("name", "persistentVolumeClaim")}
         for container in containers(pod):
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
@@ -344,7 +346,10 @@ def test_every_pod_is_restricted_with_a_read_only_root(rendered: tuple[str, dict
                 "capabilities": {"drop": ["ALL"]},
             }, container["name"]
             assert container["resources"]["limits"]["memory"], container["name"]
-            assert container["volumeMounts"] == [{"name": "tmp", "mountPath": "/tmp"}], container["name"]
+            tmp, *documents = container["volumeMounts"]
+            assert tmp == {"name": "tmp", "mountPath": "/tmp"}, container["name"]
+            assert bool(documents) == writes, container["name"]
+            assert all(mount["mountPath"].startswith("/documents/") for mount in documents), container["name"]
 
 
 def test_namespaces_that_the_chart_makes_enforce_restricted(rendered: tuple[str, dict[str, Document]]) -> None:
