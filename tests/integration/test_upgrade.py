@@ -135,7 +135,7 @@ async def test_what_a_release_stored_is_read_and_edited_after_the_upgrade_and_af
         for name in everything:
             client.get(name)
             await _patch(place, name, metadata={"labels": {"team": "b"}})
-            if refused := client.get(name).spec.callback if release.name == "0.1.0" else None:
+            if refused := client.get(name).spec.callback if str(release) == "0.1.0" else None:
                 # Its rule allows no task with a callback and so no edit of one; its operator ends them as InvalidTask.
                 assert refused.url
                 await _patch(place, name, status={"phase": "Failed"})
