@@ -259,10 +259,11 @@ async def test_pages_of_elsewhere_may_not_listen(gateways: Make) -> None:
             assert refused.value.status == 403
 
 
+@pytest.mark.parametrize("kind", ["WebSocket", "event stream"])
 async def test_a_slow_client_is_dropped_with_a_reason_and_the_others_go_on(
-    live: GatewayProcess, sql: "asyncpg.Connection[Any]"
+    live: GatewayProcess, sql: "asyncpg.Connection[Any]", kind: str
 ) -> None:
-    reader, writer = await _stuck(live)
+    reader, writer = await _stuck(live, kind)
     long = "x" * 1000
     async with connected(live.front_url) as quick:
         told = 0
@@ -286,18 +287,21 @@ async def test_a_slow_client_is_dropped_with_a_reason_and_the_others_go_on(
     del reader
 
 
-async def _stuck(process: GatewayProcess) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A WebSocket client that reads nothing after the handshake, with a small buffer."""
+async def _stuck(process: GatewayProcess, kind: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A client that reads nothing after the head of the answer, with a small buffer."""
     raw = sockets.socket()
     raw.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
     raw.setblocking(False)
     await asyncio.get_running_loop().sock_connect(raw, ("127.0.0.1", process.front_port))
     reader, writer = await asyncio.open_connection(sock=raw, limit=1024)
-    writer.write(
-        b"GET /ws/tasks HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-    )
-    assert b"101" in await within(5, reader.readline())
+    if kind == "WebSocket":
+        writer.write(
+            b"GET /ws/tasks HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+    else:
+        writer.write(b"GET /api/v1/tasks/events HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert (b"101" if kind == "WebSocket" else b"200") in await within(5, reader.readline())
     return reader, writer
 
 
