@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 import uuid
 from collections.abc import Iterator
 from urllib.parse import urlsplit, urlunsplit
@@ -9,6 +10,8 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 
 from task_operator.schema import migrate
+
+_PATIENCE = 30.0  # seconds
 
 
 @contextlib.contextmanager
@@ -29,4 +32,12 @@ def fresh_database(server: str, *, prefix: str) -> Iterator[str]:
         assert asyncio.run(migrate(url)) > 0
         yield url
     finally:
-        asyncio.run(execute(f"DROP DATABASE {name} WITH (FORCE)"))
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                asyncio.run(execute(f"DROP DATABASE {name} WITH (FORCE)"))
+                break
+            except asyncpg.InsufficientPrivilegeError:  # the server's own autovacuum is at work in it: not for long
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
