@@ -1,12 +1,14 @@
 """`make demo`: real documents through a real cluster into real stores, and a question answered from each.
 
-What is shown is what a user would type and see: `kubectl apply`, `kubectl get processingtasks -w`, `job_runner search`.
+What is shown is what a user would type and see: `kubectl apply`, `kubectl get processingtasks -w`, `job_runner search`; and
+what a service sends to the gateway and is told.
 Every figure is read back from the cluster and the stores, and anything that is not as promised ends the demo with exit 1.
 """
 
 import asyncio
 import contextlib
 import json
+import re
 import subprocess
 import threading
 import time
@@ -22,6 +24,7 @@ from devstack import installation
 from devstack.installation import Installation
 from devstack.progress import DevstackError, say
 from devstack.providers import Provider
+from service_client import TaskClient
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "manifests/examples"
@@ -69,6 +72,10 @@ def run(provider: Provider) -> None:
         question = next(one for one in questions if one["document"] == document)
         problems += _ask(installed, kb_id=kb_id, question=question)
 
+    if kubectl.has_gateway():  # a release of another's may be without
+        _heading("The same from a service: POST /api/v1/tasks at the gateway, then its live updates")
+        problems += _over_rest(kubectl, kb_id=kb_id)
+
     if endpoints.host_urls:  # elsewhere PostgreSQL is for pods alone
         _heading("The rows in PostgreSQL")
         problems += asyncio.run(_show_rows(installed, tasks))
@@ -91,7 +98,10 @@ class _Kubectl:
 
     def __init__(self, installed: Installation) -> None:
         reach, place = installed.endpoints, installed.place
-        self._command = [str(reach.kubectl), f"--kubeconfig={reach.kubeconfig}", f"--namespace={place.task_namespace}"]
+        self._kubectl = [str(reach.kubectl), f"--kubeconfig={reach.kubeconfig}"]
+        self._command = [*self._kubectl, f"--namespace={place.task_namespace}"]
+        self.namespace = place.task_namespace
+        self._gateway = [f"--namespace={place.namespace}", f"service/{place.release}-gateway"]
         self.operator_log = f"kubectl logs -n {place.namespace} deploy/{place.release}-operator"
 
     def __call__(self, *arguments: str, stdin: str | None = None) -> str:
@@ -121,6 +131,34 @@ class _Kubectl:
                 watch.terminate()
                 watch.wait()
                 thread.join()
+
+    def has_gateway(self) -> bool:
+        """Tell whether the release has a gateway."""
+        found = subprocess.run([*self._kubectl, "get", *self._gateway], capture_output=True, timeout=60, check=False)
+        return found.returncode == 0
+
+    @contextlib.contextmanager
+    def gateway(self) -> Iterator[str]:
+        """Yield the address of the gateway for this machine, through the API server."""
+        command = [*self._kubectl, "port-forward", *self._gateway, ":8084"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as forward:
+            try:
+                line = forward.stdout.readline() if forward.stdout else ""
+                if (found := re.match(r"Forwarding from (127\.0\.0\.1:\d+)", line)) is None:
+                    raise DevstackError(f"cannot reach the gateway: run {' '.join(command[2:])} to see why")
+                yield f"http://{found[1]}"
+            finally:
+                forward.terminate()
+
+    @contextlib.contextmanager
+    def account(self, name: str) -> Iterator[str]:
+        """Yield a token of an account of a service that may edit what is in the task namespace."""
+        self("create", "serviceaccount", name)
+        try:
+            self("create", "rolebinding", name, "--clusterrole=edit", f"--serviceaccount={self.namespace}:{name}")
+            yield self("create", "token", name).strip()
+        finally:
+            self("delete", f"serviceaccount/{name}", f"rolebinding/{name}", "--ignore-not-found")
 
 
 def _manifest(name: str, *, kb_id: str) -> dict[str, Any]:
@@ -161,6 +199,25 @@ def _check(tasks: dict[str, dict[str, Any]]) -> Iterator[str]:
             yield f"{name} has {counts} chunks in the document, Milvus and Elasticsearch"
     if (attempts := tasks["broken"]["status"]["attempt"]) != 1:
         yield f"broken was tried {attempts} times"
+
+
+def _over_rest(kubectl: _Kubectl, *, kb_id: str) -> Iterator[str]:
+    """Send a task as a service does, and follow it to its end."""
+    task = {"task_type": "document_processing", "kb_id": kb_id, "payload": {"file_path": "instruments.csv"}}
+    _show(json.dumps(task))
+    with (
+        kubectl.account(kb_id) as token,
+        kubectl.gateway() as url,
+        TaskClient.over_rest(url, namespace=kubectl.namespace, token=token) as tasks,
+    ):
+        sent = tasks.submit(task, idempotency_key=f"{kb_id}-instruments")
+        _show(f"202 {sent.model_dump_json(include={'id', 'namespace', 'status'})}")
+        for update in tasks.watch(sent.id):
+            fields = {"task_id", "event", "status", "stage", "progress"}
+            _show(update.model_dump_json(include=fields, exclude_none=True))
+        ended = tasks.get(sent.id)
+    if ended.status != "completed" or ended.result is None or not ended.result.chunks:
+        yield f"{sent.id}, sent to the gateway, is {ended.status} ({ended.error})"
 
 
 def _ask(installed: Installation, *, kb_id: str, question: dict[str, Any]) -> Iterator[str]:

@@ -384,6 +384,14 @@ app.kubernetes.io/component: gateway
       name: {{ .from.secret }}
       key: {{ .from.redis }}
       optional: true
+{{- /* Only whether they can be connected to is asked: no credentials. With stores.existingSecret, gateway.extraEnv names them. */}}
+{{- range $store := list "milvus" "elasticsearch" }}
+{{- with (index $root.Values.stores $store).url }}
+{{- $url := urlParse . }}
+- name: GATEWAY_{{ upper $store }}_URL
+  value: {{ printf "%s://%s" $url.scheme $url.host }}
+{{- end }}
+{{- end }}
 - name: GATEWAY_NAMESPACES
   value: {{ ternary "" (join "," $namespaces) $root.Values.operator.clusterWide | quote }}
 - name: GATEWAY_DEFAULT_NAMESPACE
