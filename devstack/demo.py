@@ -72,13 +72,13 @@ def run(provider: Provider) -> None:
         question = next(one for one in questions if one["document"] == document)
         problems += _ask(installed, kb_id=kb_id, question=question)
 
-    if kubectl.has_gateway():  # a release of another's may be without
-        _heading("The same from a service: POST /api/v1/tasks at the gateway, then its live updates")
-        problems += _over_rest(kubectl, kb_id=kb_id)
-
     if endpoints.host_urls:  # elsewhere PostgreSQL is for pods alone
         _heading("The rows in PostgreSQL")
         problems += asyncio.run(_show_rows(installed, tasks))
+
+    if kubectl.has_gateway():  # a release of another's may be without
+        _heading("The same from a service: POST /api/v1/tasks at the gateway, then its live updates")
+        problems += _over_rest(kubectl, kb_id=kb_id)
 
     _heading("How long each stage took, in seconds")
     _stages(tasks)
