@@ -36,7 +36,7 @@ from service_client.programs import Emit, Program, call, pause
 from service_client.transport import Page, Watched
 from service_client.views import DELETED, BatchItem, Order, Submitted, Task, TaskFilter, TaskStatus, TaskUpdate
 from task_contract import names
-from task_contract.models import Spec
+from task_contract.models import Spec, spec_again
 from task_contract.views import task_view
 
 T = TypeVar("T")
@@ -44,8 +44,6 @@ Manifest = dict[str, Any]
 
 FIELD_MANAGER: Final = "processing-tasks-client"
 """Who this client is in ``metadata.managedFields`` of the tasks that it creates and cancels."""
-RETRY_OF: Final = f"{names.GROUP}/retry-of"
-"""Annotation: name of the task that this one repeats; the gateway writes it too."""
 
 _TRIES: Final = 4
 _TIMEOUT: Final = (3.05, 30.0)  # seconds to connect, and of silence
@@ -147,9 +145,9 @@ class ClusterTransport:
         task = _task(manifest)
         if not task.status.finished:
             raise TaskConflict(f"cannot retry task {task_id}: it is {task.status}; wait until it has ended, or cancel it")
-        spec = {key: value for key, value in manifest["spec"].items() if key not in {"cancel", "suspend", "idempotencyKey"}}
+        spec = spec_again(manifest["spec"])
         order = Order(task=spec, key=key, labels=task.labels, namespace=None, name=None)
-        return (yield from self._patiently(lambda: self._create(order, spec, {RETRY_OF: task_id})))
+        return (yield from self._patiently(lambda: self._create(order, spec, {names.RETRY_OF_ANNOTATION: task_id})))
 
     def page(self, wanted: TaskFilter, *, limit: int, cursor: str | None) -> Program[Page]:
         """Read part of a list, in the order of names."""
@@ -360,22 +358,16 @@ class _Watch:
         self._response.close()
 
 
-class _translated:  # noqa: N801  # used as a function
-    """Turns what the Kubernetes client raises into errors of ours that begin with ``what``."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        match error:
-            case ApiException():
-                raise _of_answer(error, self._what) from error
-            case urllib3.exceptions.HTTPError() | OSError():
-                why = f"{self._what}: the Kubernetes API does not answer ({error!r:.200}); is it reachable?"
-                raise TaskUnavailable(why) from error
+@contextlib.contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """Turn what the Kubernetes client raises into errors of ours that begin with ``what``."""
+    try:
+        yield
+    except ApiException as error:
+        raise _of_answer(error, what) from error
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        why = f"{what}: the Kubernetes API does not answer ({error!r:.200}); is it reachable?"
+        raise TaskUnavailable(why) from error
 
 
 _KINDS: Final[dict[int, type[TaskClientError]]] = {

@@ -412,22 +412,19 @@ class _Alarm:
         self._timer.cancel()
 
 
-class _translated:  # noqa: N801  # used as a function
-    """Turns what httpx raises into :class:`NotSent` and :class:`NoAnswer`; for a request that is none, ``ValueError``."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        match error:
-            case httpx.LocalProtocolError():
-                raise ValueError(f"cannot send the request: {error}") from error
-            case httpx.ConnectError() | httpx.ConnectTimeout() | httpx.PoolTimeout() | httpx.UnsupportedProtocol():
-                raise NotSent(_words(error)) from error
-            case httpx.TimeoutException() | TimeoutError():
-                raise TooLate(_words(error)) from error
-            case httpx.HTTPError() | httpx.StreamError():
-                raise NoAnswer(_words(error)) from error
+@contextlib.contextmanager
+def _translated() -> Generator[None, None, None]:
+    """Turn what httpx raises into :class:`NotSent` and :class:`NoAnswer`; for one that is no request, ``ValueError``."""
+    try:
+        yield
+    except httpx.LocalProtocolError as error:
+        raise ValueError(f"cannot send the request: {error}") from error
+    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol) as error:
+        raise NotSent(_words(error)) from error
+    except (httpx.TimeoutException, TimeoutError) as error:
+        raise TooLate(_words(error)) from error
+    except (httpx.HTTPError, httpx.StreamError) as error:
+        raise NoAnswer(_words(error)) from error
 
 
 def _words(error: BaseException) -> str:

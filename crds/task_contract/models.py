@@ -328,6 +328,11 @@ class Spec(Model):
         return self.stall_timeout or min(default, self.effective_timeout)
 
 
+def spec_again(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the spec, as a manifest has it, of a task that does the same again: without what was of that one alone."""
+    return {key: value for key, value in spec.items() if key not in {"cancel", "suspend", "idempotencyKey"}}
+
+
 # -------------------------------------------------------------------------------------------------------------- status
 
 

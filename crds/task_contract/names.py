@@ -30,6 +30,9 @@ TASK_NAME_ANNOTATION: Final = f"{GROUP}/task-name"
 TASK_ANNOTATION: Final = f"{GROUP}/task"
 """On the pod: the task manifest as JSON, handed to the container as a downward-API file."""
 
+RETRY_OF_ANNOTATION: Final = f"{GROUP}/retry-of"
+"""On a task that was made to do a finished one again: the name of that one."""
+
 TASK_FILE: Final = "/etc/processing-task/task.json"
 """Where the pod finds its task."""
 TERMINATION_LOG: Final = "/dev/termination-log"

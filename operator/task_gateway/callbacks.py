@@ -1,7 +1,7 @@
 """Callbacks over REST: which were given up, and sending them again. They are sent by the operator (docs/callbacks.md)."""
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from aiohttp import web
 
@@ -15,6 +15,7 @@ from task_gateway.routes import (
     NAMESPACE,
     Route,
     answer,
+    answer_page,
     asked_namespace,
     caller_of,
     query_parameters,
@@ -64,12 +65,12 @@ class Callbacks:
     async def _list(self, request: web.Request) -> web.Response:
         query = read_query(request, CallbacksQuery)
         scope = await self._callers.scope(caller_of(request), self._callers.namespace(*asked_namespace(request)))
-        after = None if query.cursor is None else Cursor.parse(query.cursor)
-        rows = await self._database.callbacks(query.state, scope=scope, after=after, limit=query.limit + 1)
-        shown = rows[: query.limit]
-        more = len(rows) > query.limit
-        cursor = Cursor(created_at=shown[-1]["created_at"], uid=shown[-1]["task_uid"]).text() if more else None
-        return answer({"items": [callback_view(row) for row in shown], "next_cursor": cursor})
+        rows = await self._database.callbacks(query.state, scope=scope, after=query.cursor, limit=query.limit + 1)
+
+        def end(row: Any) -> str:
+            return Cursor(created_at=row["created_at"], uid=row["task_uid"]).text()
+
+        return answer_page(rows, limit=query.limit, view=callback_view, end=end)
 
     async def _replay(self, request: web.Request) -> web.Response:
         namespace, name = await self._tasks.named(request, "patch")

@@ -22,8 +22,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 import orjson
 
 from task_contract.names import GROUP, PLURAL
-from task_gateway.problems import Problem, is_namespace, of_cluster
-from task_platform.kubernetes import ClusterError
+from task_gateway.problems import Problem, is_namespace, refused
 
 ALL: Final = "*"
 """In place of a namespace: all that the caller may list."""
@@ -115,10 +114,8 @@ class Callers:
             raise _unknown("cannot tell who asks: send the header Authorization: Bearer TOKEN")
         if len(token) > _TOKEN_LIMIT or not token.isascii() or not token.isprintable() or " " in token:
             raise _unknown("cannot accept the token: it is none of this cluster")
-        try:
+        with refused("cannot check the token"):
             caller = await self._tokens.get(_digest(token), lambda: self._review(token))
-        except ClusterError as error:
-            raise of_cluster(error, what="cannot check the token") from error
         if caller is None:
             raise _unknown("cannot accept the token: it has expired, or is none of this cluster")
         return caller
@@ -207,10 +204,8 @@ class Callers:
             "extra": {key: list(items) for key, items in caller.extra},
             "resourceAttributes": {key: value for key, value in attributes.items() if value},
         }
-        try:
+        with refused(f"cannot check the rights of {caller.name}"):
             return await self._rights.get((caller, *attributes.values()), lambda: self._reviews.review_access(spec))
-        except ClusterError as error:
-            raise of_cluster(error, what=f"cannot check the rights of {caller.name}") from error
 
 
 def _unknown(detail: str) -> Problem:

@@ -13,7 +13,16 @@ from typing import Annotated, Any, ClassVar, Final, Literal, Protocol
 from uuid import UUID
 
 import orjson
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
 
 from task_contract.messages import ProgressEvent
 from task_contract.models import Attempt, Failure, Phase, Priority, QueueStatus, Result, Spec, TaskType, Timestamp
@@ -29,12 +38,43 @@ REQUEST_HASH: Final = f"{GROUP}/request-hash"
 """Annotation: digest of what was asked for, so that a repeated request is known from another one with the same key."""
 CREATED_BY: Final = f"{GROUP}/created-by"
 """Annotation: the caller, as the cluster names it."""
-RETRY_OF: Final = f"{GROUP}/retry-of"
-"""Annotation: name of the task that this one repeats."""
 
 _RENAMED: Final = {"type": "task_type"}
 _OURS: Final = ("namespace", "labels")
 _NOT_HERE: Final = frozenset({"type", "cancel"})
+
+
+# -------------------------------------------------------------------------------------------------------------- cursors
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """Where a page ends: the creation and uid of its last task."""
+
+    created_at: datetime
+    uid: UUID
+
+    def text(self) -> str:
+        """Return it as a word of URLs."""
+        micros = int(self.created_at.astimezone(UTC).timestamp()) * 1_000_000 + self.created_at.microsecond
+        return base64.urlsafe_b64encode(micros.to_bytes(8, "big", signed=True) + self.uid.bytes).decode().rstrip("=")
+
+    @classmethod
+    def parse(cls, text: str) -> "Cursor":
+        """Read what :meth:`text` wrote. Raises ``ValueError``."""
+        try:
+            data = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+            seconds, micros = divmod(int.from_bytes(data[:8], "big", signed=True), 1_000_000)
+            at = datetime.fromtimestamp(seconds, tz=UTC).replace(microsecond=micros)
+            return cls(created_at=at, uid=UUID(bytes=data[8:]))
+        except (binascii.Error, ValueError, OverflowError, OSError) as error:
+            raise ValueError("is no cursor; take next_cursor of the page before as it is") from error
+
+
+CursorText = Annotated[
+    Cursor, BeforeValidator(lambda text: Cursor.parse(str(text))), WithJsonSchema({"type": "string", "maxLength": 64})
+]
+"""A cursor as a parameter of a query."""
 
 
 # ------------------------------------------------------------------------------------------------------------- requests
@@ -166,7 +206,7 @@ class ListQuery(BaseModel):
     """Created before this time."""
     limit: Annotated[int, Field(ge=1, le=200)] = 50
     """Tasks of a page."""
-    cursor: Annotated[str, Field(max_length=64), AfterValidator(lambda text: Cursor.parse(text).text())] | None = None
+    cursor: CursorText | None = None
     """next_cursor of the page before."""
 
 
@@ -371,7 +411,7 @@ class CallbacksQuery(BaseModel):
     """What has become of them; dead: given up."""
     limit: Annotated[int, Field(ge=1, le=200)] = 50
     """Callbacks of a page."""
-    cursor: Annotated[str, Field(max_length=64), AfterValidator(lambda text: Cursor.parse(text).text())] | None = None
+    cursor: CursorText | None = None
     """next_cursor of the page before."""
 
 
@@ -542,27 +582,3 @@ def _json(data: str | None) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------- pages
-
-
-@dataclass(frozen=True, slots=True)
-class Cursor:
-    """Where a page ends: the creation and uid of its last task."""
-
-    created_at: datetime
-    uid: UUID
-
-    def text(self) -> str:
-        """Return it as a word of URLs."""
-        micros = int(self.created_at.astimezone(UTC).timestamp()) * 1_000_000 + self.created_at.microsecond
-        return base64.urlsafe_b64encode(micros.to_bytes(8, "big", signed=True) + self.uid.bytes).decode().rstrip("=")
-
-    @classmethod
-    def parse(cls, text: str) -> "Cursor":
-        """Read what :meth:`text` wrote. Raises ``ValueError``."""
-        try:
-            data = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-            seconds, micros = divmod(int.from_bytes(data[:8], "big", signed=True), 1_000_000)
-            at = datetime.fromtimestamp(seconds, tz=UTC).replace(microsecond=micros)
-            return cls(created_at=at, uid=UUID(bytes=data[8:]))
-        except (binascii.Error, ValueError, OverflowError, OSError) as error:
-            raise ValueError("is no cursor; take next_cursor of the page before as it is") from error

@@ -4,8 +4,9 @@ The table :data:`TITLES` is part of the API: ``docs/gateway.md`` explains every 
 refuse is turned into a problem here and nowhere else.
 """
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -174,6 +175,17 @@ def of_cluster(error: ClusterError, *, what: str) -> Problem:
                 f"{what}: the Kubernetes API does not answer; repeat the request, with an idempotency_key it is safe",
                 retry_after=wait,
             )
+
+
+@contextlib.contextmanager
+def refused(what: str, *, but: type[ClusterError] | tuple[type[ClusterError], ...] = ()) -> Iterator[None]:
+    """Raise :func:`of_cluster` of what the API server refuses within the block, except ``but``."""
+    try:
+        yield
+    except but:
+        raise
+    except ClusterError as error:
+        raise of_cluster(error, what=what) from error
 
 
 def _causes(causes: Sequence[tuple[str, str]], answer: str) -> list[FieldError]:

@@ -20,6 +20,7 @@ from task_gateway.callers import ANYBODY, Caller
 from task_gateway.problems import Problem, of_validation
 
 M = TypeVar("M", bound=BaseModel)
+R = TypeVar("R")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 CALLER: Final = web.RequestKey("caller", Caller)
@@ -136,6 +137,18 @@ def idempotency_key(request: web.Request) -> str | None:
 def answer(data: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     """Return JSON."""
     return web.Response(body=orjson.dumps(data), status=status, content_type="application/json", headers=headers)
+
+
+def answer_page(
+    rows: Sequence[R], *, limit: int, view: Callable[[R], Any], end: Callable[[R], Any], following: str = "next_cursor"
+) -> web.Response:
+    """Return a page of rows, of which one more than ``limit`` was asked for: it tells that there are others.
+
+    ``end`` says of the last row on the page where the next one begins; the answer has that as ``following``.
+    """
+    shown = rows[:limit]
+    after = end(shown[-1]) if len(rows) > limit else None
+    return answer({"items": [view(row) for row in shown], following: after})
 
 
 def read_query(request: web.Request, model: type[M]) -> M:

@@ -16,13 +16,14 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from task_contract.messages import ProgressEvent
+from task_contract.models import spec_again
+from task_contract.names import RETRY_OF_ANNOTATION
 from task_gateway.callers import Caller, Callers
 from task_gateway.cluster import Cluster
 from task_gateway.database import Database, TaskFilter
 from task_gateway.metrics import Metrics
 from task_gateway.models import (
     REQUEST_HASH,
-    RETRY_OF,
     STATUSES,
     Accepted,
     Cursor,
@@ -42,7 +43,7 @@ from task_gateway.models import (
     parse_task,
     stored_view,
 )
-from task_gateway.problems import Problem, is_task_name, of_cluster, of_validation
+from task_gateway.problems import Problem, is_task_name, of_validation, refused
 from task_gateway.routes import (
     IDEMPOTENCY_KEY,
     LIST_NAMESPACE,
@@ -50,6 +51,7 @@ from task_gateway.routes import (
     NAMESPACE,
     Route,
     answer,
+    answer_page,
     asked_namespace,
     caller_of,
     check_media_type,
@@ -61,7 +63,7 @@ from task_gateway.routes import (
     read_query,
 )
 from task_gateway.settings import Settings
-from task_platform.kubernetes import ClusterError, Conflict, NotFound
+from task_platform.kubernetes import Conflict, NotFound
 
 _JSON: Final = "application/json"
 
@@ -219,25 +221,22 @@ class Tasks:
         manifest = manifest_of(wanted, name=name, namespace=namespace, caller=caller.name)
         manifest["metadata"]["annotations"] |= annotations or {}
         for _ in range(2):
-            try:
-                created = await self._cluster.create_task(manifest)
-                self._metrics.accepted.inc()
-                return created, False
-            except Conflict as error:
-                if error.reason != "AlreadyExists":
-                    raise of_cluster(error, what="cannot create the task") from error
-            except NotFound as error:
-                raise Problem(
-                    404, "not-found", f"cannot create the task: {error.answer}; does the namespace exist?"
-                ) from error
-            except ClusterError as error:
-                raise of_cluster(error, what="cannot create the task") from error
-            try:
-                there = await self._cluster.task(namespace, name)
-            except NotFound:
-                continue  # it was deleted in between
-            except ClusterError as error:
-                raise of_cluster(error, what="cannot create the task") from error
+            with refused("cannot create the task"):
+                try:
+                    created = await self._cluster.create_task(manifest)
+                    self._metrics.accepted.inc()
+                    return created, False
+                except Conflict as error:
+                    if error.reason != "AlreadyExists":
+                        raise
+                except NotFound as error:
+                    raise Problem(
+                        404, "not-found", f"cannot create the task: {error.answer}; does the namespace exist?"
+                    ) from error
+                try:
+                    there = await self._cluster.task(namespace, name)
+                except NotFound:
+                    continue  # it was deleted in between
             if (there["metadata"].get("annotations") or {}).get(REQUEST_HASH) == wanted.hash:
                 return there, True
             raise Problem(
@@ -262,12 +261,12 @@ class Tasks:
             created_after=query.created_after,
             created_before=query.created_before,
         )
-        after = None if query.cursor is None else Cursor.parse(query.cursor)
-        rows = await self._database.page(wanted, scope=scope, after=after, limit=query.limit + 1)
-        shown = rows[: query.limit]
-        more = len(rows) > query.limit
-        cursor = Cursor(created_at=shown[-1]["created_at"], uid=shown[-1]["uid"]).text() if more else None
-        return answer({"items": [stored_view(row) for row in shown], "next_cursor": cursor})
+        rows = await self._database.page(wanted, scope=scope, after=query.cursor, limit=query.limit + 1)
+
+        def end(row: Any) -> str:
+            return Cursor(created_at=row["created_at"], uid=row["uid"]).text()
+
+        return answer_page(rows, limit=query.limit, view=stored_view, end=end)
 
     async def _get(self, request: web.Request) -> web.Response:
         namespace, name = await self.named(request, "get")
@@ -276,14 +275,13 @@ class Tasks:
     async def view(self, namespace: str, name: str) -> dict[str, Any]:
         """Return a task: as the API server has it, else from the archive. Raises :class:`Problem`."""
         try:
-            manifest = await self._cluster.task(namespace, name)
+            with refused(f"cannot read task {name}", but=NotFound):
+                manifest = await self._cluster.task(namespace, name)
         except NotFound:
             row = await self._database.task(namespace, name)
             if row is None:
                 raise _no_task(name, namespace) from None
             return stored_view(row)
-        except ClusterError as error:
-            raise of_cluster(error, what=f"cannot read task {name}") from error
         return live_view(manifest, self._latest(manifest["metadata"]["uid"]))
 
     async def named(self, request: web.Request, verb: str, **resource: str) -> tuple[str, str]:
@@ -307,20 +305,17 @@ class Tasks:
         namespace, name = await self.named(request, "get")
         view = await self.view(namespace, name)
         rows = await self._database.events(view["uid"], after=query.after, limit=query.limit + 1)
-        shown = rows[: query.limit]
-        more = len(rows) > query.limit
-        return answer({"items": [event_view(row) for row in shown], "next_after": shown[-1]["number"] if more else None})
+        return answer_page(rows, limit=query.limit, view=event_view, end=lambda row: row["number"], following="next_after")
 
     # ---------------------------------------------------------------------------------------------------------- change
 
     async def _change(self, request: web.Request, spec: Mapping[str, Any], *, what: str) -> web.Response:
         namespace, name = await self.named(request, "patch")
         try:
-            manifest = await self._cluster.change_task(namespace, name, spec)
+            with refused(f"cannot {what} task {name}", but=NotFound):
+                manifest = await self._cluster.change_task(namespace, name, spec)
         except NotFound:
             raise await self._not_there(namespace, name, what=f"cannot {what} task {name}") from None
-        except ClusterError as error:
-            raise of_cluster(error, what=f"cannot {what} task {name}") from error
         return answer(live_view(manifest, self._latest(manifest["metadata"]["uid"])))
 
     async def _prioritize(self, request: web.Request) -> web.Response:
@@ -335,11 +330,10 @@ class Tasks:
     async def _delete(self, request: web.Request) -> web.Response:
         namespace, name = await self.named(request, "delete")
         try:
-            await self._cluster.delete_task(namespace, name)
+            with refused(f"cannot delete task {name}", but=NotFound):
+                await self._cluster.delete_task(namespace, name)
         except NotFound:
             raise await self._not_there(namespace, name, what=f"cannot delete task {name}") from None
-        except ClusterError as error:
-            raise of_cluster(error, what=f"cannot delete task {name}") from error
         return web.Response(status=204)
 
     async def _retry(self, request: web.Request) -> web.Response:
@@ -347,24 +341,24 @@ class Tasks:
         caller = caller_of(request)
         await self._callers.check(caller, "create", namespace)
         try:
-            manifest = await self._cluster.task(namespace, name)
+            with refused(f"cannot read task {name}", but=NotFound):
+                manifest = await self._cluster.task(namespace, name)
             view, spec, labels = live_view(manifest), manifest["spec"], manifest["metadata"].get("labels") or {}
         except NotFound:
             row = await self._database.task(namespace, name)
             if row is None:
                 raise _no_task(name, namespace) from None
             view, spec, labels = stored_view(row), orjson.loads(row["spec"]), {}
-        except ClusterError as error:
-            raise of_cluster(error, what=f"cannot read task {name}") from error
         _finished(view)
-        once = {"cancel", "suspend", "idempotencyKey"}
         again = TaskRequest(
-            spec={key: value for key, value in spec.items() if key not in once},
+            spec=spec_again(spec),
             labels=labels,
             namespace=namespace,
             idempotency_key=idempotency_key(request),
         )
-        created, replayed = await self.create(again, caller=caller, namespace=namespace, annotations={RETRY_OF: name})
+        created, replayed = await self.create(
+            again, caller=caller, namespace=namespace, annotations={RETRY_OF_ANNOTATION: name}
+        )
         return answer(accepted(created), status=202, headers={"Idempotent-Replayed": "true"} if replayed else None)
 
     async def _not_there(self, namespace: str, name: str, *, what: str) -> Problem:
