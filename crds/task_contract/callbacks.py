@@ -17,7 +17,7 @@ CALLBACKS_CHANNEL: Final = "task_callbacks"
 """PostgreSQL's channel on which it is told that callbacks are due: written, or to be sent again."""
 STATES: Final = ("pending", "delivered", "dead")
 REPLAY: Final = (
-    "WITH again AS (UPDATE callbacks SET state = 'pending', next_at = now(), attempts = 0, first_attempt_at = NULL, "  # noqa: S608
+    "WITH again AS (UPDATE callbacks SET state = 'pending', next_at = now(), attempts = 0, first_attempt_at = NULL, "  # noqa: S608 - names of ours; values are parameters
     "finished_at = NULL, lease = NULL WHERE (state = $1 OR $1 IS NULL) AND (namespace = $2 OR $2 IS NULL) "
     "AND (name = ANY($3::text[]) OR $3 IS NULL) RETURNING id) "
     f"SELECT count(*), pg_notify('{CALLBACKS_CHANNEL}', '') FROM again"

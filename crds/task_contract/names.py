@@ -44,6 +44,8 @@ DOCUMENT_ROOT: Final = "/data"
 PROGRESS_CHANNEL: Final = f"{GROUP}:progress"
 """Redis pub/sub channel of :class:`task_contract.messages.ProgressEvent`; what it carries may be lost."""
 
+EVENTS_NOTIFICATION: Final = "task_events"
+"""PostgreSQL's channel on which the number of the youngest row of ``task_events`` is told after each commit."""
 EVENTS_CHANNEL: Final = f"{GROUP}:events"
 """Redis pub/sub channel of the life-cycle events, as CloudEvents in JSON."""
 

@@ -163,7 +163,7 @@ class Database:
     async def task(self, namespace: str, name: str) -> asyncpg.Record | None:
         """Return the row of the youngest task of that name, whether it exists or not."""
         found = await self.rows(
-            f"SELECT {_COLUMNS} FROM tasks WHERE namespace = $1 AND name = $2 ORDER BY created_at DESC LIMIT 1",  # noqa: S608
+            f"SELECT {_COLUMNS} FROM tasks WHERE namespace = $1 AND name = $2 ORDER BY created_at DESC LIMIT 1",  # noqa: S608 - names of ours; values are parameters
             namespace,
             name,
         )
@@ -253,7 +253,7 @@ class Database:
         else:
             clauses += ["tasks.finished_at IS NULL", "tasks.deleted_at IS NULL"]
         rows = await self.rows(
-            "SELECT edge.head, found.* FROM (SELECT coalesce(max(number), 0) AS head FROM task_events) AS edge "  # noqa: S608
+            "SELECT edge.head, found.* FROM (SELECT coalesce(max(number), 0) AS head FROM task_events) AS edge "  # noqa: S608 - names of ours; values are parameters
             f"LEFT JOIN LATERAL (SELECT {distinct} coalesce(last.number, 0) AS number, uid::text AS uid, namespace, name, "
             "kb_id, type, coalesce(last.phase, tasks.phase) AS phase, coalesce(last.attempt, tasks.attempt) AS attempt, "
             "coalesce(last.reason, tasks.reason, tasks.phase) AS reason, coalesce(last.message, tasks.message) AS message, "
@@ -270,7 +270,7 @@ class Database:
         """Return what events there are at all, and those of a filter with numbers above one and up to another."""
         clauses, values = _conditions(wanted, table="task_events", first=4)
         rows = await self.rows(
-            "SELECT edge.lowest, edge.head, found.* FROM (SELECT coalesce(min(number), 0) AS lowest, "  # noqa: S608
+            "SELECT edge.lowest, edge.head, found.* FROM (SELECT coalesce(min(number), 0) AS lowest, "  # noqa: S608 - names of ours; values are parameters
             f"coalesce(max(number), 0) AS head FROM task_events) AS edge LEFT JOIN LATERAL (SELECT {EVENT_COLUMNS} "
             f"FROM task_events WHERE {' AND '.join(['number > $1', 'number <= $2', *clauses])} ORDER BY number LIMIT $3) "
             "AS found ON true ORDER BY found.number",
@@ -299,7 +299,7 @@ class Database:
         """Return documents that readers see, in the order of their ids, from the one after ``after``."""
         beyond, values = ("AND document_id > $4", [after]) if after is not None else ("", [])
         return await self.rows(
-            "SELECT document_id, published_version, chunk_count, content_hash, published_task_uid::text AS task_uid, "  # noqa: S608
+            "SELECT document_id, published_version, chunk_count, content_hash, published_task_uid::text AS task_uid, "  # noqa: S608 - names of ours; values are parameters
             "missing, extra, checked_at, updated_at FROM documents WHERE namespace = $1 AND kb_id = $2 "
             f"AND published_version IS NOT NULL AND chunk_count > 0 {beyond} ORDER BY document_id LIMIT $3",
             namespace,
@@ -314,7 +314,7 @@ class Database:
         """Return how many unfinished tasks there are by phase and priority, and since when the oldest one of each waits."""
         where, values = _within(scope)
         return await self.rows(
-            "SELECT phase, priority, count(*) AS tasks, "  # noqa: S608
+            "SELECT phase, priority, count(*) AS tasks, "  # noqa: S608 - names of ours; values are parameters
             "extract(epoch FROM now() - min(coalesce(queued_at, created_at)))::float8 AS oldest FROM tasks "
             f"WHERE finished_at IS NULL AND deleted_at IS NULL {where} GROUP BY phase, priority",
             *values,
@@ -324,7 +324,7 @@ class Database:
         """Return for each of these times until now how many tasks have ended how, and how long successful ones ran."""
         where, values = _within(scope, first=2)
         return await self.rows(
-            "SELECT period.seconds, count(*) FILTER (WHERE phase = 'Completed') AS completed, "  # noqa: S608
+            "SELECT period.seconds, count(*) FILTER (WHERE phase = 'Completed') AS completed, "  # noqa: S608 - names of ours; values are parameters
             "count(*) FILTER (WHERE phase = 'Failed') AS failed, count(*) FILTER (WHERE phase = 'Canceled') AS canceled, "
             "avg(extract(epoch FROM finished_at - started_at)) FILTER (WHERE phase = 'Completed')::float8 AS ran "
             "FROM unnest($1::int[]) AS period (seconds) LEFT JOIN tasks "

@@ -9,15 +9,15 @@ from typing import Any, Final
 
 import asyncpg
 
+from task_contract.names import EVENTS_NOTIFICATION
 from task_gateway.hub import Event, SourceUnavailable
 
-CHANNEL: Final = "task_events"
 _TIMEOUT: Final = 10.0  # seconds to connect, and for a statement
 EVENT_COLUMNS: Final = "number, task_uid::text AS uid, namespace, name, kb_id, type, phase, attempt, reason, message, at"
 _AFTER: Final = f"SELECT {EVENT_COLUMNS} FROM task_events WHERE number > $1 ORDER BY number LIMIT $2"  # noqa: S608 - a constant
 _HEAD: Final = "SELECT coalesce(max(number), 0) FROM task_events"
 _RUNNING: Final = (
-    f"SELECT {', '.join('last.' + part for part in ('number', 'uid', 'namespace', 'name', 'kb_id', 'type', 'phase'))}, "  # noqa: S608
+    f"SELECT {', '.join('last.' + part for part in ('number', 'uid', 'namespace', 'name', 'kb_id', 'type', 'phase'))}, "  # noqa: S608 - names of ours; values are parameters
     "last.attempt, last.reason, last.message, last.at FROM tasks "
     f"CROSS JOIN LATERAL (SELECT {EVENT_COLUMNS} FROM task_events WHERE task_uid = tasks.uid ORDER BY number DESC LIMIT 1) "
     "AS last WHERE tasks.phase = 'Processing' AND tasks.finished_at IS NULL AND tasks.deleted_at IS NULL "
@@ -46,7 +46,7 @@ class Listener:
                 connection = await asyncpg.connect(self._url, timeout=_TIMEOUT, command_timeout=_TIMEOUT)
                 self._connection = connection
                 connection.add_termination_listener(self._wake)
-                await connection.add_listener(CHANNEL, self._wake)
+                await connection.add_listener(EVENTS_NOTIFICATION, self._wake)
         except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             raise SourceUnavailable(f"cannot listen to events: {error!r}; is PostgreSQL reachable?") from error
 

@@ -169,17 +169,22 @@ def read_query(request: web.Request, model: type[M]) -> M:
 def query_parameters(model: type[BaseModel]) -> tuple[Parameter, ...]:
     """Return the parameters that :func:`read_query` takes for a model, for the OpenAPI document."""
     schema = model.model_json_schema()
-    found = []
-    for name, one in schema["properties"].items():
-        plain = {key: value for key, value in one.items() if key not in {"title", "description", "default"}}
-        branches = [branch for branch in plain.pop("anyOf", ()) if branch != {"type": "null"}]
-        plain |= branches[0] if branches else {}
-        if reference := plain.pop("$ref", None):
-            plain = {"type": "string", "enum": schema["$defs"][reference.rpartition("/")[2]]["enum"]}
-        if one.get("default") is not None:
-            plain["default"] = one["default"]
-        found.append(Parameter(name, "query", plain, one.get("description", "")))
-    return tuple(found)
+    return tuple(
+        Parameter(name, "query", plain_schema(one, schema), one.get("description", ""))
+        for name, one in schema["properties"].items()
+    )
+
+
+def plain_schema(one: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of a field of a model, whose schema is ``whole``, without null and references: as text has it."""
+    plain = {key: value for key, value in one.items() if key not in {"title", "description", "default"}}
+    branches = [branch for branch in plain.pop("anyOf", ()) if branch != {"type": "null"}]
+    plain |= branches[0] if branches else {}
+    if reference := plain.pop("$ref", None):
+        plain = {"type": "string", "enum": whole["$defs"][reference.rpartition("/")[2]]["enum"]}
+    if one.get("default") is not None:
+        plain["default"] = one["default"]
+    return plain
 
 
 async def read_body(request: web.Request, *, limit: int) -> bytes:

@@ -16,7 +16,7 @@ import orjson
 import structlog
 from aiohttp import BodyPartReader, web
 
-from task_contract.models import ProcessingMode, TaskType
+from task_contract.models import Payload, TaskType
 from task_contract.names import GROUP, digest
 from task_gateway.callers import Caller, Callers
 from task_gateway.documents import (
@@ -30,7 +30,7 @@ from task_gateway.documents import (
 )
 from task_gateway.models import Accepted, accepted, parse_task
 from task_gateway.problems import FieldError, Problem
-from task_gateway.routes import NAMESPACE, Route, answer, asked_namespace, caller_of
+from task_gateway.routes import NAMESPACE, Route, answer, asked_namespace, caller_of, plain_schema
 from task_gateway.tasks import Tasks
 
 _log = structlog.get_logger(__name__)
@@ -301,6 +301,7 @@ def _body(fields: Mapping[str, str], upload: _Upload, *, file_path: str, size: i
     }
 
 
+_PAYLOAD_SCHEMA: Final = Payload.model_json_schema(by_alias=False)
 _FORM_SCHEMA: Final[dict[str, Any]] = {
     "type": "object",
     "required": ["kb_id", "file"],
@@ -308,11 +309,11 @@ _FORM_SCHEMA: Final[dict[str, Any]] = {
     "properties": {
         "namespace": {"type": "string", "maxLength": 63, "description": "Where the task goes; stands before the file."},
         "kb_id": {"type": "string", "minLength": 1, "maxLength": 63},
-        "document_id": {"type": "string", "maxLength": 512, "description": "Default: the name of the file."},
-        "chunk_size": {"type": "integer", "minimum": 50, "maximum": 8000},
-        "chunk_overlap": {"type": "integer", "minimum": 0, "maximum": 4000},
-        "processing_mode": {"type": "string", "enum": [str(mode) for mode in ProcessingMode]},
-        "embedding_model": {"type": "string", "maxLength": 253},
+        **{
+            name: plain_schema(_PAYLOAD_SCHEMA["properties"][name], _PAYLOAD_SCHEMA)
+            for name in _PAYLOAD
+            if name not in _AS_JSON
+        },
         "metadata": {"type": "string", "description": "A JSON object of labels, as payload.metadata."},
         "sha256": {"type": "string", "description": "Of the file: another one is refused."},
         **{

@@ -18,9 +18,9 @@ import asyncpg
 import orjson
 import structlog
 
+from task_contract.names import EVENTS_NOTIFICATION
 from task_contract.views import event_status, percent, timestamp
 from task_operator.metrics import Metrics
-from task_operator.outbox import EVENTS_CHANNEL
 
 _log = structlog.get_logger(__name__)
 
@@ -168,7 +168,7 @@ class Publisher:
         which = zlib.crc32(self._sink.name.encode()) & 0x7FFFFFFF
         while not await connection.fetchval("SELECT pg_try_advisory_lock($1, $2)", _LOCK, which):  # noqa: ASYNC110
             await asyncio.sleep(_TURN)
-        await connection.add_listener(EVENTS_CHANNEL, lambda *_: self._wake.set())
+        await connection.add_listener(EVENTS_NOTIFICATION, lambda *_: self._wake.set())
         await connection.execute(_BEGIN, self._sink.name)
 
     async def _publish(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:

@@ -17,8 +17,6 @@ import structlog
 
 _log = structlog.get_logger(__name__)
 
-EVENTS_CHANNEL: Final = "task_events"
-"""PostgreSQL's channel on which the number of the youngest event is told."""
 _MAX_BACKOFF: Final = 30.0  # seconds
 _PING: Final = 15.0  # seconds between two looks whether a connection that only listens is still there
 

@@ -30,6 +30,7 @@ from pydantic import ValidationError
 from task_contract.callbacks import CALLBACKS_CHANNEL, callback_body, callback_id, fill_url, host_of
 from task_contract.location import check_callback_url
 from task_contract.messages import AttemptOutcome
+from task_contract.names import EVENTS_NOTIFICATION
 from task_operator.backlog import LIMIT, Backlog, Row
 from task_operator.jobs import parse_time
 from task_operator.metrics import Metrics
@@ -105,19 +106,19 @@ _UPSERT: Final = (
     f"SELECT uid::text AS uid, last.* FROM written {_LAST_EVENTS}"
 )
 _MARK_DELETED: Final = (
-    "WITH written AS (UPDATE tasks SET deleted_at = now(), updated_at = now(), told_version = resource_version "  # noqa: S608
+    "WITH written AS (UPDATE tasks SET deleted_at = now(), updated_at = now(), told_version = resource_version "  # noqa: S608 - names of ours; values are parameters
     f"WHERE uid = ANY($1::uuid[]) AND deleted_at IS NULL RETURNING {_NAMES}) "
     f"SELECT {', '.join(f'written.{name} AS of_{name}' for name, _ in _COLUMNS)}, last.* FROM written {_LAST_EVENTS}"
 )
 _ADD_EVENTS: Final = (
-    "WITH told AS (INSERT INTO task_events "
+    "WITH told AS (INSERT INTO task_events "  # noqa: S608 - names of ours
     "(task_uid, namespace, name, kb_id, type, phase, attempt, reason, message, queued_at, at) "
     "SELECT uid, namespace, name, kb_id, type, event.phase, event.attempt, event.reason, event.message, event.queued_at, "
     "coalesce(event.at, now()) FROM unnest("
     "$1::uuid[], $2::text[], $3::smallint[], $4::timestamptz[], $5::text[], $6::text[], $7::timestamptz[]) "
     "WITH ORDINALITY AS event (uid, phase, attempt, queued_at, reason, message, at, place) "
     "JOIN tasks USING (uid) ORDER BY event.place RETURNING number) "
-    "SELECT pg_notify('task_events', max(number)::text) FROM told"
+    f"SELECT pg_notify('{EVENTS_NOTIFICATION}', max(number)::text) FROM told"
 )
 _PUT_ATTEMPTS: Final = (
     "INSERT INTO attempts (task_uid, number, job, started_at, finished_at, reason, error) "
@@ -354,7 +355,7 @@ class Database:
         scope = "AND namespace = ANY($1::text[])" if namespaces else "AND $1::text[] IS NOT NULL"
         rows = await self.ask(
             lambda connection: connection.fetch(
-                "SELECT uid::text AS uid, resource_version AS version, finished_at IS NOT NULL AS finished, "  # noqa: S608
+                "SELECT uid::text AS uid, resource_version AS version, finished_at IS NOT NULL AS finished, "  # noqa: S608 - names of ours; values are parameters
                 f"told_version IS NOT DISTINCT FROM resource_version AS told FROM tasks WHERE deleted_at IS NULL {scope}",
                 list(namespaces),
             )

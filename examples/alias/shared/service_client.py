@@ -2,4 +2,4 @@
 PYTHONPATH. It is no part of the installed product: a top-level package of such a name would hide yours.
 """
 
-from service_client import *  # noqa: F403
+from service_client import *  # noqa: F403 - all of it, under another name
