@@ -20,7 +20,7 @@ from tests.support.broker import Broker
 from tests.support.gateway_lab import GatewayProcess, account, document
 from tests.support.operator_lab import Place, until
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.alone]  # they stop the broker
 
 
 @dataclass
