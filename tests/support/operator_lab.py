@@ -199,8 +199,9 @@ class Kubelet:
         elif phase == "Running":
             outcome = self.outcomes.get(attempt, AttemptOutcome(outcome=Outcome.SUCCEEDED, attempt=attempt))
             # The Job has to be seen to run first: that is what the operator sees.
-            job = await self.place.kube.ask("GET", self.place.path("jobs", pod["metadata"]["labels"]["job-name"]))
-            if outcome is not None and job[1].get("status", {}).get("ready"):
+            code, job = await self.place.kube.ask("GET", self.place.path("jobs", pod["metadata"]["labels"]["job-name"]))
+            # Not found: the Job went between the list of pods and this look.
+            if outcome is not None and code == 200 and job.get("status", {}).get("ready"):
                 await self.write(pod, ended(outcome, message=self.messages))
 
     async def write(self, pod: Mapping[str, Any], status: Mapping[str, Any]) -> None:
