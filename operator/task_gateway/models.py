@@ -8,7 +8,7 @@ import base64
 import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, ClassVar, Final, Literal, Protocol
 from uuid import UUID
 
@@ -47,6 +47,9 @@ _NOT_HERE: Final = frozenset({"type", "cancel"})
 # -------------------------------------------------------------------------------------------------------------- cursors
 
 
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
 @dataclass(frozen=True, slots=True)
 class Cursor:
     """Where a page ends: the creation and uid of its last task."""
@@ -56,7 +59,7 @@ class Cursor:
 
     def text(self) -> str:
         """Return it as a word of URLs."""
-        micros = int(self.created_at.astimezone(UTC).timestamp()) * 1_000_000 + self.created_at.microsecond
+        micros = (self.created_at - _EPOCH) // timedelta(microseconds=1)  # a float of seconds would round them
         return base64.urlsafe_b64encode(micros.to_bytes(8, "big", signed=True) + self.uid.bytes).decode().rstrip("=")
 
     @classmethod
@@ -64,10 +67,9 @@ class Cursor:
         """Read what :meth:`text` wrote. Raises ``ValueError``."""
         try:
             data = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-            seconds, micros = divmod(int.from_bytes(data[:8], "big", signed=True), 1_000_000)
-            at = datetime.fromtimestamp(seconds, tz=UTC).replace(microsecond=micros)
+            at = _EPOCH + timedelta(microseconds=int.from_bytes(data[:8], "big", signed=True))
             return cls(created_at=at, uid=UUID(bytes=data[8:]))
-        except (binascii.Error, ValueError, OverflowError, OSError) as error:
+        except (binascii.Error, ValueError, OverflowError) as error:
             raise ValueError("is no cursor; take next_cursor of the page before as it is") from error
 
 
