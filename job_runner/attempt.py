@@ -108,7 +108,7 @@ async def run_attempt(
     structlog.contextvars.bind_contextvars(
         task=f"{task.metadata.namespace}/{task.metadata.name}", uid=str(uid), attempt=settings.attempt
     )
-    deletes = task.spec.type is TaskType.DOCUMENT_PROCESSING and task.spec.payload.effective_action is not Action.UPSERT
+    deletes = task.spec.type is TaskType.DOCUMENT_PROCESSING and task.spec.effective_action is not Action.UPSERT
     ledger = Ledger(settings.postgres_url.get_secret_value())
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(ledger.aclose)

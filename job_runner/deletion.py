@@ -203,11 +203,11 @@ async def in_use(generation: Generation, ledger: Ledger) -> bool:
 
 def _checked(payload: Payload, kb_id: str) -> str | None:
     """Return the document's identity, None for the whole knowledge base. The API server holds these rules too."""
-    whole = payload.effective_action is Action.DELETE_KNOWLEDGE_BASE
+    whole = payload.action is Action.DELETE_KNOWLEDGE_BASE
     fitting = _KNOWLEDGE_BASE if whole else _DOCUMENT
     if other := sorted(payload.manifest().keys() - fitting):
         raise InvalidTask(
-            f"cannot delete with payload.{', payload.'.join(other)}: action {payload.effective_action} takes only "
+            f"cannot delete with payload.{', payload.'.join(other)}: action {payload.action} takes only "
             f"{', '.join(sorted(fitting))}; leave out the others"
         )
     if not whole:

@@ -11,32 +11,47 @@ from task_contract.location import (
     CALLBACK_PATTERN,
     HTTP_MESSAGE,
     HTTP_PATTERN,
+    OUTPUT_MESSAGE,
+    OUTPUT_PATTERN,
+    PREFIX_MESSAGE,
     S3_MESSAGE,
     S3_PATTERN,
+    S3_PREFIX_PATTERN,
     SCHEME_MESSAGE,
 )
-from task_contract.models import AVAILABLE_TYPES, Spec, Status, TaskType
+from task_contract.models import AVAILABLE_TYPES, INLINE_BYTES, Action, Spec, Status, TaskType
 from task_contract.names import DOCUMENT_ROOT, GROUP, KIND, PART_OF, PLURAL, SHORT_NAME, VERSION
 from task_contract.structural import Schema, structural_schema
 
 _AVAILABLE: Final = ", ".join(AVAILABLE_TYPES)
 
-_PAYLOAD_FIELDS: Final[dict[TaskType, tuple[str, ...]]] = {
-    TaskType.DOCUMENT_PROCESSING: (
-        "action",
-        "confirm",
-        "filePath",
-        "fileBytes",
-        "documentId",
-        "chunkSize",
-        "chunkOverlap",
-        "processingMode",
-        "embeddingModel",
-        "metadata",
+_SPLITTING: Final = ("chunkSize", "chunkOverlap", "processingMode", "embeddingModel")
+PAYLOAD_FIELDS: Final[dict[TaskType, tuple[str, ...]]] = {
+    TaskType.DOCUMENT_PROCESSING: ("action", "confirm", "filePath", "fileBytes", "documentId", *_SPLITTING, "metadata"),
+    TaskType.BATCH_PROCESSING: (
+        *("filePaths", "prefix", "glob", "manifestPath", "parallelism", "maxFailedPercent"),
+        *(*_SPLITTING, "metadata"),
     ),
+    TaskType.KNOWLEDGE_INDEXING: (
+        *("action", "confirm", "rebuildIndex", "enhancementType"),
+        *(*_SPLITTING, "goldenPath", "maxRecallDrop", "keepGenerationSeconds"),
+    ),
+    TaskType.EMBEDDING_GENERATION: ("texts", "inputPath", "outputPath", "embeddingModel"),
+    TaskType.VECTOR_STORAGE: ("inputPath", "fromTask", "documentId", "embeddingModel", "metadata"),
     TaskType.HEALTH_CHECK: ("components",),
 }
 """Which fields of the payload fit which type."""
+
+_ACTIONS: Final = {
+    TaskType.DOCUMENT_PROCESSING: (Action.UPSERT, Action.DELETE, Action.DELETE_KNOWLEDGE_BASE),
+    TaskType.KNOWLEDGE_INDEXING: (Action.INDEX, Action.ROLLBACK, Action.REPAIR, Action.PURGE),
+}
+_INPUTS: Final = {
+    TaskType.BATCH_PROCESSING: ("filePaths", "prefix", "manifestPath"),
+    TaskType.EMBEDDING_GENERATION: ("texts", "inputPath"),
+    TaskType.VECTOR_STORAGE: ("inputPath", "fromTask"),
+}
+"""Of these fields each type takes one."""
 
 _MUTABLE: Final = frozenset({"cancel", "suspend", "priority", "ttlSecondsAfterFinished"})
 
@@ -48,6 +63,10 @@ def _rule(rule: str, message: str, *, field: str | None = None, reason: str = "F
     return {"rule": rule, "message": message, "reason": reason, **where}
 
 
+def _exactly_one(*fields: str) -> str:
+    return " + ".join(f"(has(self.payload.{field}) ? 1 : 0)" for field in fields) + " == 1"
+
+
 def _type_rules() -> list[Rule]:
     rules = [
         _rule(
@@ -56,7 +75,7 @@ def _type_rules() -> list[Rule]:
             field=".type",
         ),
         _rule(
-            "self.type == 'health_check' || has(self.kbId)",
+            "self.type in ['health_check', 'embedding_generation'] || has(self.kbId)",
             "spec.kbId: required: name the knowledge base",
             field=".kbId",
             reason="FieldValueRequired",
@@ -68,10 +87,36 @@ def _type_rules() -> list[Rule]:
             field=".payload",
             reason="FieldValueRequired",
         ),
+        *(
+            _rule(
+                f"self.type != '{kind}' || (has(self.payload) && {_exactly_one(*fields)})",
+                f"spec.payload: {kind} takes exactly one of {', '.join(fields)}",
+                field=".payload",
+                reason="FieldValueRequired",
+            )
+            for kind, fields in _INPUTS.items()
+        ),
         _rule(
-            "!has(self.payload) || !has(self.payload.action) || self.payload.action != 'delete_knowledge_base'"
+            "self.type != 'knowledge_indexing' || has(self.payload) && (has(self.payload.action)"
+            " && self.payload.action != 'index' || has(self.payload.rebuildIndex) && self.payload.rebuildIndex"
+            " || has(self.payload.enhancementType) && self.payload.enhancementType != 'none')",
+            "spec.payload: knowledge_indexing needs rebuildIndex: true, enhancementType: semantic_analysis, or an action",
+            field=".payload",
+            reason="FieldValueRequired",
+        ),
+        *(
+            _rule(
+                f"self.type != '{kind}' || !has(self.payload) || !has(self.payload.action)"
+                f" || self.payload.action in {[str(action) for action in actions]}",
+                f"spec.payload.action: {kind} has {', '.join(actions)}",
+                field=".payload",
+            )
+            for kind, actions in _ACTIONS.items()
+        ),
+        _rule(
+            "!has(self.payload) || !has(self.payload.action) || !(self.payload.action in ['delete_knowledge_base', 'purge'])"
             " || has(self.kbId) && has(self.payload.confirm) && self.payload.confirm == self.kbId",
-            "spec.payload.confirm: delete_knowledge_base removes every document: give the kbId once more to confirm it",
+            "spec.payload.confirm: this action removes every document: give the kbId once more to confirm it",
             field=".payload",
         ),
         _rule(
@@ -85,9 +130,9 @@ def _type_rules() -> list[Rule]:
             field=".callback",
         ),
     ]
-    fields = sorted({field for fields in _PAYLOAD_FIELDS.values() for field in fields})
+    fields = sorted({field for fields in PAYLOAD_FIELDS.values() for field in fields})
     for field in fields:
-        types = [kind for kind, fitting in _PAYLOAD_FIELDS.items() if field in fitting]
+        types = [kind for kind, fitting in PAYLOAD_FIELDS.items() if field in fitting]
         fits = f"self.type in {[str(kind) for kind in types]}"
         rules.append(
             _rule(
@@ -143,6 +188,45 @@ def _immutable_rules(spec: Schema) -> list[Rule]:
 
 _UPSERT_ONLY: Final = ("fileBytes", "chunkSize", "chunkOverlap", "processingMode", "embeddingModel", "metadata")
 
+_INDEX_ONLY: Final = ("rebuildIndex", "enhancementType")
+_REBUILD_ONLY: Final = ("goldenPath", "maxRecallDrop", "keepGenerationSeconds")
+
+
+def _document_rules(field: str) -> list[Rule]:
+    """Return the rules of one field that names a document."""
+    absent, value = f"!has(self.{field})", f"self.{field}"
+    return [
+        _rule(f"{absent} || {rule}", f"spec.payload.{field}: {message}", field=f".{field}")
+        for rule, message in _of_document(value)
+    ]
+
+
+def _all_documents(field: str) -> list[Rule]:
+    """Return the same for a field that lists documents."""
+    return [
+        _rule(f"!has(self.{field}) || self.{field}.all(one, {rule})", f"spec.payload.{field}: {message}", field=f".{field}")
+        for rule, message in _of_document("one")
+    ]
+
+
+def _of_document(value: str) -> list[tuple[str, str]]:
+    """Return (rule, message) of a document's place."""
+    return [
+        (f"!{value}.contains('://') || {value}.matches('^(s3|https?)://')", SCHEME_MESSAGE),
+        (f"!{value}.matches('^https?://') || {value}.matches(r'{HTTP_PATTERN}')", HTTP_MESSAGE),
+        (f"!{value}.startsWith('s3://') || {value}.matches(r'{S3_PATTERN}')", S3_MESSAGE),
+        # Not in the models: outside a cluster the document root may be another one.
+        (
+            f"!{value}.startsWith('/') || {value}.startsWith('{DOCUMENT_ROOT}/')",
+            f"an absolute path lies below {DOCUMENT_ROOT}/, where the document volume is",
+        ),
+        (
+            f"!{value}.split('/').exists(part, part == '..')",
+            "'..' is not allowed; give the path below the document volume",
+        ),
+    ]
+
+
 _PAYLOAD_RULES: Final = [
     _rule(
         "!has(self.action) || self.action != 'delete' || has(self.filePath) || has(self.documentId)",
@@ -156,42 +240,58 @@ _PAYLOAD_RULES: Final = [
         field=".action",
     ),
     _rule(
-        f"!has(self.action) || self.action == 'upsert' || !({' || '.join(f'has(self.{name})' for name in _UPSERT_ONLY)})",
+        "!has(self.action) || !(self.action in ['delete', 'delete_knowledge_base'])"
+        f" || !({' || '.join(f'has(self.{name})' for name in _UPSERT_ONLY)})",
         f"spec.payload.action: only upsert takes {', '.join(_UPSERT_ONLY)}; leave them out",
         field=".action",
         reason="FieldValueForbidden",
     ),
     _rule(
-        "!has(self.confirm) || has(self.action) && self.action == 'delete_knowledge_base'",
-        "spec.payload.confirm: only for action delete_knowledge_base; leave it out",
+        "!has(self.confirm) || has(self.action) && self.action in ['delete_knowledge_base', 'purge']",
+        "spec.payload.confirm: only for actions delete_knowledge_base and purge; leave it out",
         field=".confirm",
         reason="FieldValueForbidden",
     ),
+    *(rule for field in ("filePath", "manifestPath", "goldenPath", "inputPath") for rule in _document_rules(field)),
+    *_all_documents("filePaths"),
     _rule(
-        "!has(self.filePath) || !self.filePath.contains('://') || self.filePath.matches('^(s3|https?)://')",
-        f"spec.payload.filePath: {SCHEME_MESSAGE}",
-        field=".filePath",
+        f"!has(self.prefix) || (self.prefix.contains('://') ? self.prefix.matches(r'{S3_PREFIX_PATTERN}')"
+        f" : (!self.prefix.startsWith('/') || (self.prefix + '/').startsWith('{DOCUMENT_ROOT}/'))"
+        " && !self.prefix.split('/').exists(part, part == '..'))",
+        f"spec.payload.prefix: {PREFIX_MESSAGE}; an absolute path lies below {DOCUMENT_ROOT}/",
+        field=".prefix",
     ),
     _rule(
-        f"!has(self.filePath) || !self.filePath.matches('^https?://') || self.filePath.matches(r'{HTTP_PATTERN}')",
-        f"spec.payload.filePath: {HTTP_MESSAGE}",
-        field=".filePath",
+        "!has(self.glob) || has(self.prefix)",
+        "spec.payload.glob: only with prefix; leave it out",
+        field=".glob",
+        reason="FieldValueForbidden",
     ),
     _rule(
-        f"!has(self.filePath) || !self.filePath.startsWith('s3://') || self.filePath.matches(r'{S3_PATTERN}')",
-        f"spec.payload.filePath: {S3_MESSAGE}",
-        field=".filePath",
+        f"!has(self.outputPath) || self.outputPath.matches(r'{OUTPUT_PATTERN}')",
+        f"spec.payload.outputPath: {OUTPUT_MESSAGE}",
+        field=".outputPath",
     ),
-    # Not in the models: outside a cluster the document root may be another one.
-    _rule(
-        f"!has(self.filePath) || !self.filePath.startsWith('/') || self.filePath.startsWith('{DOCUMENT_ROOT}/')",
-        f"spec.payload.filePath: an absolute path lies below {DOCUMENT_ROOT}/, where the document volume is",
-        field=".filePath",
+    *(
+        _rule(
+            f"!has(self.{field}) || self.{field}.map(one, bytes(one).size()).sum() <= {INLINE_BYTES}",
+            f"spec.payload.{field}: at most {INLINE_BYTES} bytes in all; {remedy}",
+            field=f".{field}",
+        )
+        for field, remedy in (("filePaths", "use prefix or manifestPath"), ("texts", "use inputPath"))
     ),
     _rule(
-        "!has(self.filePath) || !self.filePath.split('/').exists(part, part == '..')",
-        "spec.payload.filePath: '..' is not allowed; give the path below the document volume",
-        field=".filePath",
+        "!has(self.action) || !(self.action in ['rollback', 'repair', 'purge'])"
+        f" || !({' || '.join(f'has(self.{name})' for name in _INDEX_ONLY)})",
+        f"spec.payload.action: only index takes {', '.join(_INDEX_ONLY)}; leave them out",
+        field=".action",
+        reason="FieldValueForbidden",
+    ),
+    _rule(
+        f"(has(self.rebuildIndex) && self.rebuildIndex) || !({' || '.join(f'has(self.{name})' for name in _REBUILD_ONLY)})",
+        f"spec.payload.rebuildIndex: only a rebuild takes {', '.join(_REBUILD_ONLY)}; leave them out",
+        field=".rebuildIndex",
+        reason="FieldValueForbidden",
     ),
     _rule(
         "!has(self.chunkOverlap) || self.chunkOverlap < (has(self.chunkSize) ? self.chunkSize : 1000)",

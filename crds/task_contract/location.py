@@ -1,5 +1,5 @@
-"""The forms of ``payload.filePath``: a path of the document volume, ``s3://bucket/key``, ``https://`` or ``http://``; and
-of ``callback.url``.
+"""The forms of ``payload.filePath``: a path of the document volume, ``s3://bucket/key``, ``https://`` or ``http://``; of
+``payload.prefix`` and ``payload.outputPath``; and of ``callback.url``.
 
 The same patterns stand in the CRD, in RE2, and in the models. A URL carries neither user nor query: a specification is
 kept by etcd and PostgreSQL and shown by kubectl, and a query is where signatures and tokens stand.
@@ -12,6 +12,11 @@ HTTP_PATTERN: Final = r"^https?://([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0
 """Host names in ASCII only (others in their xn-- form); the path may have any script and is encoded when it is asked for."""
 S3_PATTERN: Final = r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/([^/?#.]|[.][^/?#.]|[.][.][^/?#])[^/?#]*)+$"
 """Bucket by Amazon's rules; the key is made of segments that are neither empty nor ``.`` nor ``..``."""
+
+S3_PREFIX_PATTERN: Final = r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/(([^/?#.]|[.][^/?#.]|[.][.][^/?#])[^/?#]*/)*$"
+"""As :data:`S3_PATTERN`, ending with the slash of a folder; the bucket alone is its root."""
+OUTPUT_PATTERN: Final = r"^(/data/)?outputs/(([^/.]|[.][^/.]|[.][.][^/])[^/]*/)*[^/.][^/]*\.(npy|jsonl|parquet)$"
+"""Below the folder ``outputs`` of the document volume, the only one that task pods write to; no part is ``.`` or ``..``."""
 
 CALLBACK_PATTERN: Final = (
     r"^https?://([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?"
@@ -30,6 +35,10 @@ HTTP_MESSAGE: Final = (
     "must be https://HOST[:PORT]/PATH without user, password, query and fragment: "
     "specs are stored and shown, so no signed URL belongs in one"
 )
+PREFIX_MESSAGE: Final = (
+    "must be a folder below the document volume, or s3://BUCKET/FOLDER/ with a slash at its end; no part is '..'"
+)
+OUTPUT_MESSAGE: Final = "must be outputs/NAME.npy, .jsonl or .parquet, below the document volume; folders may stand between"
 S3_MESSAGE: Final = "must be s3://BUCKET/KEY without query and fragment; parts of the key are neither empty nor '.' nor '..'"
 
 
@@ -51,6 +60,21 @@ def check_file_path(file_path: str) -> str:
                 raise ValueError(message)
             return file_path
     raise ValueError(SCHEME_MESSAGE)
+
+
+def check_prefix(prefix: str) -> str:
+    """Return the prefix as it is. Raises ValueError for one of another form; folders are checked where they are opened."""
+    bad = re.fullmatch(S3_PREFIX_PATTERN, prefix) is None if is_url(prefix) else ".." in prefix.split("/")
+    if bad:
+        raise ValueError(PREFIX_MESSAGE)
+    return prefix
+
+
+def check_output_path(path: str) -> str:
+    """Return the path as it is. Raises ValueError for one of another form."""
+    if re.fullmatch(OUTPUT_PATTERN, path) is None:
+        raise ValueError(OUTPUT_MESSAGE)
+    return path
 
 
 def check_callback_url(url: str) -> str:

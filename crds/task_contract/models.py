@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic.alias_generators import to_camel
 
 from task_contract.errors import InvalidTask
-from task_contract.location import check_callback_url, check_file_path
+from task_contract.location import check_callback_url, check_file_path, check_output_path, check_prefix
 
 
 class TaskType(StrEnum):
@@ -76,7 +76,9 @@ class Stage(StrEnum):
     SPLIT = "split"
     EMBED = "embed"
     STORE = "store"
+    ANALYZE = "analyze"
     VERIFY = "verify"
+    GATE = "gate"
     PUBLISH = "publish"
     CHECK = "check"
 
@@ -151,11 +153,22 @@ class ProcessingMode(StrEnum):
 
 
 class Action(StrEnum):
-    """What becomes of a document, or of a whole knowledge base."""
+    """What becomes of a document, or of a whole knowledge base. The first three are those of document_processing."""
 
     UPSERT = "upsert"
     DELETE = "delete"
     DELETE_KNOWLEDGE_BASE = "delete_knowledge_base"
+    INDEX = "index"
+    ROLLBACK = "rollback"
+    REPAIR = "repair"
+    PURGE = "purge"
+
+
+class EnhancementType(StrEnum):
+    """What knowledge_indexing adds to the chunks of a knowledge base."""
+
+    NONE = "none"
+    SEMANTIC_ANALYSIS = "semantic_analysis"
 
 
 class Component(StrEnum):
@@ -169,6 +182,22 @@ class Component(StrEnum):
     DOCUMENTS = "documents"
 
 
+INLINE_BYTES: Final = 48 * 1024
+"""Most bytes of a list of texts or paths: a specification has at most 64 KiB."""
+
+
+def _bounded(values: list[str]) -> list[str]:
+    if (size := sum(len(value.encode(errors="replace")) for value in values)) > INLINE_BYTES:
+        raise ValueError(f"has {size} bytes, {INLINE_BYTES} are the most; put them into a file")
+    return values
+
+
+FilePath = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")]
+_Document = Annotated[FilePath, AfterValidator(check_file_path)]
+_Prefix = Annotated[FilePath, AfterValidator(check_prefix)]
+_Output = Annotated[FilePath, AfterValidator(check_output_path)]
+
+
 class Payload(Model):
     """What a task works on. One flat object for all types; CEL says which fields fit which type.
 
@@ -177,29 +206,44 @@ class Payload(Model):
     """
 
     action: Action | None = None
-    """upsert (default) publishes the document; delete removes every version of it from both stores, and needs no file;
-    delete_knowledge_base removes all documents, and needs confirm."""
+    """Of document_processing: upsert (default) publishes the document; delete removes every version of it from both stores,
+    and needs no file; delete_knowledge_base removes all documents, and needs confirm. Of knowledge_indexing: index (default)
+    does what rebuildIndex and enhancementType say; rollback makes the generation before serve again; repair mends what
+    ledger and stores do not have alike; purge removes the knowledge base everywhere, and needs confirm."""
     confirm: Annotated[str, Field(min_length=1, max_length=63)] | None = None
-    """The kbId once more: what delete_knowledge_base removes cannot be brought back."""
-    file_path: (
-        Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$"), AfterValidator(check_file_path)]
-        | None
-    ) = None
+    """The kbId once more: what delete_knowledge_base and purge remove cannot be brought back."""
+    file_path: _Document | None = None
     """The document: a path below the document volume, absolute (``/data/handbook.pdf``) or relative (``handbook.pdf``),
     ``s3://bucket/key``, or ``https://host/path``, where the runner's settings allow it ``http://`` too."""
     file_bytes: Annotated[int, Field(ge=0, le=2**40)] | None = None
     """Size of the file, where the caller knows it: picks the resources."""
+    file_paths: Annotated[list[_Document], Field(min_length=1, max_length=1000), AfterValidator(_bounded)] | None = None
+    """The documents of a batch, each as filePath: at most 1000, and 48 KiB in all; each is its own documentId."""
+    prefix: _Prefix | None = None
+    """Instead of filePaths: a folder of the document volume (``manuals`` or ``/data/manuals``), or ``s3://bucket/prefix/``;
+    every file below it that glob matches is a document."""
+    glob: Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+$")] | None = None
+    """Which files below prefix, by their path from there: ``*.pdf``, ``2026/**/*.md``. Default: ``**``, all of them."""
+    manifest_path: _Document | None = None
+    """Instead of filePaths: a text file with one filePath a line, or a JSON object a line with filePath and, where it is
+    another, documentId and metadata."""
+    parallelism: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Pods of a batch that work at once. Default: 4."""
+    max_failed_percent: Annotated[int, Field(ge=0, le=100)] | None = None
+    """A batch of which more documents than that fail for good is Failed; what the others brought stays. Default: 0."""
     document_id: Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]+$")] | None = None
-    """Identity of the document within its knowledge base; a later task with the same id replaces it. Default: filePath."""
+    """Identity of the document within its knowledge base; a later task with the same id replaces it. Default: filePath; of
+    vector_storage inputPath, or fromTask."""
     chunk_size: Annotated[int, Field(ge=50, le=8000)] | None = None
-    """Largest size of a chunk in characters (Unicode code points). Default: 1000."""
+    """Largest size of a chunk in characters (Unicode code points). Default: 1000; of a rebuild, that of each document."""
     chunk_overlap: Annotated[int, Field(ge=0, le=4000)] | None = None
     """Characters repeated from one chunk to the next. Default: 200, or a fifth of a chunkSize below 1000."""
     processing_mode: ProcessingMode | None = None
     """intelligent_split (default) ends chunks at sentences and headings, semantic also where the topic changes, by the
     meaning of the sentences; fixed cuts at chunkSize."""
     embedding_model: Annotated[str, Field(min_length=1, max_length=253)] | None = None
-    """Name of the embedding model. Default: the model of the runner's settings."""
+    """Name of the embedding model, one of the runner's settings. Default: that of the knowledge base, else the first of the
+    settings. A rebuild changes the knowledge base to it; of vector_storage it is what has made the vectors."""
     metadata: (
         Annotated[
             dict[Annotated[str, Field(min_length=1, max_length=63)], Annotated[str, Field(max_length=1024)]],
@@ -208,13 +252,38 @@ class Payload(Model):
         | None
     ) = None
     """Labels stored with every chunk of the document, for filters: at most 32."""
+    rebuild_index: bool | None = None
+    """true: fill a new generation of the knowledge base from its stored documents while the present one serves, and switch
+    when its retrieval is as good. What the new one would have alike is copied."""
+    enhancement_type: EnhancementType | None = None
+    """semantic_analysis adds language, keywords, a summary line and near-duplicates to every chunk. Default: none."""
+    golden_path: _Document | None = None
+    """Questions that the gate of a rebuild asks: a JSON object a line with question and documentId, and optionally contains,
+    a piece of the text that answers. Default: questions made from headings."""
+    max_recall_drop: Annotated[int, Field(ge=0, le=100)] | None = None
+    """Percentage points that recall@5 of a new generation may be lower by. Default: 2."""
+    keep_generation_seconds: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
+    """How long the generation before is kept after a switch, for a rollback. Default: 604800, a week."""
+    texts: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=32_768)]],
+            Field(min_length=1, max_length=1000),
+            AfterValidator(_bounded),
+        ]
+        | None
+    ) = None
+    """What embedding_generation computes vectors of: at most 1000, and 48 KiB in all."""
+    input_path: _Document | None = None
+    """Instead of texts, or the rows of vector_storage: a file with a JSON object a line (``.jsonl``), or ``.parquet`` where
+    the runner's image reads it. Of embedding_generation the field text counts; of vector_storage vector, text, and
+    optionally id and metadata."""
+    output_path: _Output | None = None
+    """Where the vectors go: ``outputs/NAME.npy``, ``.jsonl`` or ``.parquet`` on the document volume. Default: into
+    PostgreSQL, up to a stated size."""
+    from_task: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """Instead of inputPath: the name of an embedding_generation task of the namespace that is Completed."""
     components: Annotated[list[Component], Field(min_length=1, max_length=6)] | None = None
     """What a health_check looks at. Default: everything that is configured."""
-
-    @property
-    def effective_action(self) -> Action:
-        """``action``, or upsert."""
-        return self.action or Action.UPSERT
 
     @property
     def effective_document_id(self) -> str:
@@ -273,6 +342,15 @@ class Executor(StrEnum):
     POOL = "pool"
 
 
+_TIMEOUTS: Final = {
+    TaskType.HEALTH_CHECK: timedelta(minutes=2),
+    # A thousand documents, and all documents of a knowledge base.
+    TaskType.BATCH_PROCESSING: timedelta(hours=6),
+    TaskType.KNOWLEDGE_INDEXING: timedelta(hours=6),
+}
+"""Where the default is not 30 minutes."""
+
+
 class Spec(Model):
     """What the caller wants. Everything but cancel, suspend, priority and ttlSecondsAfterFinished is immutable."""
 
@@ -281,7 +359,8 @@ class Spec(Model):
     kb_id: (
         Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")] | None
     ) = None
-    """The knowledge base; with the namespace it is the tenant. Required for every type but health_check."""
+    """The knowledge base; with the namespace it is the tenant. Required for every type but health_check and
+    embedding_generation."""
     priority: Priority = Priority.NORMAL
     """Which tasks go first; the chart maps each to a PriorityClass. Can be changed while the task is Queued."""
     payload: Payload = Payload()
@@ -289,7 +368,8 @@ class Spec(Model):
     retry: RetryPolicy = RetryPolicy()
     """When and how often a failed attempt is tried again."""
     timeout: Duration | None = None
-    """Longest time of one attempt, from the start of its container. Default by type: 30m, health_check 2m."""
+    """Longest time of one attempt, from the start of its container. Default by type: 30m, health_check 2m,
+    batch_processing and knowledge_indexing 6h."""
     stall_timeout: Duration | None = None
     """Longest time of an attempt without progress: a page, a batch, rows. Default by type: 15m, health_check 1m."""
     deadline: Duration | None = None
@@ -313,9 +393,15 @@ class Spec(Model):
     """The CR is deleted this long after the end; its row in PostgreSQL stays."""
 
     @property
+    def effective_action(self) -> Action:
+        """``payload.action``, or upsert, or index for knowledge_indexing."""
+        default = Action.INDEX if self.type is TaskType.KNOWLEDGE_INDEXING else Action.UPSERT
+        return self.payload.action or default
+
+    @property
     def effective_timeout(self) -> timedelta:
         """``timeout``, or the default of the type."""
-        return self.timeout or (timedelta(minutes=2) if self.type is TaskType.HEALTH_CHECK else timedelta(minutes=30))
+        return self.timeout or _TIMEOUTS.get(self.type, timedelta(minutes=30))
 
     @property
     def effective_stall_timeout(self) -> timedelta:
@@ -365,10 +451,23 @@ class ComponentHealth(Model):
     message: Text = ""
 
 
+class Rejection(Model):
+    """A row of vector_storage that was not stored."""
+
+    row: Annotated[int, Field(ge=1)]
+    """Its number in the input, from 1."""
+    reason: Annotated[str, Field(max_length=256)]
+
+
 class Result(Model):
     """What a finished task has done. Counts are read back from the stores, never incremented."""
 
     documents: Annotated[int, Field(ge=0)] | None = None
+    """Documents that were published; of a batch, those of all its shards."""
+    documents_total: Annotated[int, Field(ge=0)] | None = None
+    """Of a batch and of a knowledge base: documents that there are."""
+    documents_failed: Annotated[int, Field(ge=0)] | None = None
+    """Of a batch: documents that failed for good; each has its reason in PostgreSQL."""
     pages: Annotated[int, Field(ge=0)] | None = None
     failed_pages: Annotated[int, Field(ge=0)] | None = None
     """Pages without readable text, and sheets, slides, attachments and lines that cannot be read; the rest was published."""
@@ -388,6 +487,26 @@ class Result(Model):
     seconds: Annotated[dict[Annotated[str, Field(max_length=32)], float], Field(max_length=16)] | None = None
     """How long each stage took."""
     components: Annotated[list[ComponentHealth], Field(max_length=6)] | None = None
+    generation: Annotated[int, Field(ge=1)] | None = None
+    """Of knowledge_indexing: the generation that serves now."""
+    recall_before: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Recall@5 of the generation that served before, over the questions of the gate."""
+    recall_after: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Recall@5 of the new generation over the same questions."""
+    enhanced: Annotated[int, Field(ge=0)] | None = None
+    """Chunks that a semantic analysis has written to."""
+    repaired: Annotated[int, Field(ge=0)] | None = None
+    """Rows and ledger entries that a repair has written or removed."""
+    vectors: Annotated[int, Field(ge=0)] | None = None
+    """Of embedding_generation: vectors computed."""
+    dimension: Annotated[int, Field(ge=1)] | None = None
+    """Their length."""
+    output: Annotated[str, Field(max_length=1024)] | None = None
+    """Where they are: a path of the document volume, or ``postgres``."""
+    rejected: Annotated[int, Field(ge=0)] | None = None
+    """Of vector_storage: rows that were not stored."""
+    rejections: Annotated[list[Rejection], Field(max_length=10)] | None = None
+    """The first ten of them."""
 
 
 class Failure(Model):

@@ -106,10 +106,12 @@ def _impossible(task: ProcessingTask, *, database: bool) -> str | None:
             "cannot call back: callbacks leave from PostgreSQL, which this operator does not have; "
             "set OPERATOR_POSTGRES_URL, or create the task without callback"
         )
+    if spec.kb_id is None and spec.type not in {TaskType.HEALTH_CHECK, TaskType.EMBEDDING_GENERATION}:
+        return "cannot work without a knowledge base: set spec.kbId"
     if spec.type is TaskType.DOCUMENT_PROCESSING:
-        needs_file = spec.payload.effective_action is Action.UPSERT
-        if spec.kb_id is None or (needs_file and spec.payload.file_path is None):
-            return "cannot find the document: set spec.kbId and spec.payload.filePath"
+        needs_file = spec.effective_action is Action.UPSERT
+        if needs_file and spec.payload.file_path is None:
+            return "cannot find the document: set spec.payload.filePath"
     return None
 
 

@@ -83,8 +83,14 @@ def class_of(task: ProcessingTask) -> str:
     spec, payload = task.spec, task.spec.payload
     if spec.resource_class is not None:
         return spec.resource_class
-    if spec.type is TaskType.HEALTH_CHECK or payload.effective_action is not Action.UPSERT:
+    if spec.type is TaskType.HEALTH_CHECK or spec.effective_action in {
+        Action.DELETE,
+        Action.DELETE_KNOWLEDGE_BASE,
+        Action.PURGE,
+    }:
         return Size.SMALL
+    if spec.type is not TaskType.DOCUMENT_PROCESSING:
+        return Size.MEDIUM  # they stream: the model is the largest thing in memory
     suffix = PurePosixPath(payload.file_path or "").suffix.removeprefix(".").lower()
     file = _FILES.get(suffix, _OTHER)
     if payload.file_bytes is None:

@@ -146,7 +146,7 @@ async def run_watched(task: ProcessingTask, settings: Settings, embedder: Any, r
         "progress": SilentProgress(),
     }
     try:
-        if task.spec.payload.effective_action is not Action.UPSERT:
+        if task.spec.effective_action is not Action.UPSERT:
             return await Deletion(task, **watched).run()
         return await DocumentPipeline(task, embedder=embedder, **watched).run()
     finally:

@@ -189,7 +189,7 @@ class World:
             "open_stores": self.opener(process),
             "progress": SilentProgress(),
         }
-        upserts = manifest.spec.payload.effective_action is Action.UPSERT
+        upserts = manifest.spec.effective_action is Action.UPSERT
         made: Any = QuickPipeline(manifest, embedder=HashEmbedder(), **given) if upserts else Deletion(manifest, **given)
         self.pods.append(Pod(task, process, asyncio.create_task(made.run())))
 
