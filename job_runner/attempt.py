@@ -5,8 +5,9 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID, uuid4
@@ -17,15 +18,16 @@ from job_runner import health, logs
 from job_runner.deletion import Deletion
 from job_runner.embed import Embedder, make_embedder
 from job_runner.ledger import Ledger
-from job_runner.pipeline import DocumentPipeline, Done
+from job_runner.pipeline import DocumentPipeline
 from job_runner.progress import Progress, RedisProgress, SilentProgress
 from job_runner.settings import Settings, revealed
 from job_runner.stores import opener
 from job_runner.watchdog import Pulse, Watchdog
+from job_runner.work import Work
 from task_contract.errors import AttemptStalled, AttemptTimeout, HandedBack, InvalidTask, TaskError
 from task_contract.lifecycle import ExitCode, exit_code
 from task_contract.messages import AttemptOutcome, Outcome
-from task_contract.models import Action, ProcessingTask, Stage, TaskType, format_duration, parse_manifest
+from task_contract.models import AVAILABLE_TYPES, Action, ProcessingTask, Stage, TaskType, format_duration, parse_manifest
 
 _RECORD_SECONDS: Final = 5.0
 """How long the result row may take: the termination message says the same."""
@@ -108,7 +110,6 @@ async def run_attempt(
     structlog.contextvars.bind_contextvars(
         task=f"{task.metadata.namespace}/{task.metadata.name}", uid=str(uid), attempt=settings.attempt
     )
-    deletes = task.spec.type is TaskType.DOCUMENT_PROCESSING and task.spec.effective_action is not Action.UPSERT
     ledger = Ledger(settings.postgres_url.get_secret_value())
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(ledger.aclose)
@@ -119,48 +120,18 @@ async def run_attempt(
                 RedisProgress(redis_url, task=task, uid=str(uid), attempt=settings.attempt)
             )
         progress = _Reported(progress, pulse)
-
-        async def work() -> AttemptOutcome:
-            if deletes:
-                deletion = Deletion(
-                    task,
-                    uid=uid,
-                    created_at=created_at,
-                    settings=settings,
-                    ledger=ledger,
-                    open_stores=opener(settings, dimension=0),  # nothing is created
-                    progress=progress,
-                )
-                return succeeded(await deletion.run())
-            embedder = await asyncio.to_thread(make, settings.embedding_model, threads=settings.threads)
-            if task.spec.type is TaskType.HEALTH_CHECK:
-                return await _health_check(task, settings=settings, ledger=ledger, embedder=embedder, progress=progress)
-            if task.spec.type is not TaskType.DOCUMENT_PROCESSING:
-                raise InvalidTask(
-                    f"cannot carry out {task.spec.type}: this version has document_processing and health_check"
-                )
-            fingerprint: str = await asyncio.to_thread(getattr, embedder, "fingerprint")  # reads all weights
-            pipeline = DocumentPipeline(
-                task,
-                uid=uid,
-                created_at=created_at,
-                settings=settings,
-                ledger=ledger,
-                embedder=embedder,
-                open_stores=opener(settings, dimension=embedder.dimension, model_fingerprint=fingerprint),
-                progress=progress,
-            )
-            return succeeded(await pipeline.run())
-
-        def succeeded(done: Done) -> AttemptOutcome:
-            progress.report(Stage.PUBLISH, 100)
-            return AttemptOutcome(
-                outcome=Outcome.SUCCEEDED, attempt=settings.attempt, reason=done.reason, result=done.result
-            )
+        work = Work(
+            task, uid=uid, created_at=created_at, settings=settings, ledger=ledger, progress=progress, make_embedder=make
+        )
 
         timeout = task.spec.effective_timeout.total_seconds()
         outcome, code = await _ended(
-            work, until=started + timeout, pulse=pulse, last_resort=last_resort, task=task, settings=settings
+            partial(_carried_out, work),
+            until=started + timeout,
+            pulse=pulse,
+            last_resort=last_resort,
+            task=task,
+            settings=settings,
         )
         outcome = _with_log(outcome, settings)
         try:
@@ -252,21 +223,43 @@ def _with_log(outcome: AttemptOutcome, settings: Settings) -> AttemptOutcome:
     return outcome.model_copy(update={"log": logs.tail(secrets=settings.secrets)})
 
 
-async def _health_check(
-    task: ProcessingTask, *, settings: Settings, ledger: Ledger, embedder: Embedder, progress: Progress
-) -> AttemptOutcome:
-    progress.report(Stage.CHECK, 0)
+async def _carried_out(work: Work) -> AttemptOutcome:
+    """Do what the type of the task asks for. Raises errors of :mod:`task_contract.errors`."""
+    carry_out = _TYPES.get(work.task.spec.type)
+    if carry_out is None:
+        raise InvalidTask(f"cannot carry out {work.task.spec.type}: this version has {', '.join(AVAILABLE_TYPES)}")
+    return await carry_out(work)
+
+
+async def _document(work: Work) -> AttemptOutcome:
+    if work.task.spec.effective_action is not Action.UPSERT:  # no model, and nothing is created
+        return work.succeeded(await Deletion(work, open_stores=opener(work.settings, dimension=0)).run())
+    embedder = await work.embedder()
+    fingerprint: str = await asyncio.to_thread(getattr, embedder, "fingerprint")  # reads all weights
+    open_stores = opener(work.settings, dimension=embedder.dimension, model_fingerprint=fingerprint)
+    return work.succeeded(await DocumentPipeline(work, embedder=embedder, open_stores=open_stores).run())
+
+
+async def _health_check(work: Work) -> AttemptOutcome:
+    embedder = await work.embedder()
+    work.progress.report(Stage.CHECK, 0)
     started = time.monotonic()
-    asked = health.checks(task.spec.payload.components, settings=settings, ledger=ledger, embedder=embedder)
+    asked = health.checks(work.task.spec.payload.components, settings=work.settings, ledger=work.ledger, embedder=embedder)
     await health.warm_up(asked, embedder=embedder)
     result = await health.check(asked)
     result = result.model_copy(update={"seconds": {str(Stage.CHECK): round(time.monotonic() - started, 3)}})
-    progress.report(Stage.CHECK, 100)
+    work.progress.report(Stage.CHECK, 100)
     if (error := health.unhealthy(result)) is None:
-        return AttemptOutcome(outcome=Outcome.SUCCEEDED, attempt=settings.attempt, result=result)
+        return AttemptOutcome(outcome=Outcome.SUCCEEDED, attempt=work.settings.attempt, result=result)
     error.stage = Stage.CHECK
     # The components that are well stand beside those that are not.
-    return AttemptOutcome.of_error(error, attempt=settings.attempt).model_copy(update={"result": result})
+    return AttemptOutcome.of_error(error, attempt=work.settings.attempt).model_copy(update={"result": result})
+
+
+_TYPES: Final[Mapping[TaskType, Callable[[Work], Awaitable[AttemptOutcome]]]] = {
+    TaskType.DOCUMENT_PROCESSING: _document,
+    TaskType.HEALTH_CHECK: _health_check,
+}
 
 
 def write_termination_message(outcome: AttemptOutcome, path: Path) -> None:

@@ -11,20 +11,17 @@ does 2 and 3, and where there is no next attempt a sweep does (:mod:`job_runner.
 """
 
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Final
-from uuid import UUID
 
 import structlog
 
 from job_runner.index import Generation, Stale
 from job_runner.ledger import Claim, Commit, Intent, KnowledgeBaseDeletion, Ledger, Standing
-from job_runner.pipeline import ROUNDS, Done, Stages, to_the_end
-from job_runner.progress import Progress
-from job_runner.settings import Settings
+from job_runner.pipeline import ROUNDS, Stages, to_the_end
 from job_runner.stores import OpenStores
+from job_runner.work import Done, Work
 from task_contract.errors import InvalidTask, StoresDisagree
-from task_contract.models import Action, Payload, ProcessingTask, Result, Stage
+from task_contract.models import Action, Payload, Result, Stage
 
 _DOCUMENT: Final = frozenset({"action", "filePath", "documentId"})
 _KNOWLEDGE_BASE: Final = frozenset({"action", "confirm"})
@@ -44,28 +41,19 @@ class _Deleted:
 class Deletion:
     """One attempt at a ``document_processing`` task whose action is delete or delete_knowledge_base."""
 
-    def __init__(
-        self,
-        task: ProcessingTask,
-        *,
-        uid: UUID,
-        created_at: datetime,
-        settings: Settings,
-        ledger: Ledger,
-        open_stores: OpenStores,
-        progress: Progress,
-    ) -> None:
-        if task.spec.kb_id is None:
+    def __init__(self, work: Work, *, open_stores: OpenStores) -> None:
+        spec = work.task.spec
+        if spec.kb_id is None:
             raise InvalidTask("cannot delete without a knowledge base: set spec.kbId")
-        self._namespace = task.metadata.namespace
-        self._kb_id = task.spec.kb_id
-        self._document_id = _checked(task.spec.payload, self._kb_id)
-        self._uid = uid
-        self._created_at = created_at
-        self._settings = settings
-        self._ledger = ledger
+        self._namespace = work.task.metadata.namespace
+        self._kb_id = spec.kb_id
+        self._document_id = _checked(spec.payload, spec.kb_id)
+        self._uid = work.uid
+        self._created_at = work.created_at
+        self._settings = work.settings
+        self._ledger = work.ledger
         self._open_stores = open_stores
-        self._stages = Stages(progress)
+        self._stages = Stages(work.progress)
 
     async def run(self) -> Done:
         """Do it. Interrupted between documents only: each takes seconds, and every call has a timeout of its own.

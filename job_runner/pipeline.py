@@ -23,11 +23,9 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, TypeVar
-from uuid import UUID
 
 import structlog
 
@@ -35,7 +33,7 @@ from job_runner.document import Chunk, ParsedDocument, language_of_most
 from job_runner.embed import Embedder, batches, check_model, embedded
 from job_runner.fetch import Source, inspected, opened
 from job_runner.index import Generation, Row, Stale, check_metadata
-from job_runner.ledger import Claim, Commit, Intent, Ledger, Published, Standing
+from job_runner.ledger import Claim, Commit, Intent, Published, Standing
 from job_runner.parse import parse, parser_limits
 from job_runner.progress import Progress
 from job_runner.readers import parser_version
@@ -43,9 +41,10 @@ from job_runner.settings import Settings
 from job_runner.split import SPLITTER_VERSION, SplitSettings, split
 from job_runner.stores import OpenStores, Stores
 from job_runner.watchdog import beat
+from job_runner.work import Done, Work
 from task_contract.errors import DocumentRefused, InvalidTask, StoresDisagree, TaskError
 from task_contract.location import is_url
-from task_contract.models import ProcessingMode, ProcessingTask, Result, Stage
+from task_contract.models import ProcessingMode, Result, Stage
 from task_contract.names import digest
 
 if TYPE_CHECKING:
@@ -73,14 +72,6 @@ _STARTS: Final = {
 }
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """How a document ended well. ``reason`` is Completed, Unchanged, Superseded or Deleted."""
-
-    reason: str
-    result: Result
 
 
 class Stages:
@@ -132,37 +123,27 @@ class _Read:
 class DocumentPipeline:
     """One attempt at one ``document_processing`` task."""
 
-    def __init__(
-        self,
-        task: ProcessingTask,
-        *,
-        uid: UUID,
-        created_at: datetime,
-        settings: Settings,
-        ledger: Ledger,
-        embedder: Embedder,
-        open_stores: OpenStores,
-        progress: Progress,
-    ) -> None:
-        if task.spec.kb_id is None:
+    def __init__(self, work: Work, *, embedder: Embedder, open_stores: OpenStores) -> None:
+        spec = work.task.spec
+        if spec.kb_id is None:
             raise InvalidTask("cannot index a document without a knowledge base: set spec.kbId")
-        if task.spec.payload.file_path is None:
+        if spec.payload.file_path is None:
             raise InvalidTask("cannot index nothing: set spec.payload.filePath")
-        check_model(task.spec.payload.embedding_model, embedder)
-        check_metadata(task.spec.payload.metadata or {})
-        self._namespace = task.metadata.namespace
-        self._kb_id = task.spec.kb_id
-        self._payload = task.spec.payload
-        self._file_path = task.spec.payload.file_path
-        self._document_id = task.spec.payload.effective_document_id
+        check_model(spec.payload.embedding_model, embedder)
+        check_metadata(spec.payload.metadata or {})
+        self._namespace = work.task.metadata.namespace
+        self._kb_id = spec.kb_id
+        self._payload = spec.payload
+        self._file_path = spec.payload.file_path
+        self._document_id = spec.payload.effective_document_id
         self._mode = self._payload.processing_mode or ProcessingMode.INTELLIGENT_SPLIT
-        self._uid = uid
-        self._created_at = created_at
-        self._settings = settings
-        self._ledger = ledger
+        self._uid = work.uid
+        self._created_at = work.created_at
+        self._settings = work.settings
+        self._ledger = work.ledger
         self._embedder = embedder
         self._open_stores = open_stores
-        self._stages = Stages(progress)
+        self._stages = Stages(work.progress)
         self._splitting = self._split_settings()
         self._loading: asyncio.Task[None] | None = None
         self._ready: asyncio.Task[None] | None = None

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import asyncpg
@@ -23,10 +23,11 @@ from job_runner.deletion import Deletion
 from job_runner.embed import normalized
 from job_runner.index import Generation
 from job_runner.ledger import Ledger
-from job_runner.pipeline import DocumentPipeline, Done
+from job_runner.pipeline import DocumentPipeline
 from job_runner.progress import SilentProgress
 from job_runner.settings import Settings
 from job_runner.stores import Stores, opener
+from job_runner.work import Done, Work
 from task_contract.lifecycle import ExitCode
 from task_contract.messages import AttemptOutcome
 from task_contract.models import Action, ProcessingTask
@@ -137,18 +138,19 @@ async def run_watched(task: ProcessingTask, settings: Settings, embedder: Any, r
             texts=Watched(stores.texts, "texts", reached),
         )
 
-    watched: Any = {
-        "uid": uid,
-        "created_at": created_at,
-        "settings": settings,
-        "ledger": Watched(ledger, "ledger", reached),
-        "open_stores": watched_stores,
-        "progress": SilentProgress(),
-    }
+    work = Work(
+        task,
+        uid=uid,
+        created_at=created_at,
+        settings=settings,
+        ledger=cast("Any", Watched(ledger, "ledger", reached)),
+        progress=SilentProgress(),
+        make_embedder=lambda name, *, threads: embedder,
+    )
     try:
         if task.spec.effective_action is not Action.UPSERT:
-            return await Deletion(task, **watched).run()
-        return await DocumentPipeline(task, embedder=embedder, **watched).run()
+            return await Deletion(work, open_stores=watched_stores).run()
+        return await DocumentPipeline(work, embedder=embedder, open_stores=watched_stores).run()
     finally:
         await ledger.aclose()
 

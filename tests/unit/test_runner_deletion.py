@@ -8,21 +8,23 @@ import pytest
 
 from job_runner.deletion import Deletion
 from job_runner.progress import SilentProgress
+from job_runner.work import Work
 from task_contract.errors import InvalidTask
 from task_contract.models import ProcessingTask
 
 
 def deletion(*, kb_id: str | None = "kb-1", **payload: Any) -> Deletion:
     spec = {"type": "document_processing", "payload": payload} | ({} if kb_id is None else {"kbId": kb_id})
-    return Deletion(
+    work = Work(
         ProcessingTask.model_validate({"metadata": {"name": "a"}, "spec": spec}),
         uid=uuid.uuid4(),
         created_at=datetime(2026, 1, 1, tzinfo=UTC),
         settings=cast("Any", None),
         ledger=cast("Any", None),
-        open_stores=cast("Any", None),
         progress=SilentProgress(),
+        make_embedder=cast("Any", None),
     )
+    return Deletion(work, open_stores=cast("Any", None))
 
 
 @pytest.mark.parametrize(

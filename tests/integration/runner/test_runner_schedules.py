@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import asyncpg
 import pytest
@@ -23,12 +23,13 @@ from job_runner.deletion import Deletion
 from job_runner.fetch import Source
 from job_runner.index import Generation
 from job_runner.ledger import Ledger
-from job_runner.pipeline import DocumentPipeline, Done, _Read
+from job_runner.pipeline import DocumentPipeline, _Read
 from job_runner.progress import SilentProgress
 from job_runner.readers import read
 from job_runner.settings import Settings
 from job_runner.stores import OpenStores, Stores
 from job_runner.sweep import sweep
+from job_runner.work import Done, Work
 from task_contract.errors import TaskError
 from task_contract.models import Action, ProcessingTask
 from task_operator.metrics import Metrics
@@ -181,16 +182,22 @@ class World:
                 "spec": {"type": "document_processing", "kbId": "kb", "payload": payload},
             }
         )
-        given: Any = {
-            "uid": task.uid,
-            "created_at": NOON + timedelta(seconds=task.age),
-            "settings": self.settings.model_copy(update={"holder": uuid.uuid4().hex}),
-            "ledger": Gated(self.ledger, self.gate, process),
-            "open_stores": self.opener(process),
-            "progress": SilentProgress(),
-        }
+        work = Work(
+            manifest,
+            uid=task.uid,
+            created_at=NOON + timedelta(seconds=task.age),
+            settings=self.settings.model_copy(update={"holder": uuid.uuid4().hex}),
+            ledger=cast("Any", Gated(self.ledger, self.gate, process)),
+            progress=SilentProgress(),
+            make_embedder=lambda name, *, threads: HashEmbedder(),
+        )
         upserts = manifest.spec.effective_action is Action.UPSERT
-        made: Any = QuickPipeline(manifest, embedder=HashEmbedder(), **given) if upserts else Deletion(manifest, **given)
+        stores = self.opener(process)
+        made: QuickPipeline | Deletion = (
+            QuickPipeline(work, embedder=HashEmbedder(), open_stores=stores)
+            if upserts
+            else Deletion(work, open_stores=stores)
+        )
         self.pods.append(Pod(task, process, asyncio.create_task(made.run())))
 
     def sweep(self) -> object:
