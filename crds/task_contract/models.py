@@ -41,7 +41,7 @@ class TaskType(StrEnum):
     HEALTH_CHECK = "health_check"
 
 
-AVAILABLE_TYPES: Final = (TaskType.DOCUMENT_PROCESSING, TaskType.HEALTH_CHECK)
+AVAILABLE_TYPES: Final = tuple(TaskType)
 
 
 class Priority(StrEnum):
@@ -194,6 +194,10 @@ def _bounded(values: list[str]) -> list[str]:
 
 FilePath = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")]
 _Document = Annotated[FilePath, AfterValidator(check_file_path)]
+# Of lists the bounds are lower: the API server estimates the cost of a rule from the longest list of the longest texts.
+_ListedDocument = Annotated[
+    str, Field(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]+$"), AfterValidator(check_file_path)
+]
 _Prefix = Annotated[FilePath, AfterValidator(check_prefix)]
 _Output = Annotated[FilePath, AfterValidator(check_output_path)]
 
@@ -217,8 +221,11 @@ class Payload(Model):
     ``s3://bucket/key``, or ``https://host/path``, where the runner's settings allow it ``http://`` too."""
     file_bytes: Annotated[int, Field(ge=0, le=2**40)] | None = None
     """Size of the file, where the caller knows it: picks the resources."""
-    file_paths: Annotated[list[_Document], Field(min_length=1, max_length=1000), AfterValidator(_bounded)] | None = None
-    """The documents of a batch, each as filePath: at most 1000, and 48 KiB in all; each is its own documentId."""
+    file_paths: Annotated[list[_ListedDocument], Field(min_length=1, max_length=1000), AfterValidator(_bounded)] | None = (
+        None
+    )
+    """The documents of a batch, each as filePath: at most 1000 of 512 characters, and 48 KiB in all; each is its own
+    documentId."""
     prefix: _Prefix | None = None
     """Instead of filePaths: a folder of the document volume (``manuals`` or ``/data/manuals``), or ``s3://bucket/prefix/``;
     every file below it that glob matches is a document."""
@@ -266,7 +273,7 @@ class Payload(Model):
     """How long the generation before is kept after a switch, for a rollback. Default: 604800, a week."""
     texts: (
         Annotated[
-            list[Annotated[str, Field(min_length=1, max_length=32_768)]],
+            list[Annotated[str, Field(min_length=1, max_length=24_576)]],
             Field(min_length=1, max_length=1000),
             AfterValidator(_bounded),
         ]

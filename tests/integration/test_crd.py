@@ -37,14 +37,63 @@ def spec(**fields: Any) -> dict[str, Any]:
     return DOCUMENT | fields
 
 
+def of(kind: str, **payload: Any) -> dict[str, Any]:
+    return {"type": kind, "kbId": "kb-1", "payload": payload}
+
+
 BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("batch of nothing", of("batch_processing"), "spec.payload: batch_processing takes exactly one of filePaths, prefix"),
+    (
+        "batch without payload",
+        {"type": "batch_processing", "kbId": "kb"},
+        "spec.payload: batch_processing takes exactly one",
+    ),
+    ("batch of two kinds", of("batch_processing", filePaths=["a"], prefix="b"), "batch_processing takes exactly one"),
+    ("batch without knowledge base", {"type": "batch_processing", "payload": {"prefix": "a"}}, "spec.kbId: required"),
+    ("batch with a path that climbs", of("batch_processing", filePaths=["a", "b/../c"]), "filePaths: '..' is not allowed"),
+    ("batch with a foreign path", of("batch_processing", filePaths=["/etc/a"]), "filePaths: an absolute path lies below"),
+    ("batch with a signed URL", of("batch_processing", filePaths=["https://a/b?c=d"]), "filePaths: must be https://HOST"),
+    ("batch of too many", of("batch_processing", filePaths=[f"a{n}" for n in range(1001)]), "spec.payload.filePaths"),
+    ("batch of too long a list", of("batch_processing", filePaths=["文" * 200] * 100), "filePaths: at most 49152 bytes"),
+    ("prefix that climbs", of("batch_processing", prefix="a/../.."), "spec.payload.prefix: must be a folder"),
+    ("prefix outside the volume", of("batch_processing", prefix="/etc"), "spec.payload.prefix: must be a folder"),
+    ("prefix without its slash", of("batch_processing", prefix="s3://manuals/a"), "spec.payload.prefix: must be a folder"),
+    ("prefix on a server", of("batch_processing", prefix="https://a/b/"), "spec.payload.prefix: must be a folder"),
+    ("glob without prefix", of("batch_processing", filePaths=["a"], glob="*"), "spec.payload.glob: only with prefix"),
+    ("no pods", of("batch_processing", prefix="a", parallelism=0), "spec.payload.parallelism"),
+    ("over 100 percent", of("batch_processing", prefix="a", maxFailedPercent=101), "spec.payload.maxFailedPercent"),
+    ("indexing of nothing", of("knowledge_indexing"), "knowledge_indexing needs rebuildIndex: true, enhancementType"),
+    ("indexing of nothing new", of("knowledge_indexing", rebuildIndex=False, enhancementType="none"), "needs rebuildIndex"),
+    (
+        "foreign action",
+        of("knowledge_indexing", action="upsert"),
+        "spec.payload.action: knowledge_indexing has index, rollb",
+    ),
+    ("repair of a document", spec(payload={"action": "repair"}), "spec.payload.action: document_processing has upsert"),
+    ("purge without a word", of("knowledge_indexing", action="purge"), "spec.payload.confirm: this action removes every"),
+    ("rollback with more", of("knowledge_indexing", action="rollback", rebuildIndex=True), "only index takes rebuildIndex"),
+    ("gate without rebuild", of("knowledge_indexing", action="index", maxRecallDrop=1), "only a rebuild takes goldenPath"),
+    ("vectors of nothing", of("embedding_generation"), "embedding_generation takes exactly one of texts, inputPath"),
+    ("an empty text", of("embedding_generation", texts=[""]), "spec.payload.texts"),
+    ("too many texts", of("embedding_generation", texts=["a"] * 1001), "spec.payload.texts"),
+    ("too long texts", of("embedding_generation", texts=["文" * 20_000]), "spec.payload.texts: at most 49152 bytes in all"),
+    ("vectors elsewhere", of("embedding_generation", texts=["a"], outputPath="/data/a.npy"), "outputPath: must be outputs/"),
+    (
+        "vectors that climb",
+        of("embedding_generation", texts=["a"], outputPath="outputs/../a.npy"),
+        "outputPath: must be out",
+    ),
+    ("vectors of no kind", of("embedding_generation", texts=["a"], outputPath="outputs/a.csv"), "outputPath: must be outpu"),
+    ("rows from nowhere", of("vector_storage"), "vector_storage takes exactly one of inputPath, fromTask"),
+    ("rows without base", {"type": "vector_storage", "payload": {"inputPath": "a"}}, "spec.kbId: required"),
+    (
+        "a foreign field",
+        of("vector_storage", inputPath="a", filePath="b"),
+        "spec.payload.filePath: only for type document_p",
+    ),
     ("no type", {"kbId": "kb"}, "spec.type: Required value"),
     ("unknown type", spec(type="ocr"), "spec.type: Unsupported value"),
     ("type of another kind", spec(type=3), "spec.type"),
-    ("batch is not there yet", {"type": "batch_processing", "kbId": "kb"}, "spec.type: this version carries out"),
-    ("indexing is not there yet", {"type": "knowledge_indexing", "kbId": "kb"}, "spec.type: this version carries out"),
-    ("embedding is not there yet", {"type": "embedding_generation", "kbId": "kb"}, "spec.type: this version carries out"),
-    ("vectors are not there yet", {"type": "vector_storage", "kbId": "kb"}, "spec.type: this version carries out"),
     ("no knowledge base", {"type": "document_processing", "payload": {"filePath": "a"}}, "spec.kbId: required"),
     ("empty kbId", spec(kbId=""), "spec.kbId"),
     ("kbId with a slash", spec(kbId="a/b"), "spec.kbId"),
@@ -107,19 +156,23 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (
         "a knowledge base without a confirmation",
         spec(payload={"action": "delete_knowledge_base"}),
-        "spec.payload.confirm: delete_knowledge_base removes every document: give the kbId once more",
+        "spec.payload.confirm: this action removes every document: give the kbId once more",
     ),
     (
         "another knowledge base confirmed",
         spec(payload={"action": "delete_knowledge_base", "confirm": "kb-2"}),
-        "spec.payload.confirm: delete_knowledge_base removes every document",
+        "spec.payload.confirm: this action removes every document",
     ),
     (
         "a knowledge base and a document",
         with_payload(action="delete_knowledge_base", confirm="kb-1"),
         "spec.payload.action: delete_knowledge_base removes all documents",
     ),
-    ("confirm without need", with_payload(confirm="kb-1"), "spec.payload.confirm: only for action delete_knowledge_base"),
+    (
+        "confirm without need",
+        with_payload(confirm="kb-1"),
+        "spec.payload.confirm: only for actions delete_knowledge_base and purge",
+    ),
     (
         "action of a health check",
         {"type": "health_check", "payload": {"action": "delete", "documentId": "a"}},
@@ -196,6 +249,31 @@ def test_urls_of_another_form_are_refused(kubectl: Kubectl, namespace: str, mess
     answer = create(kubectl, namespace, with_paths(urls), "--validate=strict", "--dry-run=server")
     refused = re.findall(rf'"a(\d+)" is invalid: [^\n]*spec.payload.filePath: {re.escape(message)}', answer.stderr)
     assert {urls[int(place)] for place in refused} == set(urls), answer
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        of("batch_processing", filePaths=["a.pdf", "s3://manuals/b.md", "https://host/文档.html"], parallelism=64),
+        of("batch_processing", filePaths=[f"/data/manuals/{number:04}/{'x' * 26}.pdf" for number in range(1000)]),
+        of("batch_processing", prefix="/data", glob="**/*.md", maxFailedPercent=100, chunkSize=500),
+        of("batch_processing", prefix="s3://manuals/2026/"),
+        of("batch_processing", manifestPath="lists/today.jsonl", metadata={"a": "b"}),
+        of("knowledge_indexing", rebuildIndex=True, embeddingModel="m", goldenPath="g.jsonl", keepGenerationSeconds=0),
+        of("knowledge_indexing", enhancementType="semantic_analysis"),
+        of("knowledge_indexing", action="rollback"),
+        of("knowledge_indexing", action="repair"),
+        of("knowledge_indexing", action="purge", confirm="kb-1"),
+        of("embedding_generation", texts=["文" * 16_384]),
+        {"type": "embedding_generation", "payload": {"inputPath": "a.jsonl", "outputPath": "/data/outputs/b/c.npy"}},
+        of("vector_storage", inputPath="outputs/a.jsonl", documentId="d", embeddingModel="m"),
+        of("vector_storage", fromTask="vectors"),
+    ],
+    ids=lambda good: f"{good['type']} {','.join(good['payload'])}",
+)
+def test_what_each_type_takes_is_accepted(kubectl: Kubectl, namespace: str, good: dict[str, Any]) -> None:
+    answer = create(kubectl, namespace, task(good), "--validate=strict", "--dry-run=server")
+    assert answer.returncode == 0, answer.stderr
 
 
 def test_a_manifest_without_spec_is_refused(kubectl: Kubectl, namespace: str) -> None:
