@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any, Final
 
 import aiohttp
@@ -151,11 +153,51 @@ def open_watching(access: Access, watches: Watches) -> aiohttp.ClientSession:
     return open_session(access, user_agent=USER_AGENT, response_class=Response)
 
 
+_TASKS_A_LIST: Final = 100
+"""Tasks whose pods one list selects: 4 KB of uids in its URL."""
+
+
+class _PodLists:
+    """Questions about the pods of single tasks of a namespace, answered together: what is asked while a list is under way
+    is answered by the next one, which begins after it was asked."""
+
+    def __init__(self, pods_of: Callable[[Sequence[str]], Awaitable[Mapping[str, list[Manifest]]]]) -> None:
+        self._pods_of = pods_of
+        self._asked: dict[str, asyncio.Future[list[Manifest]]] = {}
+        self._working: asyncio.Task[None] | None = None
+
+    async def ask(self, task_uid: str) -> list[Manifest]:
+        """Return the pods of a task. Raises what the list raised."""
+        if (answer := self._asked.get(task_uid)) is None:
+            answer = self._asked[task_uid] = asyncio.get_running_loop().create_future()
+        if self._working is None or self._working.done():
+            self._working = asyncio.create_task(self._work())
+        return await asyncio.shield(answer)  # who asked may be canceled, others may wait for the same
+
+    async def _work(self) -> None:
+        while self._asked:
+            now = dict(islice(self._asked.items(), _TASKS_A_LIST))
+            for uid in now:
+                del self._asked[uid]
+            try:
+                found = await self._pods_of([*now])
+            except BaseException as error:
+                for answer in now.values():
+                    answer.set_exception(error if isinstance(error, Exception) else asyncio.CancelledError())
+                    answer.exception()  # whoever asked may be gone: nobody is to be told then
+                if not isinstance(error, Exception):
+                    raise
+            else:
+                for uid, answer in now.items():
+                    answer.set_result(found[uid])
+
+
 class Cluster(Kubernetes):
     """Requests of the operator."""
 
     def __init__(self, access: Access) -> None:
         super().__init__(access, user_agent=USER_AGENT)
+        self._pod_lists: dict[str, _PodLists] = {}
 
     async def check_access(self, namespace: str | None) -> None:
         """Raise :class:`Forbidden` or :class:`NotFound` unless tasks and Jobs can be listed."""
@@ -176,9 +218,24 @@ class Cluster(Kubernetes):
         return self.pages(JOBS_API, "jobs", namespace, labelSelector=MANAGED_SELECTOR)
 
     async def list_pods(self, namespace: str, *, task_uid: str) -> list[Manifest]:
-        """Return the pods of one task, of whatever attempt."""
-        pages = self.pages(CORE_API, "pods", namespace, labelSelector=f"{TASK_UID_LABEL}={task_uid}")
-        return [pod async for page in pages for pod in page.items]
+        """Return the pods of one task, of whatever attempt, as they are now or later.
+
+        A list costs the API server a look at every pod of the namespace, however few it selects. So one list is under way in
+        a namespace at a time, and the next one is for all tasks that were asked about meanwhile: where a thousand pods wait
+        for room, a thousand lists would be a million looks, and what they wait for would wait for the API server.
+        """
+        lists = self._pod_lists.get(namespace)
+        if lists is None:
+            lists = self._pod_lists[namespace] = _PodLists(partial(self._pods_of, namespace))
+        return await lists.ask(task_uid)
+
+    async def _pods_of(self, namespace: str, task_uids: Sequence[str]) -> dict[str, list[Manifest]]:
+        found: dict[str, list[Manifest]] = {uid: [] for uid in task_uids}
+        selector = f"{TASK_UID_LABEL} in ({','.join(task_uids)})"
+        async for page in self.pages(CORE_API, "pods", namespace, labelSelector=selector):
+            for pod in page.items:
+                found[pod["metadata"]["labels"][TASK_UID_LABEL]].append(pod)
+        return found
 
     async def pod_refusal(self, namespace: str, *, job_uid: str) -> str | None:
         """Return what the Job controller last said when it could not create a pod of this Job; None if it said nothing.

@@ -231,6 +231,51 @@ async def test_lists_come_in_pages(server: Server, client: Cluster) -> None:
     assert "continue=next" in server.asked[1][1]
 
 
+def pods_of(*uids: str) -> Manifest:
+    label = "tasks.zzdsj.io/task-uid"
+    return {
+        "metadata": {"resourceVersion": "7"},
+        "items": [{"metadata": {"name": f"pod-{uid}", "labels": {label: uid}}} for uid in uids],
+    }
+
+
+async def test_pods_that_are_asked_for_while_a_list_is_under_way_are_in_the_next_one(
+    server: Server, client: Cluster
+) -> None:
+    for uids in (["a"], ["b", "d", "b"], ["a"]):
+        server.says(200, pods_of(*uids))
+    first = asyncio.create_task(client.list_pods("ns", task_uid="a"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)  # its list is under way
+    others = [asyncio.create_task(client.list_pods("ns", task_uid=uid)) for uid in ("b", "c", "d", "b")]
+    names = [[pod["metadata"]["name"] for pod in await one] for one in (first, *others)]
+    assert names == [["pod-a"], ["pod-b", "pod-b"], [], ["pod-d"], ["pod-b", "pod-b"]]
+    assert [pod["metadata"]["name"] for pod in await client.list_pods("ns", task_uid="a")] == ["pod-a"]  # anew
+    assert [path.partition("labelSelector=")[2].partition("&")[0] for _, path, _, _ in server.asked] == [
+        "tasks.zzdsj.io/task-uid+in+(a)",
+        "tasks.zzdsj.io/task-uid+in+(b,c,d)",
+        "tasks.zzdsj.io/task-uid+in+(a)",
+    ]
+
+
+async def test_a_list_of_pods_that_fails_fails_for_all_who_asked_and_the_next_one_is_sent(
+    server: Server, client: Cluster
+) -> None:
+    server.says(403, _status("Forbidden", "pods is forbidden"))
+    both = await asyncio.gather(*(client.list_pods("ns", task_uid=uid) for uid in "ab"), return_exceptions=True)
+    assert [type(one) for one in both] == [Forbidden, Forbidden]
+    server.says(200, pods_of("a"))
+    assert len(await client.list_pods("ns", task_uid="a")) == 1
+
+
+async def test_who_gives_up_asking_for_pods_takes_nothing_from_the_others(server: Server, client: Cluster) -> None:
+    server.says(200, pods_of("a", "b"))
+    gone, stays = (asyncio.create_task(client.list_pods("ns", task_uid=uid)) for uid in "ab")
+    await asyncio.sleep(0)
+    gone.cancel()
+    assert [pod["metadata"]["name"] for pod in await stays] == ["pod-b"]
+
+
 async def test_a_list_whose_position_is_forgotten_is_gone(server: Server, client: Cluster) -> None:
     server.says(200, {"metadata": {"resourceVersion": "9", "continue": "next"}, "items": []})
     server.says(410, _status("Expired", "the provided continue parameter is too old"))
