@@ -9,11 +9,16 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from devstack import PARTS, DevstackError, Endpoints, images
 from devstack import endpoints as where
 from tests.support import evidence
 from tests.support.devstack import bring_up, fresh_namespace, started_here
+
+# No test is a timed one: beside others on a busy machine an example takes any time.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 HERE = Path(__file__).parent
 ALONE = ("crash", "docs", "e2e")

@@ -547,7 +547,7 @@ CALLS: list[Callable[[RestTransport], Program[Any]]] = [
 
 
 @given(answered=ANSWERS, asked=st.sampled_from(CALLS))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_whatever_is_answered_the_error_is_one_of_ours(answered: Answer, asked: Callable[[RestTransport], Any]) -> None:
     script = Script([answered])
     with contextlib.suppress(TaskClientError):
@@ -563,7 +563,7 @@ def test_an_answer_that_is_nested_without_end_is_none(body: bytes) -> None:
 
 
 @given(said=JSON, number=st.text(max_size=5) | st.integers().map(str) | st.just("9" * 5000))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_whatever_a_stream_says_a_watch_goes_on(said: Any, number: str) -> None:
     text = f"id: {number}\ndata: {json.dumps(said)}\n\n".encode()
     script = Script([STREAM, text, events(update("completed", event=2**62))])
@@ -572,7 +572,7 @@ def test_whatever_a_stream_says_a_watch_goes_on(said: Any, number: str) -> None:
 
 
 @given(chunks=st.lists(st.binary(max_size=30), max_size=8))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_bytes_of_any_kind_are_the_same_events_in_one_piece(chunks: list[bytes]) -> None:
     def parsed(pieces: Sequence[bytes]) -> list[ServerEvent]:
         parser = EventParser()

@@ -230,7 +230,7 @@ _STEPS = st.lists(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(steps=_STEPS, kb_id=st.sampled_from([(), ("kb-1",), ("kb-0", "kb-2")]))
 def test_a_client_that_comes_back_to_any_replica_misses_nothing_and_hears_nothing_twice(
     steps: list[tuple[str, int]], kb_id: tuple[str, ...]

@@ -330,7 +330,7 @@ _FILTERS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(steps=_STEPS, filters=st.tuples(_FILTERS, _FILTERS))
 def test_every_client_gets_each_transition_that_its_filter_lets_through_once_and_in_order(
     steps: list[tuple[str, int]], filters: tuple[Filter, Filter]

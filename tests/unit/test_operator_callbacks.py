@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from task_contract.callbacks import callback_body, fill_url, host_of
@@ -55,14 +55,12 @@ def test_waits_grow_to_four_hours(attempts: int, seconds: float) -> None:
     assert delay(attempts, random=0.5).total_seconds() == pytest.approx(seconds)
 
 
-@settings(deadline=None)
 @given(attempts=st.integers(1, 10_000), random=st.floats(0, 1, exclude_max=True))
 def test_a_wait_is_spread_by_a_fifth(attempts: int, random: float) -> None:
     middle = delay(attempts, random=0.5)
     assert 0.79 * middle <= delay(attempts, random=random) <= 1.21 * middle
 
 
-@settings(deadline=None)
 @given(randoms=st.lists(st.floats(0, 1, exclude_max=True), min_size=60, max_size=60), asked=st.integers(0, 10**6))
 def test_a_receiver_that_never_answers_is_tried_for_a_day_and_no_longer(randoms: list[float], asked: int) -> None:
     now, first, attempts = NOW, None, 0
@@ -104,7 +102,6 @@ def test_retry_after_is_read_as_seconds_or_a_date(value: str | None, seconds: fl
     assert retry_after(value, now=now).total_seconds() == seconds
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_no_retry_after_does_harm(value: str) -> None:
     assert timedelta() <= retry_after(value, now=NOW) <= GIVE_UP
@@ -362,7 +359,6 @@ def test_routing_keys_name_namespace_type_and_status(phase: str, key: str) -> No
     assert Event(row(phase=phase), source="one").routing_key == key
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(["a", "b", "c"])))
 def test_a_round_has_one_event_of_a_task_and_keeps_the_order_of_each(uids: list[str]) -> None:
     events = [Event(row(number, uid), source="one") for number, uid in enumerate(uids)]

@@ -5,7 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from task_contract.messages import ProgressEvent
@@ -98,7 +98,7 @@ def _lasting(status: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in status.items() if key != "observedGeneration"} | {"conditions": conditions}
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120)
 @given(begin=st.sampled_from(BEGINNINGS), steps=st.lists(STEPS, max_size=15), database=st.booleans())
 def test_every_history_converges(begin: list[tuple[str, Any]], steps: list[tuple[str, Any]], database: bool) -> None:
     world = World()

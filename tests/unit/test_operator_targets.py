@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ipaddress import ip_address
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from task_contract.networks import AllowList
@@ -147,7 +147,6 @@ async def test_a_name_that_nobody_has_yet_may_come(url: str, allowed: str) -> No
         await check(url, *([allowed] if allowed else []))
 
 
-@settings(deadline=None)
 @given(st.ip_addresses())
 async def test_no_address_is_called_that_nobody_has_allowed(address: object) -> None:
     found = ip_address(str(address))
@@ -155,7 +154,6 @@ async def test_no_address_is_called_that_nobody_has_allowed(address: object) -> 
         await check(f"http://{found}/" if found.version == 4 else f"http://[{found}]/")
 
 
-@settings(deadline=None)
 @given(st.text(max_size=40))
 async def test_no_text_is_a_target_by_accident(text: str) -> None:
     with pytest.raises((TargetRefused, TargetUnknown)):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from task_contract.models import Phase
@@ -266,7 +266,7 @@ def _is_within(part: Sequence[object], whole: Iterable[object]) -> bool:
     return all(any(one == other for other in rest) for one in part)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(
     begin=st.sampled_from(BEGINNINGS),
     steps=st.lists(STEPS.filter(lambda step: step[0] != "restore"), max_size=15),

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from task_contract.webhooks import WebhookRefused, parse_secrets, sign, verify
@@ -114,7 +114,6 @@ def test_a_secret_without_a_key_is_an_error_that_does_not_show_it(text: str) -> 
 Keys = st.lists(st.binary(min_size=1), min_size=1, max_size=3)
 
 
-@settings(deadline=None)
 @given(body=st.binary(), before=Keys, after=Keys, common=st.binary(min_size=1))
 def test_a_secret_that_both_sides_have_is_enough(
     body: bytes, before: list[bytes], after: list[bytes], common: bytes
@@ -123,7 +122,6 @@ def test_a_secret_that_both_sides_have_is_enough(
     assert verify(body, headers, [*after, common], now=TIMESTAMP) == "task-1"
 
 
-@settings(deadline=None)
 @given(key=st.binary(min_size=1))
 def test_every_key_can_be_written_as_base64(key: bytes) -> None:
     assert parse_secrets(f"whsec_{base64.b64encode(key).decode()}") == (key,)

@@ -79,7 +79,7 @@ def _try(operation: Any, url: str, there: str) -> None:
             case.path_parameters["id"] = there
         case.call_and_validate(base_url=url, checks=list(CHECKS), timeout=20)
 
-    quiet = settings(max_examples=EXAMPLES, deadline=None, phases=(Phase.generate,), database=None)
+    quiet = settings(max_examples=EXAMPLES, phases=(Phase.generate,), database=None)
     patient = settings(quiet, suppress_health_check=list(HealthCheck))
     tried: Callable[[], None] = patient(given(operation.as_strategy())(send))  # type: ignore[no-untyped-call]  # hypothesis gives it no types
     tried()

@@ -358,7 +358,6 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(
     max_examples=25,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
