@@ -27,7 +27,7 @@ from job_runner.work import Work
 from task_contract.errors import AttemptStalled, AttemptTimeout, HandedBack, InvalidTask, TaskError
 from task_contract.lifecycle import ExitCode, exit_code
 from task_contract.messages import AttemptOutcome, Outcome
-from task_contract.models import AVAILABLE_TYPES, Action, ProcessingTask, Stage, TaskType, format_duration, parse_manifest
+from task_contract.models import Action, ProcessingTask, Stage, TaskType, format_duration, parse_manifest
 
 _RECORD_SECONDS: Final = 5.0
 """How long the result row may take: the termination message says the same."""
@@ -227,7 +227,7 @@ async def _carried_out(work: Work) -> AttemptOutcome:
     """Do what the type of the task asks for. Raises errors of :mod:`task_contract.errors`."""
     carry_out = _TYPES.get(work.task.spec.type)
     if carry_out is None:
-        raise InvalidTask(f"cannot carry out {work.task.spec.type}: this version has {', '.join(AVAILABLE_TYPES)}")
+        raise InvalidTask(f"cannot carry out {work.task.spec.type}: this version has {', '.join(_TYPES)}")
     return await carry_out(work)
 
 

@@ -6,7 +6,6 @@ Imports only the standard library and pydantic. Operator, runner, gateway and cl
 from task_contract.lifecycle import ExitCode, conditions, exit_code, retry_delay
 from task_contract.messages import AttemptOutcome, Outcome, ProgressEvent
 from task_contract.models import (
-    AVAILABLE_TYPES,
     Condition,
     Payload,
     Phase,
@@ -21,7 +20,6 @@ from task_contract.models import (
 )
 
 __all__ = [
-    "AVAILABLE_TYPES",
     "AttemptOutcome",
     "Condition",
     "ExitCode",

@@ -19,11 +19,9 @@ from task_contract.location import (
     S3_PREFIX_PATTERN,
     SCHEME_MESSAGE,
 )
-from task_contract.models import AVAILABLE_TYPES, INLINE_BYTES, Action, Spec, Status, TaskType
+from task_contract.models import INLINE_BYTES, Action, Spec, Status, TaskType
 from task_contract.names import DOCUMENT_ROOT, GROUP, KIND, PART_OF, PLURAL, SHORT_NAME, VERSION
 from task_contract.structural import Schema, structural_schema
-
-_AVAILABLE: Final = ", ".join(AVAILABLE_TYPES)
 
 _SPLITTING: Final = ("chunkSize", "chunkOverlap", "processingMode", "embeddingModel")
 PAYLOAD_FIELDS: Final[dict[TaskType, tuple[str, ...]]] = {
@@ -69,11 +67,6 @@ def _exactly_one(*fields: str) -> str:
 
 def _type_rules() -> list[Rule]:
     rules = [
-        _rule(
-            f"self.type in {[str(kind) for kind in AVAILABLE_TYPES]}",
-            f"spec.type: this version carries out {_AVAILABLE}; the other types come with later versions",
-            field=".type",
-        ),
         _rule(
             "self.type in ['health_check', 'embedding_generation'] || has(self.kbId)",
             "spec.kbId: required: name the knowledge base",

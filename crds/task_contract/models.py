@@ -31,7 +31,7 @@ from task_contract.location import check_callback_url, check_file_path, check_ou
 
 
 class TaskType(StrEnum):
-    """What a task does. All six are known; :data:`AVAILABLE_TYPES` are carried out by this version."""
+    """What a task does."""
 
     DOCUMENT_PROCESSING = "document_processing"
     BATCH_PROCESSING = "batch_processing"
@@ -39,9 +39,6 @@ class TaskType(StrEnum):
     EMBEDDING_GENERATION = "embedding_generation"
     VECTOR_STORAGE = "vector_storage"
     HEALTH_CHECK = "health_check"
-
-
-AVAILABLE_TYPES: Final = tuple(TaskType)
 
 
 class Priority(StrEnum):

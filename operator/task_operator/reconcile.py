@@ -15,7 +15,6 @@ from typing import Any, Final
 from task_contract.lifecycle import retry_delay
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.models import (
-    AVAILABLE_TYPES,
     Action,
     Attempt,
     Executor,
@@ -96,9 +95,6 @@ def refuse(metadata: Metadata, status: Status, message: str, *, now: datetime) -
 def _impossible(task: ProcessingTask, *, database: bool) -> str | None:
     """Return why this version cannot carry out a task. The CRD refuses such tasks, unless it is of another version."""
     spec = task.spec
-    if spec.type not in AVAILABLE_TYPES:
-        available = ", ".join(AVAILABLE_TYPES)
-        return f"cannot carry out type {spec.type}: this version knows {available}; create a task of one of these"
     if spec.executor is Executor.POOL:
         return "cannot use a worker pool: this version has none; create a task with executor auto or job"
     if spec.callback is not None and not database:

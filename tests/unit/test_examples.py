@@ -15,7 +15,7 @@ from job_runner.document import ParsedDocument
 from job_runner.fetch import opened
 from job_runner.readers import read
 from task_contract.crd import PAYLOAD_FIELDS
-from task_contract.models import AVAILABLE_TYPES, ProcessingTask, Spec, TaskType, parse_manifest
+from task_contract.models import ProcessingTask, Spec, TaskType, parse_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ROOT / "examples/documents"
@@ -40,7 +40,7 @@ def test_manifest_is_a_task_whose_document_ships_with_the_examples(path: Path) -
 
 
 def test_every_type_that_is_carried_out_has_an_example() -> None:
-    assert {task(path).spec.type for path in MANIFESTS} == {*AVAILABLE_TYPES}
+    assert {task(path).spec.type for path in MANIFESTS} == {*TaskType}
 
 
 def test_names_are_unique_so_that_all_can_be_applied_together() -> None:
@@ -55,7 +55,7 @@ def test_full_example_shows_every_field_of_the_spec() -> None:
     assert fields & set(yaml.safe_load(text)["spec"]) == fields
 
 
-@pytest.mark.parametrize("kind", AVAILABLE_TYPES)
+@pytest.mark.parametrize("kind", TaskType)
 def test_examples_of_a_type_show_every_field_of_its_payload(kind: TaskType) -> None:
     """As a field or in a comment: some exclude each other."""
     text = "".join(path.read_text(encoding="utf-8") for path in MANIFESTS if task(path).spec.type is kind)

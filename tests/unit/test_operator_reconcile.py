@@ -1383,8 +1383,8 @@ ROWS = [
     ),
     # ---------------------------------------------------------------------------------------------------- cannot be done
     Row(
-        "a type of a later version ends as InvalidTask",
-        Observed(task=task(spec={"type": "batch_processing"})),
+        "a task without a knowledge base ends as InvalidTask",
+        Observed(task=task(spec={"kbId": None})),
         status={"phase": "Failed", "error.reason": "InvalidTask", "attempt": 0},
     ),
     Row(
