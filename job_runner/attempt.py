@@ -24,7 +24,7 @@ from job_runner.settings import Settings, revealed
 from job_runner.stores import opener
 from job_runner.watchdog import Pulse, Watchdog
 from job_runner.work import Work
-from task_contract.errors import AttemptStalled, AttemptTimeout, HandedBack, InvalidTask, TaskError
+from task_contract.errors import AttemptStalled, AttemptTimeout, HandedBack, InvalidTask, ModelMismatch, TaskError
 from task_contract.lifecycle import ExitCode, exit_code
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.models import Action, ProcessingTask, Stage, TaskType, format_duration, parse_manifest
@@ -234,10 +234,18 @@ async def _carried_out(work: Work) -> AttemptOutcome:
 async def _document(work: Work) -> AttemptOutcome:
     if work.task.spec.effective_action is not Action.UPSERT:  # no model, and nothing is created
         return work.succeeded(await Deletion(work, open_stores=opener(work.settings, dimension=0)).run())
-    embedder = await work.embedder()
-    fingerprint: str = await asyncio.to_thread(getattr, embedder, "fingerprint")  # reads all weights
-    open_stores = opener(work.settings, dimension=embedder.dimension, model_fingerprint=fingerprint)
-    return work.succeeded(await DocumentPipeline(work, embedder=embedder, open_stores=open_stores).run())
+    refused: set[str] = set()
+    while True:
+        embedder = await work.embedder_of_knowledge_base()
+        fingerprint: str = await asyncio.to_thread(getattr, embedder, "fingerprint")  # reads all weights
+        open_stores = opener(work.settings, dimension=embedder.dimension, model_fingerprint=fingerprint)
+        try:
+            return work.succeeded(await DocumentPipeline(work, embedder=embedder, open_stores=open_stores).run())
+        except ModelMismatch:
+            # The knowledge base was switched to another model meanwhile, which this runner may have too.
+            if fingerprint in refused or work.task.spec.payload.embedding_model or not work.settings.embedding_models:
+                raise
+            refused.add(fingerprint)
 
 
 async def _health_check(work: Work) -> AttemptOutcome:

@@ -15,7 +15,20 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from job_runner.backoff import Busy, patiently
-from job_runner.index import ADDED, HIT_FIELDS, STORED_FIELDS, Generation, Hit, Label, Row, Stale, Stored, alike
+from job_runner.index import (
+    ADDED,
+    FIELDS,
+    HIT_FIELDS,
+    READ_AT_ONCE,
+    STORED_FIELDS,
+    Generation,
+    Hit,
+    Label,
+    Row,
+    Stale,
+    Stored,
+    alike,
+)
 from job_runner.watchdog import beat
 from task_contract.errors import RetryableError, StoreCapacity, StoreRefused, StoresDisagree, StoreUnavailable, TaskError
 from task_contract.names import KNOWLEDGE_BASE_PREFIX
@@ -160,6 +173,26 @@ class ElasticsearchIndex:
                 return found
             after = hits[-1]["sort"]
 
+    async def read(self, document_id: str, version: int) -> AsyncIterator[list[Row]]:
+        """Yield rows, after a refresh that makes all writes visible."""
+        action = f"read {self._name}"
+        await self._refresh(action)
+        after: list[Any] | None = None
+        while hits := await self._hits(
+            action,
+            query=_version(document_id, version),
+            size=READ_AT_ONCE,
+            source=list(FIELDS),
+            sort=[{"ordinal": "asc"}],  # unique within a version
+            track_total_hits=False,
+            **({} if after is None else {"search_after": after}),
+        ):
+            beat()
+            yield [Row.of(hit["_source"], id=hit["_id"]) for hit in hits]
+            if len(hits) < READ_AT_ONCE:
+                return
+            after = hits[-1]["sort"]
+
     async def scan(self) -> AsyncIterator[list[Stored]]:
         """Yield all rows, document by document."""
         action = f"read {self._name}"
@@ -253,6 +286,24 @@ class ElasticsearchIndex:
             left = ids
             await self.delete(ids)
 
+    async def serves(self) -> bool:
+        """Ask for the alias of this index, and whether it is that of no other."""
+        alias, action = self._generation.alias, f"look for the alias of {self._name}"
+        served = await _ask(action, lambda: self._client.indices.exists_alias(name=alias))
+        if not served:
+            return False
+        answer = await _ask(action, lambda: self._client.indices.get_alias(name=alias))
+        return bool(set(answer) == {self._name})
+
+    async def serve(self) -> None:
+        """Take the alias from all indices that have it and give it to this one: one request, which the server does whole."""
+        alias = self._generation.alias
+        actions = [
+            {"remove": {"index": f"{alias}_g*", "alias": alias, "must_exist": False}},
+            {"add": {"index": self._name, "alias": alias}},
+        ]
+        await _ask(f"switch the alias to {self._name}", lambda: self._client.indices.update_aliases(actions=actions))
+
     async def drop(self) -> bool:
         """Delete the index, with which its alias goes."""
         there = await self.exists()
@@ -266,7 +317,6 @@ class ElasticsearchIndex:
         """Return the best rows by BM25 over text and headings."""
         hits = await self._hits(
             f"search {self._name}",
-            index=self._generation.alias,
             query={"multi_match": {"query": query, "fields": ["text", "heading_text"]}},
             size=limit,
             from_=offset,

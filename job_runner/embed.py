@@ -8,7 +8,7 @@ Cheap constructors: a model is loaded by ``warm_up``, so that an unchanged docum
 
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from importlib import metadata, resources
@@ -110,14 +110,38 @@ def _of_folder(folder: Path, *, name: str | None, threads: int) -> Embedder:
     return SentenceTransformerEmbedder(folder, name=name, threads=threads)
 
 
-def check_model(wanted: str | None, embedder: Embedder) -> None:
-    """Raise InvalidTask if a task wants another model than the runner has."""
-    if wanted is not None and wanted != embedder.name:
-        message = (
-            f"cannot embed with {wanted!r}: this runner has {embedder.name!r}; "
-            "leave payload.embeddingModel out, or set TASKS_EMBEDDING_MODEL of the runner"
+def find_embedder(
+    models: Sequence[str],
+    make: Callable[[str], Embedder],
+    *,
+    name: str | None = None,
+    fingerprint: str | None = None,
+) -> Embedder:
+    """Return one of the models of the settings: by name, by fingerprint, or the first. Blocks as ``make`` does.
+
+    A name is one of the settings', or that of the embedder itself. Looking for a fingerprint reads the weights of one model
+    after the other. Raises InvalidTask for a name and ModelUnavailable for a fingerprint that none of them has, or for a
+    model that is not there; one that is not there does not hide the others.
+    """
+    if name in models or (name is None and fingerprint is None):
+        return make(name or models[0])
+    there, lacking = [], []
+    for model in models:
+        try:
+            embedder = make(model)
+            if embedder.name == name or (fingerprint is not None and embedder.fingerprint == fingerprint):
+                return embedder
+            there.append(embedder.name)
+        except ModelUnavailable as error:
+            lacking.append(error.message)
+    has = f"this runner has {', '.join(map(repr, there)) or 'none'}" + "".join(f"; {message}" for message in lacking)
+    if name is not None:
+        raise InvalidTask(
+            f"cannot embed with {name!r}: {has}; leave payload.embeddingModel out, or add it to TASKS_EMBEDDING_MODELS"
         )
-        raise InvalidTask(message)
+    raise ModelUnavailable(
+        f"cannot find the model with the fingerprint {fingerprint}: {has}; add the model to TASKS_EMBEDDING_MODELS"
+    )
 
 
 def batches(tokens: Sequence[int], *, budget: int, first: int | None = None) -> Iterator[list[int]]:

@@ -104,6 +104,11 @@ class Row:
     pipeline: str
     """Versions and settings of what made the row, for people and filters: parser, splitter, model."""
 
+    @classmethod
+    def of(cls, columns: Mapping[str, Any], *, id: str) -> "Row":  # noqa: A002 - the name of the column
+        """Build a row from the columns of a store's answer; one that the collection lacks has its value of ADDED."""
+        return cls(id=id, **{name: columns.get(name, ADDED.get(name)) for name in FIELDS})
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:
@@ -176,6 +181,9 @@ class Hit:
         return cls(id=id, score=score, **{name: row[name] for name in HIT_FIELDS})
 
 
+READ_AT_ONCE: Final = 256
+"""Rows of one answer of :meth:`ChunkStore.read`: 8 MB of the longest texts, and half a megabyte of vectors."""
+
 HIT_FIELDS: Final = tuple(field for field in Hit.__dataclass_fields__ if field not in {"id", "score"})
 
 
@@ -194,6 +202,9 @@ class ChunkStore(Protocol):
 
     async def stored(self, document_id: str, version: int) -> dict[str, str]:
         """Return chunk id → content hash of every row of a version."""
+
+    def read(self, document_id: str, version: int) -> AsyncIterator[list[Row]]:
+        """Yield the rows of a version whole, in the order of their ordinals, :data:`READ_AT_ONCE` at a time."""
 
     def scan(self) -> AsyncIterator[list[Stored]]:
         """Yield every row of every version once, some thousands at a time; nothing where the generation is not there.
@@ -216,6 +227,12 @@ class ChunkStore(Protocol):
         At most :data:`STALE_AT_ONCE` documents. A generation that is not there has none.
         """
 
+    async def serves(self) -> bool:
+        """Tell whether the alias of the knowledge base leads to this generation."""
+
+    async def serve(self) -> None:
+        """Make the alias lead here, in one step wherever it led before. The generation is there, see :meth:`ensure`."""
+
     async def drop(self) -> bool:
         """Remove collection or index of this generation with its alias, and return whether there was one.
 
@@ -234,8 +251,13 @@ class VectorIndex(ChunkStore, Protocol):
     ) -> "dict[str, npt.NDArray[np.float32]]":
         """Return text hash → vector for those texts that a version has."""
 
+    def read_with_vectors(
+        self, document_id: str, version: int
+    ) -> "AsyncIterator[tuple[list[Row], npt.NDArray[np.float32]]]":
+        """As :meth:`read`, each part with its vectors, of shape (len(rows), dimension)."""
+
     async def search(self, vector: "npt.NDArray[np.float32]", *, limit: int, offset: int = 0) -> list[Hit]:
-        """Return the nearest rows of any version, the best first."""
+        """Return the nearest rows of any version of this generation, the best first."""
 
 
 class TextIndex(ChunkStore, Protocol):
@@ -245,7 +267,7 @@ class TextIndex(ChunkStore, Protocol):
         """Upsert rows."""
 
     async def search(self, query: str, *, limit: int, offset: int = 0) -> list[Hit]:
-        """Return the best matching rows of any version, the best first."""
+        """Return the best matching rows of any version of this generation, the best first."""
 
 
 def check_metadata(metadata: Mapping[str, str]) -> None:

@@ -15,7 +15,20 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 from job_runner.backoff import Busy, patiently
-from job_runner.index import ADDED, FIELDS, HIT_FIELDS, STORED_FIELDS, Generation, Hit, Label, Row, Stale, Stored, alike
+from job_runner.index import (
+    ADDED,
+    FIELDS,
+    HIT_FIELDS,
+    READ_AT_ONCE,
+    STORED_FIELDS,
+    Generation,
+    Hit,
+    Label,
+    Row,
+    Stale,
+    Stored,
+    alike,
+)
 from job_runner.watchdog import beat
 from job_runner.without_pandas import without_pandas
 from task_contract.errors import RetryableError, StoreCapacity, StoreRefused, StoresDisagree, StoreUnavailable, TaskError
@@ -128,8 +141,42 @@ class MilvusIndex:
             start += _WINDOW
         return rows
 
-    def _query(self, condition: str, fields: Sequence[str]) -> list[dict[str, Any]]:
-        limit = {} if fields == ["count(*)"] else {"limit": _READ_LIMIT}
+    async def read(self, document_id: str, version: int) -> AsyncIterator[list[Row]]:
+        """Yield rows without their vectors, read with Strong consistency."""
+        async for part in self._parts(document_id, version, embedding=False):
+            yield [Row.of(row, id=row["id"]) for row in part]
+
+    async def read_with_vectors(
+        self, document_id: str, version: int
+    ) -> "AsyncIterator[tuple[list[Row], npt.NDArray[np.float32]]]":
+        """Yield rows and vectors, read with Strong consistency."""
+        import numpy as np
+
+        async for part in self._parts(document_id, version, embedding=True):
+            vectors = np.asarray([row["embedding"] for row in part], dtype=np.float32)
+            yield [Row.of(row, id=row["id"]) for row in part], vectors
+
+    async def _parts(self, document_id: str, version: int, *, embedding: bool) -> AsyncIterator[list[dict[str, Any]]]:
+        condition = f"document_id == {_quoted(document_id)} and version == {version}"
+        known = await self._run("look for the columns", self._known_columns)
+        fields = [name for name in ("id", *FIELDS, *(["embedding"] if embedding else [])) if name in known]
+        # Of most documents one answer holds all; Milvus 2.3 sorts none.
+        rows = await self._run("read", self._query, condition, fields, READ_AT_ONCE)
+        if len(rows) < READ_AT_ONCE:
+            if rows:
+                yield _in_order(rows)
+            return
+        count = await self._run("count", self._count, condition)
+        found, start = 0, 0
+        while found < count and start < 1 << 31:
+            window = f"{condition} and ordinal >= {start} and ordinal < {start + READ_AT_ONCE}"
+            if rows := await self._run("read", self._query, window, fields):
+                yield _in_order(rows)
+            found += len(rows)
+            start += READ_AT_ONCE
+
+    def _query(self, condition: str, fields: Sequence[str], most: int = _READ_LIMIT) -> list[dict[str, Any]]:
+        limit = {} if fields == ["count(*)"] else {"limit": most}
         answer = self._client.query(
             self._name,
             filter=condition,
@@ -217,6 +264,27 @@ class MilvusIndex:
                 pause *= 2
         return found
 
+    async def serves(self) -> bool:
+        """Ask for the collection behind the alias."""
+        return await self._run("look for the alias", self._serves)
+
+    def _serves(self) -> bool:
+        if not self._has_alias():
+            return False
+        described = self._client.describe_collection(self._generation.alias, timeout=TIMEOUT)
+        return bool(described["collection_name"] == self._name)
+
+    async def serve(self) -> None:
+        """Create or alter the alias, which is one step in Milvus."""
+        await self._run("switch the alias", self._serve)
+
+    def _serve(self) -> None:
+        name, alias = self._name, self._generation.alias
+        if not self._has_alias():
+            _unless(self._has_alias, lambda: self._client.create_alias(name, alias, timeout=TIMEOUT))
+        if not self._serves():
+            _unless(self._serves, lambda: self._client.alter_alias(name, alias, timeout=TIMEOUT))
+
     async def drop(self) -> bool:
         """Drop the collection; Milvus wants its alias to be dropped before."""
         there = await self.exists()
@@ -228,7 +296,7 @@ class MilvusIndex:
         self._columns = frozenset()
         if not client.has_collection(name, timeout=TIMEOUT):
             return
-        if self._has_alias() and client.describe_collection(alias, timeout=TIMEOUT)["collection_name"] == name:
+        if self._serves():
             _unless(lambda: not self._has_alias(), lambda: client.drop_alias(alias, timeout=TIMEOUT))
         _unless(
             lambda: not client.has_collection(name, timeout=TIMEOUT),
@@ -264,7 +332,7 @@ class MilvusIndex:
 
     def _search(self, vector: list[float], limit: int, offset: int) -> list[Hit]:
         answer = self._client.search(
-            self._generation.alias,
+            self._name,
             data=[vector],
             limit=limit,
             output_fields=["id", *HIT_FIELDS],
@@ -386,6 +454,10 @@ def _schema(dimension: int, label: str = "") -> Any:
             fields.append(FieldSchema(name, DataType.VARCHAR, max_length=lengths.get(name, 128), **default))
     fields.append(FieldSchema("embedding", DataType.FLOAT_VECTOR, dim=dimension))
     return CollectionSchema(fields, description=label, enable_dynamic_field=False)
+
+
+def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: int(row["ordinal"]))
 
 
 def _stale(stale: Sequence[Stale]) -> str:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import structlog
 
 from job_runner.document import Chunk, ParsedDocument, language_of_most
-from job_runner.embed import Embedder, batches, check_model, embedded
+from job_runner.embed import Embedder, batches, embedded
 from job_runner.fetch import Source, inspected, opened
 from job_runner.index import Generation, Row, Stale, check_metadata
 from job_runner.ledger import Claim, Commit, Intent, Published, Standing
@@ -129,7 +129,6 @@ class DocumentPipeline:
             raise InvalidTask("cannot index a document without a knowledge base: set spec.kbId")
         if spec.payload.file_path is None:
             raise InvalidTask("cannot index nothing: set spec.payload.filePath")
-        check_model(spec.payload.embedding_model, embedder)
         check_metadata(spec.payload.metadata or {})
         self._namespace = work.task.metadata.namespace
         self._kb_id = spec.kb_id

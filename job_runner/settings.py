@@ -67,6 +67,9 @@ class Settings(BaseSettings):
     """Folder of the document volume."""
     embedding_model: str = PACKAGED_MODEL
     """Embedding model: one that a package carries, by name, or the absolute path of a folder of sentence-transformers."""
+    embedding_models: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)] = ()
+    """Further models, as TASKS_EMBEDDING_MODEL, separated by commas: a task may name one in payload.embeddingModel, and a
+    knowledge base keeps to the one that filled it."""
     embedding_threads: Annotated[int, Field(ge=1, le=256)] | None = None
     """Threads that the embedding model computes with. Default: the container's limit on CPUs, 1 without a limit."""
     source_allow: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed), AfterValidator(_checked_allow_list)] = ()
@@ -125,6 +128,11 @@ class Settings(BaseSettings):
     """File for the termination message; skipped where it does not exist."""
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
     """debug, info, warning or error."""
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Embedding models that this runner has, the default first, each once."""
+        return tuple(dict.fromkeys((self.embedding_model, *self.embedding_models)))
 
     @property
     def threads(self) -> int:

@@ -1,15 +1,18 @@
 """What every type of task is given to work with."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from uuid import UUID
 
-from job_runner.embed import Embedder
+from job_runner.embed import Embedder, find_embedder
 from job_runner.ledger import Ledger
 from job_runner.progress import Progress
 from job_runner.settings import Settings
+from task_contract.errors import ModelUnavailable
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.models import ProcessingTask, Result, Stage
 
@@ -37,10 +40,24 @@ class Work:
     make_embedder: Callable[..., Embedder]
     """As :func:`job_runner.embed.make_embedder`."""
 
-    async def embedder(self) -> Embedder:
-        """Return the model of the settings, not loaded yet. Raises ModelUnavailable."""
-        settings = self.settings
-        return await asyncio.to_thread(self.make_embedder, settings.embedding_model, threads=settings.threads)
+    async def embedder(self, name: str | None = None, fingerprint: str | None = None) -> Embedder:
+        """Return a model of the settings, not loaded yet, as :func:`job_runner.embed.find_embedder` finds it."""
+        make = partial(self.make_embedder, threads=self.settings.threads)
+        found = partial(find_embedder, self.settings.models, make, name=name, fingerprint=fingerprint)
+        return await asyncio.to_thread(found)
+
+    async def embedder_of_knowledge_base(self) -> Embedder:
+        """Return the model that the task names, else that of its knowledge base if the runner has it, else the default.
+
+        The ledger refuses the default where the knowledge base was filled by another model, and says which.
+        """
+        spec, settings = self.task.spec, self.settings
+        if spec.payload.embedding_model is None and spec.kb_id is not None and settings.embedding_models:
+            known = await self.ledger.knowledge_base(namespace=self.task.metadata.namespace, kb_id=spec.kb_id)
+            if known is not None and (fingerprint := known[1]):  # of one with deletions alone there is none yet
+                with contextlib.suppress(ModelUnavailable):
+                    return await self.embedder(fingerprint=fingerprint)
+        return await self.embedder(spec.payload.embedding_model)
 
     def succeeded(self, done: Done) -> AttemptOutcome:
         """Return the outcome of an attempt that ended well, and report it."""

@@ -175,6 +175,7 @@ BAD_VALUES: list[tuple[list[str], list[str]]] = [
         ["gateway.upload.claims: a is not one of taskNamespaces"],
     ),
     (["runner.embeddingModel=7"], ["/runner/embeddingModel"]),
+    (["runner.embeddingModels[0]=a b"], ["/runner/embeddingModels/0"]),
     (["runner.tolerations[0].operator=In"], ["/runner/tolerations/0/operator"]),
     (["runner.resources.requests.cpu=true"], ["/runner/resources/requests/cpu"]),
     (["priorityClasses.high.value=2000000000"], ["/priorityClasses/high/value"]),
@@ -232,6 +233,7 @@ def test_bad_value_is_refused_by_name_and_never_printed_with_its_password(
     [
         (("taskNamespaces[0].name=a", "taskNamespaces[0].stores.redis.url=redis://r"), "taskNamespaces[0].stores"),
         (("runner.embeddingModel=all-MiniLM-L6-v2",), "runner.embeddingModel"),
+        (("runner.embeddingModels[0]=all-MiniLM-L6-v2",), "runner.embeddingModels"),
         (("sources.allowHttp=true",), "sources"),
         (("sources.s3.buckets[0]=manuals",), "sources"),
         (("taskNamespaces[0].name=a", "taskNamespaces[0].sources.ca=x"), "taskNamespaces[0].sources"),

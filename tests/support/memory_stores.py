@@ -7,16 +7,18 @@ from dataclasses import asdict
 import numpy as np
 import numpy.typing as npt
 
-from job_runner.index import STORED_FIELDS, Hit, Row, Stale, Stored
+from job_runner.index import READ_AT_ONCE, STORED_FIELDS, Hit, Row, Stale, Stored
 
 
 class _MemoryStore:
-    def __init__(self) -> None:
+    def __init__(self, aliases: dict[str, "_MemoryStore"] | None = None) -> None:
         self.rows: dict[str, Row] = {}
         self.there = True
+        self._aliases = {} if aliases is None else aliases
 
     async def ensure(self) -> None:
         self.there = True
+        self._aliases.setdefault("alias", self)
 
     async def aclose(self) -> None:
         pass
@@ -27,6 +29,15 @@ class _MemoryStore:
             for row in self.rows.values()
             if (row.document_id, row.version) == (document_id, version)
         }
+
+    def _parts(self, document_id: str, version: int) -> list[list[Row]]:
+        found = [row for row in self.rows.values() if (row.document_id, row.version) == (document_id, version)]
+        found.sort(key=lambda row: row.ordinal)
+        return [found[start : start + READ_AT_ONCE] for start in range(0, len(found), READ_AT_ONCE)]
+
+    async def read(self, document_id: str, version: int) -> AsyncIterator[list[Row]]:
+        for part in self._parts(document_id, version):
+            yield part
 
     async def scan(self) -> AsyncIterator[list[Stored]]:
         rows = list(self.rows.values())
@@ -57,9 +68,17 @@ class _MemoryStore:
         await self.delete(ids)
         return len(ids)
 
+    async def serves(self) -> bool:
+        return self._aliases.get("alias") is self
+
+    async def serve(self) -> None:
+        self._aliases["alias"] = self
+
     async def drop(self) -> bool:
         there, self.there = self.there, False
         self.rows.clear()
+        if await self.serves():
+            del self._aliases["alias"]
         return there
 
 
@@ -71,8 +90,8 @@ def _ranked(scored: list[tuple[float, Row]], limit: int, offset: int) -> list[Hi
 class MemoryVectorIndex(_MemoryStore):
     """Nearest by cosine over all rows."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, aliases: dict[str, _MemoryStore] | None = None) -> None:
+        super().__init__(aliases)
         self.by_id: dict[str, npt.NDArray[np.float32]] = {}
 
     async def write(self, rows: Sequence[Row], vectors: npt.NDArray[np.float32]) -> None:
@@ -89,6 +108,12 @@ class MemoryVectorIndex(_MemoryStore):
             for key in await self.stored(document_id, version)
             if self.rows[key].text_hash in text_hashes
         }
+
+    async def read_with_vectors(
+        self, document_id: str, version: int
+    ) -> AsyncIterator[tuple[list[Row], npt.NDArray[np.float32]]]:
+        for part in self._parts(document_id, version):
+            yield part, np.stack([self.by_id[row.id] for row in part])
 
     async def search(self, vector: npt.NDArray[np.float32], *, limit: int, offset: int = 0) -> list[Hit]:
         return _ranked([(float(self.by_id[key] @ vector), row) for key, row in self.rows.items()], limit, offset)

@@ -11,6 +11,7 @@ import sys
 import threading
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -28,8 +29,8 @@ from job_runner.embed import (
     PackagedEmbedder,
     _Pieces,
     batches,
-    check_model,
     embedded,
+    find_embedder,
     make_embedder,
     normalized,
 )
@@ -223,11 +224,42 @@ def test_a_carried_model_without_its_package_is_named() -> None:
         make_embedder("all-MiniLM-L6-v2")
 
 
-def test_a_task_may_name_the_model_that_the_runner_has(embedder: Embedder) -> None:
-    check_model(None, embedder)
-    check_model(embedder.name, embedder)
-    with pytest.raises(InvalidTask, match="cannot embed with 'other'"):
-        check_model("other", embedder)
+class _Named:
+    """A model of which only its names matter."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name.rpartition("/")[2]
+        self.fingerprint = f"{self.name}-1"
+
+
+def _make(name: str) -> Embedder:
+    if name.endswith("missing"):
+        raise ModelUnavailable(f"cannot load {name!r}")
+    return cast("Embedder", _Named(name))
+
+
+@pytest.mark.parametrize(
+    ("models", "wanted", "found"),
+    [
+        pytest.param(["a", "b"], {}, "a", id="the first by default"),
+        pytest.param(["a", "/models/b"], {"name": "/models/b"}, "b", id="by what the settings say"),
+        pytest.param(["a", "/models/b"], {"name": "b"}, "b", id="by its own name"),
+        pytest.param(["a", "b"], {"fingerprint": "b-1"}, "b", id="by its fingerprint"),
+        pytest.param(["missing", "b"], {"fingerprint": "b-1"}, "b", id="one that is not there hides no other"),
+    ],
+)
+def test_a_model_is_found_among_those_of_the_settings(models: list[str], wanted: dict[str, str], found: str) -> None:
+    assert find_embedder(models, _make, **wanted).name == found
+
+
+def test_what_is_not_among_the_models_of_the_settings_is_told_with_those_that_are() -> None:
+    models = ["a", "/models/b", "missing"]
+    with pytest.raises(InvalidTask, match=r"cannot embed with 'c': this runner has 'a', 'b'; cannot load 'missing'.*MODELS"):
+        find_embedder(models, _make, name="c")
+    with pytest.raises(ModelUnavailable, match=r"fingerprint c-1: this runner has 'a', 'b'.*TASKS_EMBEDDING_MODELS"):
+        find_embedder(models, _make, fingerprint="c-1")
+    with pytest.raises(ModelUnavailable, match="cannot load 'missing'"):
+        find_embedder(models, _make, name="missing")
 
 
 # --------------------------------------------------------------------------------------------------------- batches

@@ -320,6 +320,9 @@ Secrets those alone that sign callbacks. */}}
 {{- if and $stores.existingSecret .Values.runner.embeddingModel }}
 {{- fail (printf "runner.embeddingModel: has no effect with stores.existingSecret; put TASKS_EMBEDDING_MODEL into its Secret %s" $stores.existingSecret) }}
 {{- end }}
+{{- if and $stores.existingSecret .Values.runner.embeddingModels }}
+{{- fail (printf "runner.embeddingModels: has no effect with stores.existingSecret; put TASKS_EMBEDDING_MODELS into its Secret %s" $stores.existingSecret) }}
+{{- end }}
 {{- if and $stores.existingSecret (include "processing-tasks.sources" .Values.sources) }}
 {{- fail (printf "sources: has no effect with stores.existingSecret; put the keys of docs/sources.md into its Secret %s" $stores.existingSecret) }}
 {{- end }}

@@ -321,7 +321,8 @@ async def test_a_task_whose_knowledge_base_is_deleted_under_it(lab: Lab, point: 
         stores = opener(lab.settings(), dimension=lab.embedder.dimension)(Generation(NAMESPACE, lab.kb_id, 2))
         found = await rows_of(stores, lab.document_id("a.txt"))
         assert [len(part) for part in found] == [40, 40]
-        assert len(await stores.texts.search("Sentence", limit=5)) == 5, "the alias serves the new generation"
+        assert len(await stores.texts.search("Sentence", limit=5)) == 5
+        assert await stores.texts.serves(), "the alias serves the new generation"
         await stores.drop()
         await stores.aclose()
 

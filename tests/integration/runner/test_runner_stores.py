@@ -11,7 +11,7 @@ from pymilvus import CollectionSchema
 
 from job_runner import elasticsearch, milvus
 from job_runner.elasticsearch import ElasticsearchIndex
-from job_runner.index import ADDED, Generation, Row, Stale, Stored, TextIndex, VectorIndex
+from job_runner.index import ADDED, READ_AT_ONCE, Generation, Row, Stale, Stored, TextIndex, VectorIndex
 from job_runner.milvus import MilvusIndex
 from task_contract import names
 from task_contract.errors import StoreRefused, StoreUnavailable
@@ -63,7 +63,9 @@ def vectors(count: int, *, seed: int = 1) -> "np.ndarray[tuple[int, int], np.dty
 async def vector_index(request: pytest.FixtureRequest) -> AsyncIterator[VectorIndex]:
     """An empty knowledge base in each vector store."""
     if request.param == "memory":
-        yield MemoryVectorIndex()
+        memory = MemoryVectorIndex()
+        await memory.ensure()
+        yield memory
         return
     token = None
     if request.param == "milvus":
@@ -82,7 +84,9 @@ async def vector_index(request: pytest.FixtureRequest) -> AsyncIterator[VectorIn
 async def text_index(request: pytest.FixtureRequest) -> AsyncIterator[TextIndex]:
     """An empty knowledge base in each text store."""
     if request.param == "memory":
-        yield MemoryTextIndex()
+        memory = MemoryTextIndex()
+        await memory.ensure()
+        yield memory
         return
     urls = request.getfixturevalue("store_urls")
     index = ElasticsearchIndex(
@@ -130,6 +134,13 @@ async def check_chunk_store(store: VectorIndex | TextIndex) -> None:
         for row in (*first, replace(second[0], content_hash="d" * 32), *second[1:], *other)
     }
 
+    # Whole rows come back as they were written, in order, some at a time.
+    parts = [part async for part in store.read(ODD_ID, 1)]
+    assert [row for part in parts for row in part] == first
+    assert max(map(len, parts)) <= READ_AT_ONCE
+    assert [row async for part in store.read("other", 1) for row in part] == other
+    assert [part async for part in store.read("other", 2)] == []
+
     # Removal by id, and of stale versions: of these documents alone, up to a number, without those that are kept.
     await store.delete([row.id for row in first[:10]])
     assert len(await store.stored(ODD_ID, 1)) == 690
@@ -147,11 +158,17 @@ async def check_chunk_store(store: VectorIndex | TextIndex) -> None:
     assert sum([len(page) async for page in store.scan()]) == 5
     assert await store.remove([Stale(ODD_ID, up_to=9), Stale("other", up_to=9)]) == 5
 
+    # The first generation has the alias.
+    assert await store.serves()
+    await store.serve()
+    assert await store.serves()
+
     # A generation that is dropped is not there, holds nothing, and can be made anew.
     await write(first[:3])
     assert await store.exists()
     assert await store.drop()
     assert not await store.exists()
+    assert not await store.serves()
     assert not await store.drop()
     assert await store.count([Stale(ODD_ID, up_to=9)]) == await store.remove([Stale(ODD_ID, up_to=9)]) == 0
     assert [page async for page in store.scan()] == []
@@ -212,6 +229,15 @@ async def test_vectors_come_back_by_text_hash(vector_index: VectorIndex) -> None
     assert await vector_index.vectors(ODD_ID, 2, {data[0].text_hash}) == {}
 
 
+async def test_vectors_come_back_with_their_rows(vector_index: VectorIndex) -> None:
+    data, drawn = rows(600), vectors(600)
+    await vector_index.write(data, drawn)
+    found = [part async for part in vector_index.read_with_vectors(ODD_ID, 1)]
+    assert [row for part, _ in found for row in part] == data
+    assert max(len(part) for part, _ in found) <= READ_AT_ONCE
+    assert np.allclose(np.concatenate([part for _, part in found]), drawn, atol=1e-6)
+
+
 async def test_the_nearest_vectors_are_found(vector_index: VectorIndex) -> None:
     data, drawn = rows(50), vectors(50)
     await vector_index.write(data, drawn)
@@ -255,10 +281,11 @@ async def test_two_pods_create_a_knowledge_base_at_once(store_urls: dict[str, st
     data = rows(2)
     for pod in (pods[0], pods[3]):
         await pod.write(data, vectors(2))
-        assert (await pod.search(vectors(2)[0], limit=1))[0].id == data[0].id  # through the alias
+        assert (await pod.search(vectors(2)[0], limit=1))[0].id == data[0].id
     await texts[0].write(data)
     assert len(await texts[1].stored(ODD_ID, 1)) == 2
-    assert await texts[2].search("chunk", limit=5)  # through the alias
+    assert await texts[2].search("chunk", limit=5)
+    assert all([await one.serves() for one in (*pods, *texts)])
     for store in (pods[0], pods[3], texts[0]):
         await store.drop()
     for pod in pods:
@@ -281,22 +308,17 @@ async def test_the_alias_goes_over_to_the_generation_that_is_left(store_urls: di
         old, new = open_store(first), open_store(second)
         await old.ensure()
         await new.ensure()
-        data = rows(1, texts="only in the new one {}")
-        await (new.write(data, vectors(1)) if isinstance(new, MilvusIndex) else new.write(data))
-        await new.stored(ODD_ID, 1)  # refreshes
-
-        async def found(store: MilvusIndex | ElasticsearchIndex) -> int:
-            if isinstance(store, MilvusIndex):
-                return len(await store.search(vectors(1)[0], limit=5))
-            return len(await store.search("only", limit=5))
-
-        assert await found(new) == 0, "the alias serves the first generation"
+        assert (await old.serves(), await new.serves()) == (True, False)
+        await new.serve()
+        assert (await old.serves(), await new.serves()) == (False, True), "a switch"
+        await old.serve()
+        assert (await old.serves(), await new.serves()) == (True, False), "and back"
         assert await old.drop()
         await new.ensure()
-        assert await found(new) == 1, "the alias serves the second one"
+        assert await new.serves(), "the alias goes over to the one that is left"
         await old.ensure()
         assert await old.drop(), "an alias that serves another generation does not keep a collection"
-        assert await found(new) == 1
+        assert await new.serves()
         await new.drop()
         await old.aclose()
         await new.aclose()

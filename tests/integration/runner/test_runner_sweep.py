@@ -199,7 +199,7 @@ async def test_what_is_left_of_a_deleted_knowledge_base_goes_and_what_was_filled
     try:
         assert not await first.vectors.exists()
         assert not await first.texts.exists()
-        assert len(await second.texts.search("New", limit=5)) == 1, "the alias has gone over"
+        assert await second.texts.serves(), "the alias has gone over"
         # A late writer of the first generation: Elasticsearch makes the index anew for it.
         await first.texts.write([_row()])
         assert (await swept(lab, ledger)).knowledge_bases == 1
