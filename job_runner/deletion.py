@@ -17,7 +17,8 @@ import structlog
 
 from job_runner.index import Generation, Stale
 from job_runner.ledger import Claim, Commit, Intent, KnowledgeBaseDeletion, Ledger, Standing
-from job_runner.pipeline import ROUNDS, Stages, to_the_end
+from job_runner.publication import ROUNDS, to_the_end
+from job_runner.stages import Stages
 from job_runner.stores import OpenStores
 from job_runner.work import Done, Work
 from task_contract.errors import InvalidTask, StoresDisagree

@@ -150,7 +150,7 @@ class ElasticsearchIndex:
                 return analyzer
         return _ANALYZERS[-1]
 
-    async def stored(self, document_id: str, version: int) -> dict[str, str]:
+    async def stored(self, document_id: str, version: int, *, first: int = 0, below: int | None = None) -> dict[str, str]:
         """Return chunk id → content hash, after a refresh that makes all writes visible."""
         action = f"read {self._name}"
         await self._refresh(action)
@@ -159,7 +159,7 @@ class ElasticsearchIndex:
         while True:
             hits = await self._hits(
                 action,
-                query=_version(document_id, version),
+                query=_version(document_id, version, first=first, below=below),
                 size=_PAGE,
                 source=False,
                 fields=["content_hash"],
@@ -436,8 +436,10 @@ def _operation(action: Mapping[str, Any], source: Mapping[str, Any] | None = Non
     return b"".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n" for line in lines)
 
 
-def _version(document_id: str, version: int) -> dict[str, Any]:
-    return {"bool": {"filter": [{"term": {"document_id": document_id}}, {"term": {"version": version}}]}}
+def _version(document_id: str, version: int, *, first: int, below: int | None) -> dict[str, Any]:
+    ordinals = {"gte": first} | ({} if below is None else {"lt": below})
+    clauses = [{"term": {"document_id": document_id}}, {"term": {"version": version}}, {"range": {"ordinal": ordinals}}]
+    return {"bool": {"filter": clauses}}
 
 
 def _stale(stale: Sequence[Stale]) -> dict[str, Any]:

@@ -4,15 +4,16 @@ The file is opened once and stays open: what was checked and hashed is what the 
 meanwhile.
 """
 
+import asyncio
 import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from job_runner.document import Kind
 from job_runner.kinds import kind_of
@@ -27,23 +28,26 @@ from task_contract.errors import (
     StoreUnavailable,
     TaskError,
 )
+from task_contract.location import is_url
 from task_contract.names import DOCUMENT_ROOT
+
+if TYPE_CHECKING:
+    from job_runner.settings import Settings
 
 _FAILURES: Final[Mapping[str, type[TaskError]]] = {error.reason: error for error in (DocumentRefused, DocumentUnreadable)}
 _HASH_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """A document that was opened, checked and hashed."""
+class Opened:
+    """A file that was opened, checked and hashed."""
 
     name: str
     """What messages call it: the path or URL of the task."""
     descriptor: int
-    """Open for reading; closed by :func:`inspected`."""
+    """Open for reading; closed by the context that gave it."""
     size: int
     sha256: str
-    kind: Kind
     modified_ns: int
 
     def check_unchanged(self) -> None:
@@ -53,6 +57,16 @@ class Source:
             raise DocumentChanged(
                 f"cannot index {self.name}: the file was written to while it was read; replace files by renaming"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Source(Opened):
+    """A document: its kind is known too."""
+
+    kind: Kind
+
+
+F = TypeVar("F", bound=Opened)
 
 
 @contextmanager
@@ -70,14 +84,50 @@ def opened(file_path: str, *, root: Path, max_bytes: int) -> Iterator[Source]:
 
 @contextmanager
 def inspected(descriptor: int, *, name: str, max_bytes: int) -> Iterator[Source]:
-    """Check and hash an open file, wherever it came from, and close it at the end; blocking, run it in a thread.
+    """Check and hash an open document, wherever it came from, and close it at the end; blocking, run it in a thread.
 
     Raises DocumentRefused, DocumentUnreadable, DocumentEmpty, and StoreUnavailable when it cannot be read.
     """
+    with hashed(descriptor, name=name, max_bytes=max_bytes) as found:
+        try:
+            with open(descriptor, "rb", closefd=False) as file:
+                kind = kind_of(file, name=name)
+        except ReadingFailed as failure:
+            raise _FAILURES[failure.reason](failure.message) from failure
+        except OSError as error:
+            raise _failed(name, error) from error
+        yield Source(name, descriptor, found.size, found.sha256, found.modified_ns, kind)
+
+
+@contextmanager
+def hashed(descriptor: int, *, name: str, max_bytes: int) -> Iterator[Opened]:
+    """Check and hash an open file that is no document, as rows of vectors; else as :func:`inspected`."""
     try:
-        yield _inspect(descriptor, name=name, max_bytes=max_bytes)
+        yield _hashed(descriptor, name=name, max_bytes=max_bytes)
     finally:
         os.close(descriptor)
+
+
+async def open_document(
+    stack: AsyncExitStack,
+    file_path: str,
+    *,
+    settings: "Settings",
+    inspect: Callable[..., AbstractContextManager[F]],
+) -> F:
+    """Open a file of a task, after it was fetched if a URL names it; it is closed with the stack.
+
+    ``inspect`` is :func:`inspected`, or :func:`hashed` for a file that is no document. Raises as :func:`opened`, and as
+    :func:`job_runner.remote.download`.
+    """
+    if is_url(file_path):
+        from job_runner.remote import download  # an HTTP client, which a mounted document does not need
+
+        descriptor = await download(file_path, settings=settings)
+    else:
+        descriptor = await asyncio.to_thread(_open, file_path, root=settings.document_root)
+    opening = inspect(descriptor, name=file_path, max_bytes=settings.max_document_bytes)
+    return await asyncio.to_thread(stack.enter_context, opening)
 
 
 def _open(file_path: str, *, root: Path) -> int:
@@ -150,7 +200,7 @@ def _failed(file_path: str, error: OSError) -> DocumentRefused | DocumentNotFoun
             return StoreUnavailable(f"cannot read {file_path} from the document volume: {error.strerror}; check the volume")
 
 
-def _inspect(descriptor: int, *, name: str, max_bytes: int) -> Source:
+def _hashed(descriptor: int, *, name: str, max_bytes: int) -> Opened:
     state = os.fstat(descriptor)
     if not stat.S_ISREG(state.st_mode):
         raise DocumentRefused(f"cannot read {name}: it is not a regular file; give the path of a file")
@@ -164,21 +214,11 @@ def _inspect(descriptor: int, *, name: str, max_bytes: int) -> Source:
         raise DocumentEmpty(f"cannot index {name}: the file has 0 bytes")
     try:
         with open(descriptor, "rb", closefd=False) as file:
-            kind = kind_of(file, name=name)
             file.seek(0)
-            hashed = hashlib.sha256()
+            digest = hashlib.sha256()
             while data := file.read(_HASH_BYTES):
-                hashed.update(data)
+                digest.update(data)
                 beat()
-    except ReadingFailed as failure:
-        raise _FAILURES[failure.reason](failure.message) from failure
     except OSError as error:
         raise _failed(name, error) from error
-    return Source(
-        name=name,
-        descriptor=descriptor,
-        size=state.st_size,
-        sha256=hashed.hexdigest(),
-        kind=kind,
-        modified_ns=state.st_mtime_ns,
-    )
+    return Opened(name, descriptor, state.st_size, digest.hexdigest(), state.st_mtime_ns)

@@ -200,8 +200,8 @@ class ChunkStore(Protocol):
     async def aclose(self) -> None:
         """Close the connections."""
 
-    async def stored(self, document_id: str, version: int) -> dict[str, str]:
-        """Return chunk id → content hash of every row of a version."""
+    async def stored(self, document_id: str, version: int, *, first: int = 0, below: int | None = None) -> dict[str, str]:
+        """Return chunk id → content hash of the rows of a version with ordinals from ``first`` on and below ``below``."""
 
     def read(self, document_id: str, version: int) -> AsyncIterator[list[Row]]:
         """Yield the rows of a version whole, in the order of their ordinals, :data:`READ_AT_ONCE` at a time."""

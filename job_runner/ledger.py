@@ -131,9 +131,10 @@ class Published:
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Fields of a result that reading the document has given; empty where an earlier release has published it."""
 
-    def rows(self, generation: Generation, document_id: str) -> dict[str, str]:
-        """Return chunk id → content hash of the rows that each store must have."""
-        ids = (generation.chunk_id(document_id, self.version, ordinal) for ordinal in range(self.chunk_count))
+    def rows(self, generation: Generation, document_id: str, *, first: int = 0, below: int | None = None) -> dict[str, str]:
+        """Return chunk id → content hash of the rows that each store must have, with ordinals from ``first`` on."""
+        ordinals = range(first, self.chunk_count if below is None else below)
+        ids = (generation.chunk_id(document_id, self.version, ordinal) for ordinal in ordinals)
         return dict.fromkeys(ids, self.content_hash)
 
 

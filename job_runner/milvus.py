@@ -123,19 +123,22 @@ class MilvusIndex:
     def _has_alias(self) -> bool:
         return bool(self._client.has_collection(self._generation.alias, timeout=TIMEOUT))
 
-    async def stored(self, document_id: str, version: int) -> dict[str, str]:
+    async def stored(self, document_id: str, version: int, *, first: int = 0, below: int | None = None) -> dict[str, str]:
         """Return chunk id → content hash, read with Strong consistency."""
-        rows = await self._run("read", self._stored, f"document_id == {_quoted(document_id)} and version == {version}")
+        condition = f"document_id == {_quoted(document_id)} and version == {version}"
+        condition += f" and ordinal >= {first}" if first else ""
+        condition += f" and ordinal < {below}" if below is not None else ""
+        rows = await self._run("read", self._stored, condition, first)
         return {row["id"]: row["content_hash"] for row in rows}
 
-    def _stored(self, condition: str) -> list[dict[str, Any]]:
+    def _stored(self, condition: str, first: int) -> list[dict[str, Any]]:
         fields = ["id", "content_hash", "ordinal"]
         rows = self._query(condition, fields)
         if len(rows) < _READ_LIMIT:
             return rows
         # More than one answer holds: windows of ordinals, of which a version has each at most once, up to the count.
         count = int(self._query(condition, ["count(*)"])[0]["count(*)"])
-        rows, start = [], 0
+        rows, start = [], first
         while len(rows) < count and start < 1 << 31:
             rows += self._query(f"{condition} and ordinal >= {start} and ordinal < {start + _WINDOW}", fields)
             start += _WINDOW

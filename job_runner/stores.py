@@ -23,9 +23,14 @@ class Stores:
         """Create what is missing in both."""
         await _both(self.vectors.ensure(), self.texts.ensure())
 
-    async def stored(self, document_id: str, version: int) -> tuple[dict[str, str], dict[str, str]]:
-        """Return chunk id → content hash of every row of a version, in each store."""
-        return await _both(self.vectors.stored(document_id, version), self.texts.stored(document_id, version))
+    async def stored(
+        self, document_id: str, version: int, *, first: int = 0, below: int | None = None
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        """Return chunk id → content hash of the rows of a version, all or of some ordinals, in each store."""
+        return await _both(
+            self.vectors.stored(document_id, version, first=first, below=below),
+            self.texts.stored(document_id, version, first=first, below=below),
+        )
 
     async def open_existing(self) -> None:
         """Make what is there ready for reading and removing; nothing is created where the generation is not there."""

@@ -23,11 +23,13 @@ class _MemoryStore:
     async def aclose(self) -> None:
         pass
 
-    async def stored(self, document_id: str, version: int) -> dict[str, str]:
+    async def stored(self, document_id: str, version: int, *, first: int = 0, below: int | None = None) -> dict[str, str]:
         return {
             row.id: row.content_hash
             for row in self.rows.values()
             if (row.document_id, row.version) == (document_id, version)
+            and first <= row.ordinal
+            and (below is None or row.ordinal < below)
         }
 
     def _parts(self, document_id: str, version: int) -> list[list[Row]]:
