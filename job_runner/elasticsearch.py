@@ -21,6 +21,7 @@ from job_runner.index import (
     HIT_FIELDS,
     READ_AT_ONCE,
     STORED_FIELDS,
+    Filters,
     Generation,
     Hit,
     Label,
@@ -218,9 +219,9 @@ class ElasticsearchIndex:
     async def _refresh(self, action: str) -> None:
         await _ask(action, lambda: self._client.indices.refresh(index=self._name))
 
-    async def _search(self, action: str, *, index: str | None = None, **request: Any) -> Any:
+    async def _search(self, action: str, **request: Any) -> Any:
         """Return the answer to a search; one that did not reach every shard says less than there is and is none."""
-        answer = await _ask(action, lambda: self._client.search(index=index or self._name, **request))
+        answer = await _ask(action, lambda: self._client.search(index=self._name, **request))
         if answer["timed_out"] or answer["_shards"]["failed"]:
             raise StoreUnavailable("cannot search Elasticsearch: not every shard answered; check the cluster")
         return answer
@@ -313,11 +314,12 @@ class ElasticsearchIndex:
             raise StoresDisagree(f"cannot remove the index {self._name} from Elasticsearch: it is still there")
         return there
 
-    async def search(self, query: str, *, limit: int, offset: int = 0) -> list[Hit]:
+    async def search(self, query: str, *, limit: int, offset: int = 0, filters: Filters | None = None) -> list[Hit]:
         """Return the best rows by BM25 over text and headings."""
+        matching = {"multi_match": {"query": query, "fields": ["text", "heading_text"]}}
         hits = await self._hits(
             f"search {self._name}",
-            query={"multi_match": {"query": query, "fields": ["text", "heading_text"]}},
+            query={"bool": {"must": matching, "filter": _conditions(filters)}} if filters else matching,
             size=limit,
             from_=offset,
             source=list(HIT_FIELDS),
@@ -440,6 +442,24 @@ def _version(document_id: str, version: int, *, first: int, below: int | None) -
     ordinals = {"gte": first} | ({} if below is None else {"lt": below})
     clauses = [{"term": {"document_id": document_id}}, {"term": {"version": version}}, {"range": {"ordinal": ordinals}}]
     return {"bool": {"filter": clauses}}
+
+
+def _conditions(filters: Filters) -> list[dict[str, Any]]:
+    """Return the clauses of a filter: values of a request's body, in which nothing has a meaning of its own."""
+    clauses: list[dict[str, Any]] = []
+    if filters.document_ids:
+        clauses.append({"terms": {"document_id": filters.document_ids}})
+    if filters.language is not None:
+        clauses.append({"term": {"language": filters.language}})
+    clauses += [{"term": {"metadata_pairs": f"{key}={value}"}} for key, value in filters.metadata]
+    if filters.headings:
+        path = "\n".join(filters.headings)
+        either = [{"term": {"heading_path": path}}, {"prefix": {"heading_path": f"{path}\n"}}]
+        clauses.append({"bool": {"should": either, "minimum_should_match": 1}})
+    if filters.pages is not None:
+        first, last = filters.pages
+        clauses += [{"range": {"page_start": {"lte": last}}}, {"range": {"page_end": {"gte": first}}}]
+    return clauses
 
 
 def _stale(stale: Sequence[Stale]) -> dict[str, Any]:

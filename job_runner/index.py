@@ -7,7 +7,7 @@ new ids.
 
 import json
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from task_contract.errors import InvalidTask
@@ -180,11 +180,30 @@ class Hit:
         """Build a hit from the columns of a store's answer."""
         return cls(id=id, score=score, **{name: row[name] for name in HIT_FIELDS})
 
+    def scored(self, score: float) -> "Hit":
+        """Return the same row with another score."""
+        return replace(self, score=score)
+
 
 READ_AT_ONCE: Final = 256
 """Rows of one answer of :meth:`ChunkStore.read`: 8 MB of the longest texts, and half a megabyte of vectors."""
 
 HIT_FIELDS: Final = tuple(field for field in Hit.__dataclass_fields__ if field not in {"id", "score"})
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """Which rows a search looks at: those that fit everything that is given."""
+
+    document_ids: tuple[str, ...] = ()
+    """Rows of any of these documents."""
+    language: str | None = None
+    metadata: tuple[tuple[str, str], ...] = ()
+    """(key, value): rows that have all of them."""
+    headings: tuple[str, ...] = ()
+    """Whole titles from the top down: rows below them."""
+    pages: tuple[int, int] | None = None
+    """First and last: rows that touch any page between, these included. Rows without pages have page 0."""
 
 
 class ChunkStore(Protocol):
@@ -256,7 +275,9 @@ class VectorIndex(ChunkStore, Protocol):
     ) -> "AsyncIterator[tuple[list[Row], npt.NDArray[np.float32]]]":
         """As :meth:`read`, each part with its vectors, of shape (len(rows), dimension)."""
 
-    async def search(self, vector: "npt.NDArray[np.float32]", *, limit: int, offset: int = 0) -> list[Hit]:
+    async def search(
+        self, vector: "npt.NDArray[np.float32]", *, limit: int, offset: int = 0, filters: Filters | None = None
+    ) -> list[Hit]:
         """Return the nearest rows of any version of this generation, the best first."""
 
 
@@ -266,7 +287,7 @@ class TextIndex(ChunkStore, Protocol):
     async def write(self, rows: Sequence[Row]) -> None:
         """Upsert rows."""
 
-    async def search(self, query: str, *, limit: int, offset: int = 0) -> list[Hit]:
+    async def search(self, query: str, *, limit: int, offset: int = 0, filters: Filters | None = None) -> list[Hit]:
         """Return the best matching rows of any version of this generation, the best first."""
 
 

@@ -21,6 +21,7 @@ from job_runner.index import (
     HIT_FIELDS,
     READ_AT_ONCE,
     STORED_FIELDS,
+    Filters,
     Generation,
     Hit,
     Label,
@@ -329,13 +330,17 @@ class MilvusIndex:
             found |= {row["text_hash"]: np.asarray(row["embedding"], dtype=np.float32) for row in rows}
         return found
 
-    async def search(self, vector: "npt.NDArray[np.float32]", *, limit: int, offset: int = 0) -> list[Hit]:
+    async def search(
+        self, vector: "npt.NDArray[np.float32]", *, limit: int, offset: int = 0, filters: Filters | None = None
+    ) -> list[Hit]:
         """Return the nearest rows by cosine."""
-        return await self._run("search", self._search, vector.tolist(), limit, offset)
+        condition = _condition(filters) if filters else ""
+        return await self._run("search", self._search, vector.tolist(), limit, offset, condition)
 
-    def _search(self, vector: list[float], limit: int, offset: int) -> list[Hit]:
+    def _search(self, vector: list[float], limit: int, offset: int, condition: str) -> list[Hit]:
         answer = self._client.search(
             self._name,
+            filter=condition,
             data=[vector],
             limit=limit,
             output_fields=["id", *HIT_FIELDS],
@@ -461,6 +466,26 @@ def _schema(dimension: int, label: str = "") -> Any:
 
 def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: int(row["ordinal"]))
+
+
+def _condition(filters: Filters) -> str:
+    """Return an expression of Milvus; everything that a person gave stands in it as a quoted literal."""
+    clauses = []
+    if filters.document_ids:
+        clauses.append(f"document_id in {json.dumps(filters.document_ids, ensure_ascii=False)}")
+    if filters.language is not None:
+        clauses.append(f"language == {_quoted(filters.language)}")
+    clauses += [f"metadata[{_quoted(key)}] == {_quoted(value)}" for key, value in filters.metadata]
+    if filters.headings:
+        path = "\n".join(filters.headings)
+        # A range of strings, since `like` gives % and _ a meaning: what is below the path begins with it and a line's end.
+        first, last = _quoted(f"{path}\n"), _quoted(f"{path}\n\U0010ffff")
+        below = f"(heading_path >= {first} and heading_path < {last})"
+        clauses.append(f"(heading_path == {_quoted(path)} or {below})")
+    if filters.pages is not None:
+        from_page, to_page = filters.pages
+        clauses.append(f"page_start <= {to_page} and page_end >= {from_page}")
+    return " and ".join(clauses)
 
 
 def _stale(stale: Sequence[Stale]) -> str:

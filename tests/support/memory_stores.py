@@ -7,7 +7,7 @@ from dataclasses import asdict
 import numpy as np
 import numpy.typing as npt
 
-from job_runner.index import READ_AT_ONCE, STORED_FIELDS, Hit, Row, Stale, Stored
+from job_runner.index import READ_AT_ONCE, STORED_FIELDS, Filters, Hit, Row, Stale, Stored
 
 
 class _MemoryStore:
@@ -117,8 +117,11 @@ class MemoryVectorIndex(_MemoryStore):
         for part in self._parts(document_id, version):
             yield part, np.stack([self.by_id[row.id] for row in part])
 
-    async def search(self, vector: npt.NDArray[np.float32], *, limit: int, offset: int = 0) -> list[Hit]:
-        return _ranked([(float(self.by_id[key] @ vector), row) for key, row in self.rows.items()], limit, offset)
+    async def search(
+        self, vector: npt.NDArray[np.float32], *, limit: int, offset: int = 0, filters: Filters | None = None
+    ) -> list[Hit]:
+        fitting = [(key, row) for key, row in self.rows.items() if _fits(row, filters)]
+        return _ranked([(float(self.by_id[key] @ vector), row) for key, row in fitting], limit, offset)
 
 
 class MemoryTextIndex(_MemoryStore):
@@ -128,9 +131,25 @@ class MemoryTextIndex(_MemoryStore):
         self.there = True
         self.rows |= {row.id: row for row in rows}
 
-    async def search(self, query: str, *, limit: int, offset: int = 0) -> list[Hit]:
-        scored = [(len(_terms(query) & _terms(f"{row.text} {row.heading_path}")), row) for row in self.rows.values()]
+    async def search(self, query: str, *, limit: int, offset: int = 0, filters: Filters | None = None) -> list[Hit]:
+        fitting = [row for row in self.rows.values() if _fits(row, filters)]
+        scored = [(len(_terms(query) & _terms(f"{row.text} {row.heading_path}")), row) for row in fitting]
         return _ranked([(float(score), row) for score, row in scored if score], limit, offset)
+
+
+def _fits(row: Row, filters: Filters | None) -> bool:
+    if filters is None:
+        return True
+    depth = len(filters.headings)
+    first, last = filters.pages or (row.page_start, row.page_end)
+    return (
+        (not filters.document_ids or row.document_id in filters.document_ids)
+        and filters.language in {None, row.language}
+        and all(row.metadata.get(key) == value for key, value in filters.metadata)
+        and tuple(row.heading_path.split("\n")[:depth]) == filters.headings
+        and row.page_start <= last
+        and row.page_end >= first
+    )
 
 
 def _terms(text: str) -> set[str]:

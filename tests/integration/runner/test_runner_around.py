@@ -11,7 +11,7 @@ import pytest
 import redis.asyncio
 
 from job_runner import health
-from job_runner.index import Hit
+from job_runner.index import Filters, Hit
 from job_runner.ledger import Ledger
 from job_runner.progress import RedisProgress
 from job_runner.search import search
@@ -158,7 +158,7 @@ class Crowded(MemoryTextIndex):
         super().__init__()
         self.hits = hits
 
-    async def search(self, query: str, *, limit: int, offset: int = 0) -> list[Hit]:
+    async def search(self, query: str, *, limit: int, offset: int = 0, filters: Filters | None = None) -> list[Hit]:
         return self.hits[offset : offset + limit]
 
 

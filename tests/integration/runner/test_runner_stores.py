@@ -4,6 +4,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from pymilvus import CollectionSchema
 
 from job_runner import elasticsearch, milvus
 from job_runner.elasticsearch import ElasticsearchIndex
-from job_runner.index import ADDED, READ_AT_ONCE, Generation, Row, Stale, Stored, TextIndex, VectorIndex
+from job_runner.index import ADDED, READ_AT_ONCE, Filters, Generation, Row, Stale, Stored, TextIndex, VectorIndex
 from job_runner.milvus import MilvusIndex
 from task_contract import names
 from task_contract.errors import StoreRefused, StoreUnavailable
@@ -266,6 +267,52 @@ async def test_words_are_found_in_both_languages(text_index: TextIndex) -> None:
     assert await text_index.search("xylophone", limit=5) == []
 
 
+FILTERED: dict[str, tuple[Filters, set[int]]] = {
+    "nothing is asked for": (Filters(), {0, 1, 2, 3, 4}),
+    "any of several documents": (Filters(document_ids=(ODD_ID, "gone")), {0, 1}),
+    "an identity that looks like an expression": (Filters(document_ids=('" or "" == "',)), set()),
+    "language": (Filters(language="zh"), {1}),
+    "a language that looks like an expression": (Filters(language='en" or language != "'), set()),
+    "metadata": (Filters(metadata=(("team", "知识"),)), {0, 3}),
+    "all pairs of metadata": (Filters(metadata=(("team", "知识"), ("x.y", ""))), {0}),
+    "a key and a value full of quotes": (Filters(metadata=(('a"]\\', "' == \n\""),)), {1}),
+    "a key that no row has": (Filters(metadata=(("team=", "知识"),)), set()),
+    "a heading and all below it": (Filters(headings=("A",)), {0, 1, 2}),
+    "two levels of headings": (Filters(headings=("A", "B_")), {0, 1}),
+    "a heading that looks like a pattern": (Filters(headings=("%",)), set()),
+    "pages that rows begin or end in": (Filters(pages=(3, 4)), {1, 2, 3}),
+    "everything that is asked for": (Filters(pages=(3, 4), headings=("A", "B_")), {1}),
+}
+"""What a search is asked for → ordinals that it finds of :func:`filtered`."""
+
+
+def filtered() -> list[Row]:
+    changes: list[dict[str, Any]] = [
+        {"heading_path": "A\nB_", "page_start": 1, "page_end": 2},
+        {"heading_path": "A\nB_\nC", "page_start": 2, "page_end": 3, "language": "zh", "metadata": {'a"]\\': "' == \n\""}},
+        {"heading_path": "A", "page_start": 3, "page_end": 3, "document_id": "other", "metadata": {}},
+        {"heading_path": "AB", "page_start": 4, "page_end": 9, "document_id": "third", "metadata": {"team": "知识"}},
+        {"heading_path": "A ", "page_start": 0, "page_end": 0, "document_id": "third", "metadata": {"team": "others"}},
+    ]
+    return [replace(row, **change) for row, change in zip(rows(5), changes, strict=True)]
+
+
+async def test_a_search_by_meaning_looks_at_what_fits(vector_index: VectorIndex) -> None:
+    drawn = vectors(5)
+    await vector_index.write(filtered(), drawn)
+    for name, (filters, found) in FILTERED.items():
+        hits = await vector_index.search(drawn[0], limit=10, filters=filters)
+        assert {hit.ordinal for hit in hits} == found, name
+
+
+async def test_a_search_by_words_looks_at_what_fits(text_index: TextIndex) -> None:
+    await text_index.write(filtered())
+    assert len(await text_index.stored(ODD_ID, 1)) == 2  # refreshes
+    for name, (filters, found) in FILTERED.items():
+        hits = await text_index.search("chunk", limit=10, filters=filters)
+        assert {hit.ordinal for hit in hits} == found, name
+
+
 async def test_two_pods_create_a_knowledge_base_at_once(store_urls: dict[str, str], milvus_lite: str) -> None:
     where = generation()
     token = store_urls.get("TASKS_MILVUS_TOKEN")
@@ -285,7 +332,8 @@ async def test_two_pods_create_a_knowledge_base_at_once(store_urls: dict[str, st
     await texts[0].write(data)
     assert len(await texts[1].stored(ODD_ID, 1)) == 2
     assert await texts[2].search("chunk", limit=5)
-    assert all([await one.serves() for one in (*pods, *texts)])
+    stores: list[MilvusIndex | ElasticsearchIndex] = [*pods, *texts]
+    assert all([await one.serves() for one in stores])
     for store in (pods[0], pods[3], texts[0]):
         await store.drop()
     for pod in pods:
