@@ -438,7 +438,7 @@ def _operation(action: Mapping[str, Any], source: Mapping[str, Any] | None = Non
     return b"".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n" for line in lines)
 
 
-def _version(document_id: str, version: int, *, first: int, below: int | None) -> dict[str, Any]:
+def _version(document_id: str, version: int, *, first: int = 0, below: int | None = None) -> dict[str, Any]:
     ordinals = {"gte": first} | ({} if below is None else {"lt": below})
     clauses = [{"term": {"document_id": document_id}}, {"term": {"version": version}}, {"range": {"ordinal": ordinals}}]
     return {"bool": {"filter": clauses}}
