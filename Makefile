@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 UV_VERSION := 0.13.9
+LOCK_UPGRADE := $(if $(UPGRADE),--upgrade)
 PACKAGES := crds operator job_runner client devstack tests
 # Which cluster: make demo CLUSTER=embedded|kind|current NAMESPACE=name VALUES=file, on make's command line alone: a variable
 # NAMESPACE of the shell is likely to be about something else.
@@ -75,29 +76,29 @@ format: $(READY) ## Format the code and sort imports
 generate: $(READY) ## Write the CRD from the models
 	@$(BIN)/python crds/generate.py
 
-lock: $(READY) ## Pin all dependencies anew within the bounds of pyproject.toml
+lock: $(READY) ## Pin what pyproject.toml has new; with UPGRADE=1 the newest of everything within its bounds
 	@for extras in "operator gateway" runner dev; do \
 	  echo "locking $$extras"; \
-	  $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  $(BIN)/uv pip compile --quiet $(LOCK_UPGRADE) --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	    --no-header $$(printf -- '--extra %s ' $$extras) pyproject.toml -o requirements/$${extras%% *}.txt; \
 	done
 	@echo "locking ocr"
-	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	@$(BIN)/uv pip compile --quiet $(LOCK_UPGRADE) --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-header --constraint requirements/dev.txt --extra ocr pyproject.toml -o requirements/ocr.txt
 	@echo "locking torch"
-	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	@$(BIN)/uv pip compile --quiet $(LOCK_UPGRADE) --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-header --constraint requirements/dev.txt --extra sentence-transformers pyproject.toml -o requirements/torch.txt
 	@echo "locking onnx"
-	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	@$(BIN)/uv pip compile --quiet $(LOCK_UPGRADE) --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-header --constraint requirements/dev.txt --constraint requirements/torch.txt --extra onnx pyproject.toml -o requirements/onnx.txt
 	@echo "locking onnx-export"
-	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	@$(BIN)/uv pip compile --quiet $(LOCK_UPGRADE) --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-header --constraint requirements/dev.txt --constraint requirements/torch.txt --constraint requirements/onnx.txt \
 	  --extra onnx-export pyproject.toml -o requirements/onnx-export.txt
 	@echo "locking bench"
-	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	@$(BIN)/uv pip compile --quiet $(LOCK_UPGRADE) --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-header --group bench -o requirements/bench.txt
-	@echo hatchling | $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	@echo hatchling | $(BIN)/uv pip compile --quiet $(LOCK_UPGRADE) --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-header --no-annotate - -o requirements/build.txt
 
 images: $(READY) ## Build both images and print their sizes by package; VARIANT=ocr or onnx: the runner with these libraries

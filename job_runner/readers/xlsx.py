@@ -1,4 +1,5 @@
-"""XLSX and XLS, by calamine: the values of their cells, those of an XLSX with their units.
+"""XLSX and XLS, by calamine: the values of their cells, those of an XLSX with their units. (An XLS of which a sheet is
+damaged: :mod:`job_runner.readers.xls`.)
 
 calamine holds every cell between the first and the last one of a sheet, has no bounds on what it inflates, and Rust aborts
 the process where memory is wanting. So an XLSX is looked at before: its parts are inflated within bounds, and a sheet whose
@@ -294,10 +295,8 @@ def _read_by_calamine(
         with _failures_of_calamine():
             workbook = CalamineWorkbook.from_filelike(file)
     except SheetFailed as error:
-        file.seek(0)
-        if kind is Kind.XLS and _PASSWORD.search(file.read()):
-            message = f"cannot read {name}: the workbook is encrypted with a password; store it without one"
-            raise ReadingFailed("DocumentUnreadable", message) from error
+        if kind is Kind.XLS and (found := _by_xlrd(file, name=name, on_progress=on_progress)) is not None:
+            return found
         message = f"cannot read {name}: the workbook is damaged ({error}); save it again with the program that made it"
         raise ReadingFailed("DocumentUnreadable", message) from error
 
@@ -316,6 +315,26 @@ def _read_by_calamine(
         if found.visible == SheetVisibleEnum.Visible
     )
     return document(kind, sheets, name=name, count=len(metadata), on_progress=on_progress)
+
+
+def _by_xlrd(file: BinaryIO, *, name: str, on_progress: OnProgress) -> ParsedDocument | None:
+    """Read those sheets of an XLS that are not damaged; ``None`` where the workbook itself is."""
+    from job_runner.readers.xls import DamagedXls
+
+    file.seek(0)
+    if _PASSWORD.search(file.read()):
+        message = f"cannot read {name}: the workbook is encrypted with a password; store it without one"
+        raise ReadingFailed("DocumentUnreadable", message)
+    file.seek(0)
+    try:
+        workbook = DamagedXls(file)
+    except SheetFailed:
+        return None
+    sheets = (
+        Sheet(number, title, lines(_rows(workbook.rows(number), start=(0, 0), formats={})))
+        for number, title in workbook.shown
+    )
+    return document(Kind.XLS, sheets, name=name, count=workbook.count, on_progress=on_progress)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Workbooks and delimited tables: every row says what its values are, every sheet is a page."""
 
 import io
+import re
 import string
 
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 
 from job_runner.document import Kind, ParsedDocument
 from job_runner.readers import ReadingFailed, grid, read
+from job_runner.readers.xls import DamagedXls
+from job_runner.readers.xlsx import _text
 from job_runner.split import SplitSettings, split
 from tests.support.compound import make_compound
 from tests.support.workbooks import (
@@ -410,6 +413,43 @@ def test_a_sheet_that_was_not_checked_is_not_read() -> None:
     parts = {"xl/workbook.xml": f'<workbook xmlns="{MAIN}"><sheets>{listed}</sheets></workbook>'}
     with pytest.raises(ReadingFailed, match="'Far': the XLSX does not list it as a sheet"):
         document(make_xlsx({"Far": sheet(["a"], more=FAR)}, parts=parts), Kind.XLSX)
+
+
+def test_a_damaged_sheet_of_an_xls_is_recorded_and_the_others_are_read() -> None:
+    values: dict[str, list[list[Value]]] = {
+        "A": [["name", "at", "n"], ["x", "Bern", 1.5]],
+        "B": [["b"], ["c"]],
+        "C": [["d", "e"], [2.0, "f"]],
+    }
+    data = make_xls(values, hidden=[])
+    begins = [found.start() for found in re.finditer(rb"\x09\x08\x10\0", data)]
+    first, damaged, after = begins[1:]
+    whole = document(data, Kind.XLS)
+    found = document(data[: damaged + 20] + b"\xff" * (after - damaged - 20) + data[after:], Kind.XLS)
+    assert (whole.failed_pages, found.failed_pages) == ((), (2,))
+    assert found.text == whole.text.replace("B\n\nb\nc\n\n", "")
+    none = data[: first + 20] + b"\xff" * (len(data) - first - 20)
+    with pytest.raises(ReadingFailed, match="the workbook is damaged") as caught:
+        document(none, Kind.XLS)
+    assert caught.value.reason == "DocumentUnreadable"
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "text"),
+    [
+        (45_443.0, 3, "2024-05-31"),
+        (45_443.5, 3, "2024-05-31 12:00"),
+        (0.25, 3, "06:00"),
+        (-1.0, 3, "-1"),
+        (1, 4, "TRUE"),
+        (42, 5, "#N/A"),
+        (7.0, 2, "7"),
+        ("a", 1, "a"),
+    ],
+)
+def test_cells_read_by_xlrd_are_those_that_calamine_gives(value: object, kind: int, text: str) -> None:
+    found = DamagedXls(io.BytesIO(make_xls({"A": [["a"]]})))._value(kind, value)
+    assert _text(found) == text
 
 
 def test_a_cell_far_away_costs_nothing() -> None:
