@@ -87,9 +87,9 @@ class _Reported:
         self._progress = progress
         self._pulse = pulse
 
-    def report(self, stage: Stage, percent: int) -> None:
+    def report(self, stage: Stage, percent: int, *, counted: tuple[int, int] | None = None) -> None:
         self._pulse.beat(stage)
-        self._progress.report(stage, percent)
+        self._progress.report(stage, percent, counted=counted)
 
 
 async def run_attempt(

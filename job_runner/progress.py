@@ -24,14 +24,14 @@ log = structlog.get_logger(__name__)
 class Progress(Protocol):
     """Takes how far the work has come. Never blocks, never raises."""
 
-    def report(self, stage: Stage, percent: int) -> None:
-        """Say that ``stage`` is under way and ``percent`` of the whole attempt is done."""
+    def report(self, stage: Stage, percent: int, *, counted: tuple[int, int] | None = None) -> None:
+        """Say that ``stage`` is under way and ``percent`` of the whole attempt is done; of a batch (done, total) as well."""
 
 
 class SilentProgress:
     """Progress that nobody watches."""
 
-    def report(self, stage: Stage, percent: int) -> None:
+    def report(self, stage: Stage, percent: int, *, counted: tuple[int, int] | None = None) -> None:
         """Say nothing."""
 
 
@@ -43,7 +43,7 @@ class RedisProgress:
         self._task = task
         self._uid = uid
         self._attempt = attempt
-        self._latest: tuple[Stage, int] | None = None
+        self._latest: tuple[Stage, int, tuple[int, int] | None] | None = None
         self._changed = asyncio.Event()
         self._sender: asyncio.Task[None] | None = None
         self._client: Any = None
@@ -68,10 +68,10 @@ class RedisProgress:
         if self._client is not None:
             await self._quietly(self._client.aclose)
 
-    def report(self, stage: Stage, percent: int) -> None:
+    def report(self, stage: Stage, percent: int, *, counted: tuple[int, int] | None = None) -> None:
         """Keep the report until it is sent or a later one takes its place."""
-        if (stage, percent) != self._latest:
-            self._latest = stage, percent
+        if (stage, percent, counted) != self._latest:
+            self._latest = stage, percent, counted
             self._changed.set()
 
     async def _send_all(self) -> None:
@@ -84,7 +84,7 @@ class RedisProgress:
         self._changed.clear()
         if self._latest is None:
             return True
-        stage, percent = self._latest
+        stage, percent, counted = self._latest
         message = progress_event(
             uid=self._uid,
             namespace=self._task.metadata.namespace,
@@ -93,6 +93,7 @@ class RedisProgress:
             stage=stage,
             progress=percent,
             at=datetime.now(UTC),
+            counted=counted,
         )
         return await self._quietly(lambda: self._publish(message))
 

@@ -59,7 +59,7 @@ class AttemptOutcome(Model):
     outcome: Outcome
     attempt: Annotated[int, Field(ge=1)]
     reason: Annotated[str, Field(min_length=1, max_length=64)] = "Completed"
-    """Completed, Deleted, Superseded or Unchanged for a success; else the reason of the error."""
+    """Completed, PartiallyFailed, Deleted, Superseded or Unchanged for a success; else the reason of the error."""
     result: Result | None = None
     error: Failure | None = None
     log: Annotated[str, Field(max_length=LOG_LIMIT)] | None = None
@@ -121,9 +121,34 @@ class ProgressEvent(Model):
     stage: Stage
     progress: Annotated[int, Field(ge=0, le=100)]
     at: Timestamp
+    done: Annotated[int, Field(ge=0)] | None = None
+    """Of a batch: documents that have ended, well or not."""
+    total: Annotated[int, Field(ge=0)] | None = None
+    """Of a batch: documents that there are."""
 
 
-def progress_event(*, uid: str, namespace: str, name: str, attempt: int, stage: Stage, progress: int, at: datetime) -> str:
-    """Return the JSON of a progress event."""
-    event = ProgressEvent(uid=uid, namespace=namespace, name=name, attempt=attempt, stage=stage, progress=progress, at=at)
-    return event.model_dump_json(by_alias=True)
+def progress_event(
+    *,
+    uid: str,
+    namespace: str,
+    name: str,
+    attempt: int,
+    stage: Stage,
+    progress: int,
+    at: datetime,
+    counted: tuple[int, int] | None = None,
+) -> str:
+    """Return the JSON of a progress event; ``counted`` is (done, total) of a batch."""
+    done, total = counted or (None, None)
+    event = ProgressEvent(
+        uid=uid,
+        namespace=namespace,
+        name=name,
+        attempt=attempt,
+        stage=stage,
+        progress=progress,
+        at=at,
+        done=done,
+        total=total,
+    )
+    return event.model_dump_json(by_alias=True, exclude_none=True)

@@ -30,6 +30,9 @@ TASK_NAME_ANNOTATION: Final = f"{GROUP}/task-name"
 TASK_ANNOTATION: Final = f"{GROUP}/task"
 """On the pod: the task manifest as JSON, handed to the container as a downward-API file."""
 
+SHARDS_ANNOTATION: Final = f"{GROUP}/shards"
+"""On the Job of a batch: which shards it is for, by its indexes in order, as ``0-2,7``."""
+
 RETRY_OF_ANNOTATION: Final = f"{GROUP}/retry-of"
 """On a task that was made to do a finished one again: the name of that one."""
 

@@ -16,6 +16,9 @@ place safe, in the order in which the writes of a task come:
   TTL of a day is the backstop, and then ``task_results`` has the outcome, which is looked for before a Job is made anew).
 - *Retrying written → next Job created*: number and time of the next attempt follow from the status alone (``attempts``
   holds the spent number, ``retryAt`` the time).
+- *documents of a batch left → Job for their shards created*: which are left is read from PostgreSQL each time, so it does
+  not matter which Jobs there were. A Job that was made before is taken as it is, for the shards that it was made for.
+- *documents left after the last attempt → counted as failed → end written*: counting them again finds none left.
 - *next Job created → Job of the earlier attempt deleted*: Jobs of lower attempts are deleted whenever the current has one.
 - *given back: Queued written → Job deleted → Job of the same number created*: writing Queued gives the task a new
   ``queuedAt``; a Job carries the ``queuedAt`` it was made under. One that carries another is the one that was given back:
@@ -56,12 +59,11 @@ from task_operator.jobs import (
     PodReport,
     RunnerTemplate,
     build_job,
-    current_attempt,
     parse_time,
     pod_report,
 )
 from task_operator.metrics import Metrics
-from task_operator.observation import Decision, Fence, Need, Observed, Policy, Refusal, Store, StoredOutcome, view_of
+from task_operator.observation import Batch, Decision, Fence, Need, Observed, Policy, Refusal, Store, StoredOutcome, view_of
 from task_operator.projection import Database, DatabaseUnavailable, Held
 from task_operator.reconcile import decide, refuse
 from task_operator.waits import refused_for
@@ -73,7 +75,7 @@ _log = structlog.get_logger(__name__)
 _WORKERS: Final = 24
 _ORPHAN_PATIENCE: Final = 3.0  # seconds in which the garbage collector may do it
 _CONFLICTS: Final = 4  # looks in a row that may end in a conflict before the task waits
-_ROUNDS: Final = 10  # a decision asks for at most one thing a round, and there are seven
+_ROUNDS: Final = 12  # a decision asks for at most one thing a round, and there are nine
 _POSITIONS: Final = 10.0  # seconds between two looks whose position in line is to be told
 _TOLD: Final = 100  # of them, those in front: ten writes a second, however fast a long line moves
 _PRUNED: Final = 500  # tasks of a namespace deleted in a row
@@ -125,6 +127,7 @@ class _Facts:
     result: StoredOutcome | None = None
     fence: Fence | None = None
     release: Fence | None = None
+    batch: Batch | None = None
     place: Place | None = None
     refusal: Refusal | None = None
 
@@ -581,7 +584,7 @@ class Controller:
             self._cache.mark_deleting(job)
             changed = changed or not job.deleting
         if decision.create_attempt is not None and task.parsed is not None:
-            facts.refusal = await self._create(task.parsed, attempt=decision.create_attempt)
+            facts.refusal = await self._create(task.parsed, attempt=decision.create_attempt, shards=decision.shards)
             changed = True
             if facts.refusal is not None:
                 cached = self._cache.task(key)
@@ -628,6 +631,7 @@ class Controller:
                 result=facts.result,
                 fence=facts.fence,
                 release=facts.release,
+                batch=facts.batch,
                 first=self._cache.first(task.key),
                 limited=self._dispatch is not None,
                 place=facts.place,
@@ -646,20 +650,19 @@ class Controller:
 
     async def _answer(self, need: Need, task: ProcessingTask, facts: _Facts, decision: Decision) -> None:
         namespace, uid = task.metadata.namespace, task.metadata.uid or ""
-        attempt = current_attempt(task.status)
+        view = view_of(Observed(task=task, jobs=self._jobs_of(task)))
         match need:
             case Need.PODS:
                 facts.pods = tuple(pod_report(pod) for pod in await self._api.list_pods(namespace, task_uid=uid))
             case Need.POD_REFUSAL:
-                job = view_of(Observed(task=task, jobs=self._jobs_of(task))).job
+                job_uid = "" if view.job is None else view.job.uid
                 try:
-                    facts.pod_refusal = await self._api.pod_refusal(namespace, job_uid="" if job is None else job.uid)
+                    facts.pod_refusal = await self._api.pod_refusal(namespace, job_uid=job_uid)
                 except Forbidden as error:  # the reason for a wait is worth less than the wait itself
                     _log.warning("cannot read why a pod was refused; grant list on events", error=error.message)
             case Need.JOB:
-                name = build_job(task, attempt=attempt, template=self._template)["metadata"]["name"]
                 try:
-                    self.on_job("MODIFIED", await self._api.get_job(namespace, name))
+                    self.on_job("MODIFIED", await self._api.get_job(namespace, view.name))
                 except NotFound:
                     return
             case Need.PLACE:
@@ -667,18 +670,29 @@ class Controller:
                 cached = self._cache.task(key)
                 if self._dispatch is not None and cached is not None:
                     facts.place = self._dispatch.ask(key, _claim(key, cached))
-            case Need.RESULT | Need.FENCE | Need.RELEASE:
+            case Need.RESULT | Need.FENCE | Need.RELEASE | Need.BATCH | Need.SETTLE:
                 if self._database is None:
                     return
                 try:
-                    if need is Need.RESULT:
-                        facts.result = await self._database.result(uid, attempt=attempt)
-                    elif need is Need.RELEASE:
-                        facts.release = await self._database.release(uid)
-                    else:
-                        facts.fence = await self._database.raise_fence(uid, reason=decision.fence_reason)
+                    await self._ask(self._database, need, uid, facts, decision, attempt=view.attempt)
                 except DatabaseUnavailable as error:
                     _log.warning("PostgreSQL does not answer", task=task.metadata.name, error=str(error))
+
+    async def _ask(
+        self, database: Database, need: Need, uid: str, facts: _Facts, decision: Decision, *, attempt: int
+    ) -> None:
+        match need:
+            case Need.RESULT:
+                facts.result = await database.result(uid, attempt=attempt)
+            case Need.RELEASE:
+                facts.release = await database.release(uid)
+            case Need.FENCE:
+                facts.fence = await database.raise_fence(uid, reason=decision.fence_reason)
+            case Need.BATCH:
+                facts.batch = await database.batch(uid)
+            case Need.SETTLE if decision.settle is not None:
+                why = decision.settle
+                facts.batch = await database.settle_batch(uid, reason=why.reason, message=why.message)
 
     async def _write_status(self, task: _Task, status: Status, *, insist: bool) -> bool:
         """Write what differs; return whether anything did."""
@@ -732,9 +746,9 @@ class Controller:
             live.announced = event["metadata"]["name"]
             self._announce(event)
 
-    async def _create(self, task: ProcessingTask, *, attempt: int) -> Refusal | None:
+    async def _create(self, task: ProcessingTask, *, attempt: int, shards: Sequence[int]) -> Refusal | None:
         """Create the Job of an attempt, or find it created; return why the API server refuses it."""
-        job = build_job(task, attempt=attempt, template=self._template)
+        job = build_job(task, attempt=attempt, template=self._template, shards=shards)
         namespace, name = job["metadata"]["namespace"], job["metadata"]["name"]
         try:
             answer = await self._api.create_job(job)

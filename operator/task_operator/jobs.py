@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Protocol
 
+from task_contract.batches import parallelism_of, write_shards
 from task_contract.lifecycle import ExitCode
 from task_contract.messages import AttemptOutcome, last_lines
-from task_contract.models import Priority, ProcessingTask
+from task_contract.models import Priority, ProcessingTask, TaskType
 from task_contract.names import (
     API_VERSION,
     ATTEMPT_LABEL,
@@ -24,6 +25,7 @@ from task_contract.names import (
     MANAGED_BY_LABEL,
     PART_OF,
     RESOURCE_CLASS_LABEL,
+    SHARDS_ANNOTATION,
     TASK_ANNOTATION,
     TASK_FILE,
     TASK_NAME_ANNOTATION,
@@ -37,6 +39,9 @@ from task_operator.resources import OOM_KILLED, MemoryGrowth, Resources, Size, c
 QUEUED_AT_ANNOTATION: Final = f"{GROUP}/queued-at"
 """Which stay in the queue a Job belongs to: the value of :func:`queue_stamp` when it was made. An attempt that is given
 back keeps its number and so the name of its Job; this mark tells the Job that was given back from the one after it."""
+
+INDEX_ANNOTATION: Final = "batch.kubernetes.io/job-completion-index"
+"""On each pod of an Indexed Job: its index."""
 
 DEADLINE_ALLOWANCE: Final = timedelta(minutes=10)
 """The runner ends an attempt at its timeout itself; the Job's deadline is the backstop for a runner that hangs, with room
@@ -153,12 +158,21 @@ def task_document(task: ProcessingTask) -> str:
     return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
 
 
-def build_job(task: ProcessingTask, *, attempt: int, template: RunnerTemplate) -> dict[str, Any]:
+def is_batch(task: ProcessingTask) -> bool:
+    """Whether the task has a pod a shard, and an outcome a document."""
+    return task.spec.type is TaskType.BATCH_PROCESSING
+
+
+def build_job(task: ProcessingTask, *, attempt: int, template: RunnerTemplate, shards: Sequence[int] = ()) -> dict[str, Any]:
     """Return the Job of one attempt, under the restrictions of Pod Security ``restricted``.
 
     It has one pod that is never restarted in place. ``Ignore`` for disruptions lets the Job controller replace a pod that
     was evicted, preempted or lost with its node: such an end says nothing about the task. A permanent error fails the Job
     at once.
+
+    That of a batch has one pod for each of ``shards``: an Indexed Job whose first index is the first of them. An index that
+    fails ends, and the others go on; the next attempt has a Job for what is left. A permanent error is one of the whole
+    batch (documents fail each for itself), so it fails this Job at once too.
     """
     metadata = task.metadata
     if metadata.uid is None:
@@ -177,7 +191,11 @@ def build_job(task: ProcessingTask, *, attempt: int, template: RunnerTemplate) -
             "name": job_name(task_name=metadata.name, task_uid=metadata.uid, attempt=attempt),
             "namespace": metadata.namespace,
             "labels": labels,
-            "annotations": {TASK_NAME_ANNOTATION: metadata.name, QUEUED_AT_ANNOTATION: queue_stamp(task)},
+            "annotations": {
+                TASK_NAME_ANNOTATION: metadata.name,
+                QUEUED_AT_ANNOTATION: queue_stamp(task),
+                **({SHARDS_ANNOTATION: write_shards(shards)} if shards else {}),
+            },
             "ownerReferences": [
                 {
                     "apiVersion": API_VERSION,
@@ -190,9 +208,7 @@ def build_job(task: ProcessingTask, *, attempt: int, template: RunnerTemplate) -
             ],
         },
         "spec": {
-            "backoffLimit": 0,
-            "completions": 1,
-            "parallelism": 1,
+            **_completions(task, shards),
             "activeDeadlineSeconds": int(deadline.total_seconds()),
             "ttlSecondsAfterFinished": int(JOB_TTL.total_seconds()),
             "podReplacementPolicy": "Failed",
@@ -217,9 +233,21 @@ def build_job(task: ProcessingTask, *, attempt: int, template: RunnerTemplate) -
                         TASK_ANNOTATION: task_document(task),
                     },
                 },
-                "spec": _task_pod(task, attempt=attempt, template=template),
+                "spec": _task_pod(task, attempt=attempt, template=template, shards=shards),
             },
         },
+    }
+
+
+def _completions(task: ProcessingTask, shards: Sequence[int]) -> dict[str, Any]:
+    """Return how many pods a Job has, and what becomes of it when one fails."""
+    if not shards:
+        return {"backoffLimit": 0, "completions": 1, "parallelism": 1}
+    return {
+        "completionMode": "Indexed",
+        "backoffLimitPerIndex": 0,
+        "completions": len(shards),
+        "parallelism": min(parallelism_of(task.spec.payload), len(shards)),
     }
 
 
@@ -258,7 +286,7 @@ def build_sweep_job(namespace: str, *, last: datetime | None, template: RunnerTe
     }
 
 
-def _task_pod(task: ProcessingTask, *, attempt: int, template: RunnerTemplate) -> dict[str, Any]:
+def _task_pod(task: ProcessingTask, *, attempt: int, template: RunnerTemplate, shards: Sequence[int]) -> dict[str, Any]:
     folder, file = TASK_FILE.rsplit("/", 1)
     volumes: list[dict[str, Any]] = [
         {
@@ -285,10 +313,20 @@ def _task_pod(task: ProcessingTask, *, attempt: int, template: RunnerTemplate) -
         env=[
             {"name": "TASKS_ATTEMPT", "value": str(attempt)},
             {"name": "TASKS_HOLDER", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}},
+            *(_shard(shards) if shards else ()),
         ],
         volumes=volumes,
         mounts=mounts,
     )
+
+
+def _shard(shards: Sequence[int]) -> list[dict[str, Any]]:
+    """Return what tells a pod its shard: which the Job is for, and the pod's place among them."""
+    index = {"fieldRef": {"fieldPath": f"metadata.annotations['{INDEX_ANNOTATION}']"}}
+    return [
+        {"name": "TASKS_SHARDS", "value": write_shards(shards)},
+        {"name": "TASKS_SHARD_INDEX", "valueFrom": index},
+    ]
 
 
 def _pod(
@@ -460,6 +498,8 @@ class PodReport:
     name: str
     uid: str
     job_uid: str | None
+    index: str | None = None
+    """Of an Indexed Job: which of its completions the pod is for."""
     node: str | None = None
     alive: bool = True
     """Neither Succeeded nor Failed: a process may still run in it."""
@@ -532,6 +572,7 @@ def pod_report(manifest: Mapping[str, Any]) -> PodReport:
         name=metadata["name"],
         uid=metadata["uid"],
         job_uid=controller,
+        index=(metadata.get("annotations") or {}).get(INDEX_ANNOTATION),
         node=(manifest.get("spec") or {}).get("nodeName"),
         alive=alive,
         running="running" in state and alive,

@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 
 from task_contract.messages import AttemptOutcome, ProgressEvent
-from task_contract.models import Phase, ProcessingTask, Status
+from task_contract.models import Failure, Phase, ProcessingTask, Status
 from task_contract.names import job_name
 from task_operator.dispatch import Place
 from task_operator.jobs import JobState, PodReport, current_attempt, queue_stamp
@@ -27,6 +27,10 @@ class Need(StrEnum):
     """The row of the current attempt in ``task_results``."""
     FENCE = "fence"
     """The fence over the whole task, to be raised now unless a commit came first. Raising it twice is raising it once."""
+    BATCH = "batch"
+    """What has become of the documents of a batch so far."""
+    SETTLE = "settle"
+    """The same, after those that have not ended are made to count as failed: from then on none of them is published."""
     RELEASE = "release"
     """The intents of the task, to be taken now from whichever pod holds them, unless a commit came first: that pod cannot
     commit any more, the next one of the task can."""
@@ -56,6 +60,34 @@ class StoredOutcome:
     holder: str
     """Uid of the pod that wrote it."""
     created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What PostgreSQL says of the documents of a batch; all 0: no pod has listed them yet."""
+
+    total: int = 0
+    pending: int = 0
+    failed: int = 0
+    published: int = 0
+    """Those that ended well and were neither superseded nor duplicates."""
+    chunks: int = 0
+    embedded: int = 0
+    reused: int = 0
+    shards: tuple[int, ...] = ()
+    """Those with documents that have not ended, in ascending order."""
+    failures: tuple[str, ...] = ()
+    """Reasons of failed documents, the most frequent first: how many, and the first of them with its message."""
+
+    @property
+    def listed(self) -> bool:
+        """Whether it is known which documents there are."""
+        return self.total > 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether all of them have ended, well or not."""
+        return self.listed and not self.pending
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +178,8 @@ class Observed:
     """None although answered: PostgreSQL cannot be reached."""
     release: Fence | None = None
     """The same."""
+    batch: Batch | None = None
+    """The same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +189,15 @@ class Decision:
     needs: frozenset[Need] = frozenset()
     fence_reason: str = ""
     """Why the fence is to be raised, when it is among the needs."""
+    settle: Failure | None = None
+    """Why documents that have not ended are to count as failed, when that is among the needs."""
     status: Status | None = None
     """The whole status as it should be; None: as it is."""
     delete_jobs: tuple[JobState, ...] = ()
     create_attempt: int | None = None
     """Number of the attempt whose Job is to be created."""
+    shards: tuple[int, ...] = ()
+    """Of a batch: which shards it is for."""
     delete_task: bool = False
     after: timedelta | None = None
     """Look again after this time even if nothing happens."""

@@ -34,12 +34,12 @@ from task_contract.names import EVENTS_NOTIFICATION
 from task_operator.backlog import LIMIT, Backlog, Row
 from task_operator.jobs import parse_time
 from task_operator.metrics import Metrics
-from task_operator.observation import Fence, FenceState, StoredOutcome
+from task_operator.observation import Batch, Fence, FenceState, StoredOutcome
 from task_operator.transitions import DELETED, ENDS, Attempt, Seen, Transition, transitions, withdrawn
 
 _log = structlog.get_logger(__name__)
 
-_BATCH: Final = 500
+_ROWS: Final = 500
 _MAX_BACKOFF: Final = 30.0  # seconds
 _COMMAND_TIMEOUT: Final = 10.0  # seconds
 _CONNECTIONS: Final = 4
@@ -154,7 +154,7 @@ _EXPIRE: Final = (
     "ORDER BY deleted_at LIMIT $2 FOR UPDATE SKIP LOCKED), "
     + "".join(
         f"from_{table} AS (DELETE FROM {table} USING due WHERE task_uid = due.uid), "  # noqa: S608 - names of ours
-        for table in ("attempts", "task_events", "task_results", "task_fences", "callbacks")
+        for table in ("attempts", "task_events", "task_results", "task_fences", "callbacks", "batches")
     )
     + "gone AS (DELETE FROM tasks USING due WHERE tasks.uid = due.uid RETURNING tasks.uid) SELECT count(*) FROM gone"
 )
@@ -214,6 +214,33 @@ _SWEPT: Final = (
     "FROM (SELECT namespace, created_at AS since FROM knowledge_bases "
     "UNION ALL SELECT namespace, deleted_at FROM knowledge_base_deletions) AS used LEFT JOIN sweeps USING (namespace) "
     "WHERE namespace = ANY($1::text[]) OR cardinality($1::text[]) = 0 GROUP BY namespace ORDER BY namespace"
+)
+
+
+_BATCH: Final = (
+    "SELECT count(*) AS total, count(*) FILTER (WHERE state = 'pending') AS pending, "
+    "count(*) FILTER (WHERE state = 'failed') AS failed, "
+    "count(*) FILTER (WHERE state = 'done' AND reason NOT IN ('Superseded', 'Duplicate')) AS published, "
+    "coalesce(sum(chunks), 0) AS chunks, coalesce(sum(embedded), 0) AS embedded, coalesce(sum(reused), 0) AS reused, "
+    "coalesce(array_agg(DISTINCT shard ORDER BY shard) FILTER (WHERE state = 'pending'), '{}') AS shards "
+    "FROM batch_documents WHERE task_uid = $1"
+)
+_FAILURES: Final = (
+    "SELECT reason, count(*) AS documents, (array_agg(file_path ORDER BY ordinal))[1] AS path, "
+    "(array_agg(message ORDER BY ordinal))[1] AS message FROM batch_documents WHERE task_uid = $1 AND state = 'failed' "
+    "GROUP BY reason ORDER BY 2 DESC, 1 LIMIT 3"
+)
+_PUBLISHED_UNSAID: Final = (
+    "UPDATE batch_documents AS listed SET state = 'done', message = NULL, updated_at = now(), version = written.version, "
+    "chunks = written.chunk_count, reason = CASE written.state WHEN 'published' THEN 'Completed' "
+    "WHEN 'unchanged' THEN 'Unchanged' ELSE 'Superseded' END FROM document_versions AS written "
+    "WHERE listed.task_uid = $1 AND listed.state = 'pending' AND written.task_uid = $1 "
+    "AND written.document_id = listed.document_id AND written.state IN ('published', 'unchanged', 'superseded')"
+)
+_GIVE_UP: Final = (
+    "UPDATE batch_documents SET state = 'failed', updated_at = now(), reason = coalesce(reason, $2), "
+    "message = coalesce(message, CASE WHEN begun = 0 THEN 'its turn did not come: ' ELSE '' END || $3) "
+    "WHERE task_uid = $1 AND state = 'pending'"
 )
 
 
@@ -375,7 +402,7 @@ class Database:
                     self.fence_later(uid, reason="Deleted")
 
     async def _flush(self) -> None:
-        rows = self._backlog.batch(_BATCH)
+        rows = self._backlog.batch(_ROWS)
         if rows:
             written = await self._write(rows)
             for row in rows:
@@ -432,6 +459,22 @@ class Database:
         """
         fence: Fence = await self.ask(lambda connection: _release(connection, uid))
         return fence
+
+    # ---------------------------------------------------------------------------------------------------------- batch
+
+    async def batch(self, uid: str) -> Batch:
+        """Return what has become of the documents of a batch. Raises :class:`DatabaseUnavailable`."""
+        batch: Batch = await self.ask(lambda connection: _batch(connection, uid))
+        return batch
+
+    async def settle_batch(self, uid: str, *, reason: str, message: str) -> Batch:
+        """Have the documents of a batch that have not ended count as failed, each for its own last reason if it has one.
+
+        The fence is raised with it, so that none of them is published after it counts as failed. What was published already,
+        by a pod that died before it could say so, counts as done. May be repeated. Raises :class:`DatabaseUnavailable`.
+        """
+        batch: Batch = await self.ask(lambda connection: _settle_batch(connection, uid, reason, message))
+        return batch
 
     # -------------------------------------------------------------------------------------------------------- archive
 
@@ -588,7 +631,7 @@ def _columns(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
 
 
 def _batches(uids: Sequence[str]) -> Iterator[Sequence[str]]:
-    return (uids[start : start + _BATCH] for start in range(0, len(uids), _BATCH))
+    return (uids[start : start + _ROWS] for start in range(0, len(uids), _ROWS))
 
 
 def _told(record: asyncpg.Record) -> Transition | None:
@@ -647,10 +690,13 @@ async def _committed(connection: "asyncpg.Connection[asyncpg.Record]", uid: str)
         "WHERE task_uid = $1 AND outcome->>'outcome' = 'Succeeded' ORDER BY attempt DESC LIMIT 1",
         uid,
     )
+    # A batch has committed when all of its documents have ended; some alone keep nobody from canceling the others.
     committed = await connection.fetchval(
-        "SELECT true FROM document_versions "
-        "WHERE task_uid = $1 AND state IN ('published', 'superseded', 'unchanged') "
-        "UNION ALL SELECT true FROM knowledge_base_deletions WHERE task_uid = $1 LIMIT 1",
+        "SELECT CASE WHEN EXISTS (SELECT FROM batches WHERE task_uid = $1) "
+        "THEN NOT EXISTS (SELECT FROM batch_documents WHERE task_uid = $1 AND state = 'pending') "
+        "ELSE EXISTS (SELECT FROM document_versions "
+        "WHERE task_uid = $1 AND state IN ('published', 'superseded', 'unchanged')) "
+        "OR EXISTS (SELECT FROM knowledge_base_deletions WHERE task_uid = $1) END",
         uid,
     )
     if row is None and not committed:
@@ -675,15 +721,38 @@ async def _raise_fence(connection: "asyncpg.Connection[asyncpg.Record]", uid: st
     async with connection.transaction():
         if (committed := await _committed(connection, uid)) is not None:
             return committed
-        await connection.execute(
-            "INSERT INTO task_fences (task_uid, reason) VALUES ($1, $2) ON CONFLICT DO NOTHING", uid, reason
-        )
-        await connection.execute(
-            "UPDATE document_versions SET state = 'canceled', epoch = epoch + 1, updated_at = now() "
-            "WHERE task_uid = $1 AND state = 'intent'",
-            uid,
-        )
+        await _bar(connection, uid, reason)
     return Fence(state=FenceState.RAISED)
+
+
+async def _bar(connection: "asyncpg.Connection[asyncpg.Record]", uid: str, reason: str) -> None:
+    """Enter the fence and cancel all intents. The caller holds the task's advisory lock."""
+    await connection.execute(
+        "INSERT INTO task_fences (task_uid, reason) VALUES ($1, $2) ON CONFLICT DO NOTHING", uid, reason
+    )
+    await connection.execute(
+        "UPDATE document_versions SET state = 'canceled', epoch = epoch + 1, updated_at = now() "
+        "WHERE task_uid = $1 AND state = 'intent'",
+        uid,
+    )
+
+
+async def _batch(connection: "asyncpg.Connection[asyncpg.Record]", uid: str) -> Batch:
+    row = await connection.fetchrow(_BATCH, uid)
+    if row is None or not row["total"]:
+        return Batch()
+    reasons = await connection.fetch(_FAILURES, uid)
+    failures = tuple(f"{one['reason']} {one['documents']} ({one['path']}: {one['message']})" for one in reasons)
+    return Batch(**{**row, "shards": tuple(row["shards"])}, failures=failures)
+
+
+async def _settle_batch(connection: "asyncpg.Connection[asyncpg.Record]", uid: str, reason: str, message: str) -> Batch:
+    async with connection.transaction():
+        await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended($1::uuid::text, 0))", uid)
+        await _bar(connection, uid, reason)
+        await connection.execute(_PUBLISHED_UNSAID, uid)
+        await connection.execute(_GIVE_UP, uid, reason, message)
+        return await _batch(connection, uid)
 
 
 def _stored(row: asyncpg.Record) -> StoredOutcome | None:

@@ -12,8 +12,9 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
+from task_contract.batches import shard_count
 from task_contract.lifecycle import retry_delay
-from task_contract.messages import AttemptOutcome, Outcome
+from task_contract.messages import AttemptOutcome, Outcome, ProgressEvent
 from task_contract.models import (
     Action,
     Attempt,
@@ -27,8 +28,8 @@ from task_contract.models import (
     TaskType,
 )
 from task_operator.dispatch import Place, worth_telling
-from task_operator.jobs import JobState, pods_of
-from task_operator.observation import Decision, Ending, FenceState, Need, Observed, Policy, Refusal, View, view_of
+from task_operator.jobs import JobState, is_batch, pods_of
+from task_operator.observation import Decision, Ending, Fence, FenceState, Need, Observed, Policy, Refusal, View, view_of
 from task_operator.resources import unknown_class
 from task_operator.statuses import (
     clip,
@@ -44,7 +45,16 @@ from task_operator.statuses import (
     with_attempt,
     without_attempt,
 )
-from task_operator.verdict import Verdict, burden_on_nodes, judge_job, verdict_of, wait_for_store
+from task_operator.verdict import (
+    BATCH_FAILED,
+    Verdict,
+    burden_on_nodes,
+    judge_job,
+    result_of,
+    verdict_of,
+    verdict_of_batch,
+    wait_for_store,
+)
 from task_operator.waits import overdue, time_left, wait_of, waiting
 
 _DEFAULT: Final = Policy()
@@ -101,6 +111,11 @@ def _impossible(task: ProcessingTask, *, database: bool) -> str | None:
         return (
             "cannot call back: callbacks leave from PostgreSQL, which this operator does not have; "
             "set OPERATOR_POSTGRES_URL, or create the task without callback"
+        )
+    if is_batch(task) and not database:
+        return (
+            "cannot carry out a batch: its documents and what becomes of each stand in PostgreSQL, which this operator does "
+            "not have; set OPERATOR_POSTGRES_URL"
         )
     if spec.kb_id is None and spec.type not in {TaskType.HEALTH_CHECK, TaskType.EMBEDDING_GENERATION}:
         return "cannot work without a knowledge base: set spec.kbId"
@@ -212,21 +227,23 @@ def _stop(observed: Observed, view: View, ending: Ending, *, now: datetime, poli
         if isinstance(verdict, Decision):
             return verdict
         if verdict.success is not None:
-            return Decision(status=completed(task, view, verdict.success, verdict.started_at, now=now))
+            return Decision(status=_completed(task, view, verdict, now=now))
     running = tuple(one for one in observed.jobs if not one.finished)
     stoppable = tuple(one for one in running if not one.deleting)
     if observed.store.configured:
         if Need.FENCE not in observed.answered:
             return Decision(needs=frozenset({Need.FENCE}), fence_reason=ending.reason)
         if observed.fence is not None and observed.fence.state is FenceState.RAISED:
-            return Decision(status=ended(task, view, ending, now=now), delete_jobs=stoppable)
+            if is_batch(task) and Need.BATCH not in observed.answered:
+                return Decision(needs=frozenset({Need.BATCH}))
+            result = None if observed.batch is None or not observed.batch.listed else result_of(observed.batch)
+            return Decision(status=ended(task, view, ending, now=now, result=result), delete_jobs=stoppable)
         if observed.fence is not None:
             changed = observed.jobs_changed_at or now
             silent = job is not None and not job.ready and now - changed > policy.stuck_patience
             if job is not None and not job.finished and not job.deleting and not silent:
                 return Decision(after=timedelta(seconds=1))  # it has committed and is about to say so
-            outcome = observed.fence.outcome or AttemptOutcome(outcome=Outcome.SUCCEEDED, attempt=view.attempt)
-            return Decision(status=completed(task, view, outcome, None, now=now))
+            return _committed(observed, view, observed.fence, now=now)
     # No fence to be had: nothing can be committed any more once no pod is left.
     if running:
         return Decision(delete_jobs=stoppable, after=timedelta(seconds=1))
@@ -236,6 +253,31 @@ def _stop(observed: Observed, view: View, ending: Ending, *, now: datetime, poli
     if any(pod.alive and (pod.stop_by is None or now < pod.stop_by + policy.stuck_patience) for pod in observed.pods):
         return Decision(after=timedelta(seconds=1))
     return Decision(status=ended(task, view, ending, now=now))
+
+
+def _committed(observed: Observed, view: View, fence: Fence, *, now: datetime, job: JobState | None = None) -> Decision:
+    """End a task whose work was published before anybody could stop it; ``job`` goes with it.
+
+    A batch has committed when all of its documents have ended, and that may be badly.
+    """
+    task, gone = observed.task, () if job is None else (job,)
+    if is_batch(task):
+        verdict = verdict_of_batch(observed)
+        if isinstance(verdict, Decision):
+            return verdict
+        if verdict is not None and verdict.failure is not None:
+            status = failed(task, verdict.failure, now=now, view=view, result=verdict.result)
+            return Decision(status=status, delete_jobs=gone)
+        if verdict is not None:
+            return Decision(status=_completed(task, view, verdict, now=now), delete_jobs=gone)
+    outcome = fence.outcome or AttemptOutcome(outcome=Outcome.SUCCEEDED, attempt=view.attempt)
+    return Decision(status=completed(task, view, outcome, None, now=now), delete_jobs=gone)
+
+
+def _completed(task: ProcessingTask, view: View, verdict: Verdict, *, now: datetime) -> Status:
+    if verdict.success is None:
+        raise AssertionError("a verdict without success")
+    return completed(task, view, verdict.success, verdict.started_at, now=now, message=verdict.message)
 
 
 def _suspend(observed: Observed, view: View, *, now: datetime) -> Decision:
@@ -302,8 +344,7 @@ def _stopping(
         if observed.release is None:
             return Decision(after=timedelta(seconds=5))  # nor can the pod commit while PostgreSQL is away
         if observed.release.state is FenceState.COMMITTED:
-            outcome = observed.release.outcome or AttemptOutcome(outcome=Outcome.SUCCEEDED, attempt=view.attempt)
-            return Decision(status=completed(observed.task, view, outcome, None, now=now), delete_jobs=(job,))
+            return _committed(observed, view, observed.release, now=now, job=job)
     pod = alive[-1]
     where = "" if pod.node is None else f" on node {pod.node}"
     message = f"pod {pod.name}{where} was told to stop and does not answer: is the node lost? Another pod takes the attempt"
@@ -321,12 +362,17 @@ def _running(observed: Observed, view: View, job: JobState, *, now: datetime, po
     if progress is not None and progress.attempt != view.attempt:
         progress = None
     if status.phase is Phase.PROCESSING and status.attempt == view.attempt and status.job == job.name:
-        if progress is None or (progress.stage, progress.progress) == (status.stage, status.progress):
+        if progress is None or _told(progress, status, batch=is_batch(task)):
             return Decision()
         written = observed.last_write
         if written is not None and now - written < policy.progress_interval:
             return Decision(after=policy.progress_interval - (now - written))
-        return Decision(status=status.model_copy(update={"stage": progress.stage, "progress": progress.progress}))
+        changes: dict[str, Any] = {"stage": progress.stage, "progress": progress.progress}
+        if progress.total is None:
+            return Decision(status=status.model_copy(update=changes))
+        message = f"{progress.done} of {progress.total} documents have ended; attempt {view.attempt} runs as Job {job.name}"
+        told = status_in(task, Phase.PROCESSING, reason="Processing", message=message, now=now, **changes)
+        return Decision(status=told)
     attempt = Attempt(number=view.attempt, job=job.name, started_at=to_second(now))
     return Decision(
         status=status_in(
@@ -349,12 +395,25 @@ def _running(observed: Observed, view: View, job: JobState, *, now: datetime, po
     )
 
 
+def _told(progress: ProgressEvent, status: Status, *, batch: bool) -> bool:
+    """Whether a status says already how far an attempt has come.
+
+    Of the pods of a batch each tells its own stage, and its own count of all documents: the highest one is the latest.
+    """
+    if batch:
+        return status.progress is not None and progress.progress <= status.progress
+    return (progress.stage, progress.progress) == (status.stage, status.progress)
+
+
 def _starting(observed: Observed, view: View, job: JobState, *, now: datetime, random: float, policy: Policy) -> Decision:
     """Tell why a pod does not run, once it has had time to start."""
     task, status = observed.task, observed.task.status
     changed = observed.jobs_changed_at or job.created_at or now
-    if now - changed < policy.pod_patience:
-        return Decision(after=policy.pod_patience - max(now - changed, timedelta()))
+    # Of a batch that runs, the pods of one shard have ended and those of the next are starting.
+    under_way = is_batch(task) and status.phase is Phase.PROCESSING
+    patience = policy.pod_look_interval if under_way else policy.pod_patience
+    if now - changed < patience:
+        return Decision(after=patience - max(now - changed, timedelta()))
     unseen = now - (job.created_at or changed)
     if job.started_at is None and not job.suspended and timedelta() <= unseen < policy.controller_patience:
         return Decision(after=policy.controller_patience - unseen)  # in a burst it lags behind: there is no pod to look at
@@ -387,7 +446,7 @@ def _starting(observed: Observed, view: View, job: JobState, *, now: datetime, r
 def _judge(observed: Observed, view: View, verdict: Verdict, *, now: datetime, random: float, policy: Policy) -> Decision:
     task, status = observed.task, observed.task.status
     if verdict.success is not None:
-        return Decision(status=completed(task, view, verdict.success, verdict.started_at, now=now))
+        return Decision(status=_completed(task, view, verdict, now=now))
     if verdict.given_back is not None:
         delay = _give_back_delay(status, now=now, policy=policy)
         repeated = status.queue is not None and status.queue.reason == verdict.given_back.reason
@@ -400,6 +459,13 @@ def _judge(observed: Observed, view: View, verdict: Verdict, *, now: datetime, r
         raise AssertionError("a verdict without content")
     failure = verdict.failure
     if not failure.retryable or view.attempt > task.spec.retry.limit:
+        if is_batch(task) and failure.reason != BATCH_FAILED:
+            settled = _settled(observed, failure)
+            if isinstance(settled, Decision):
+                return settled
+            if settled is not None:
+                settled = replace(settled, started_at=verdict.started_at)
+                return _judge(observed, view, settled, now=now, random=random, policy=policy)
         status = failed(task, failure, now=now, view=view, result=verdict.result, started_at=verdict.started_at)
         return Decision(status=status)
     delay = retry_delay(task.spec.retry, failures=view.attempt, random=random)
@@ -422,6 +488,19 @@ def _judge(observed: Observed, view: View, verdict: Verdict, *, now: datetime, r
         attempts=ended_attempt(status, view, failure.reason, started_at=verdict.started_at, now=now),
     )
     return Decision(status=retrying, after=max(retry_at - now, timedelta()))
+
+
+def _settled(observed: Observed, failure: Failure) -> Verdict | Decision | None:
+    """Return how a batch ended of which no attempt follows: what the last one has left counts as failed.
+
+    None: which documents there are is not known, and the failure is that of the whole.
+    """
+    verdict = verdict_of_batch(observed)
+    if verdict is not None or observed.batch is None or not observed.batch.listed:
+        return verdict
+    if Need.SETTLE not in observed.answered:
+        return Decision(needs=frozenset({Need.SETTLE}), settle=failure)
+    return Decision(after=timedelta(seconds=5))  # PostgreSQL went away in between
 
 
 def _give_back_delay(status: Status, *, now: datetime, policy: Policy) -> timedelta:
@@ -455,6 +534,12 @@ def _without_job(observed: Observed, view: View, *, now: datetime, random: float
     if observed.refusal is not None:
         return _refused(task, view, observed.refusal, now=now, policy=policy)
     since = status.retry_at or status.queued_at or task.metadata.creation_timestamp
+    shards: tuple[int, ...] = ()
+    if is_batch(task):
+        found = _batch_before_job(observed, view, now=now, random=random, policy=policy)
+        if isinstance(found, Decision):
+            return found
+        shards = found
     if observed.store.configured and since is not None and now - since > policy.result_age:
         if Need.RESULT not in observed.answered:
             return Decision(needs=frozenset({Need.RESULT}))
@@ -467,7 +552,27 @@ def _without_job(observed: Observed, view: View, *, now: datetime, random: float
         return Decision(needs=frozenset({Need.PLACE}))
     if observed.place is not None and not observed.place.granted:
         return _in_line(task, observed.place, since=since, now=now, policy=policy)
-    return Decision(status=resumed, create_attempt=view.attempt)
+    return Decision(status=resumed, create_attempt=view.attempt, shards=shards)
+
+
+def _batch_before_job(
+    observed: Observed, view: View, *, now: datetime, random: float, policy: Policy
+) -> Decision | tuple[int, ...]:
+    """Return for which shards of a batch a Job is to be made, or what is to be done instead.
+
+    Which are left follows from the documents alone: so it does not matter which Jobs there were, and what became of them.
+    """
+    if Need.BATCH in observed.answered and observed.batch is None:
+        message = "cannot tell which documents of the batch are left: PostgreSQL does not answer"
+        return _refused(observed.task, view, Refusal(reason="StoreUnavailable", message=message), now=now, policy=policy)
+    verdict = verdict_of_batch(observed)
+    if isinstance(verdict, Decision):
+        return verdict
+    if verdict is not None:
+        return _judge(observed, view, verdict, now=now, random=random, policy=policy)
+    if observed.batch is not None and observed.batch.listed:
+        return observed.batch.shards
+    return tuple(range(shard_count(observed.task.spec.payload)))
 
 
 def _in_line(task: ProcessingTask, place: Place, *, since: datetime | None, now: datetime, policy: Policy) -> Decision:
@@ -489,6 +594,12 @@ def _lost(observed: Observed, view: View, *, now: datetime, random: float, polic
     """Judge an attempt that ran and whose Job is gone: somebody deleted it, or its own deadline for deletion came first."""
     if Need.JOB not in observed.answered:
         return Decision(needs=frozenset({Need.JOB}))
+    if is_batch(observed.task):
+        verdict_by_documents = verdict_of_batch(observed)
+        if isinstance(verdict_by_documents, Decision):
+            return verdict_by_documents
+        if verdict_by_documents is not None:
+            return _judge(observed, view, verdict_by_documents, now=now, random=random, policy=policy)
     if observed.store.configured:
         if Need.RESULT not in observed.answered:
             return Decision(needs=frozenset({Need.RESULT}))

@@ -67,7 +67,13 @@ def given_back(task: ProcessingTask, view: View, *, now: datetime) -> dict[str, 
 
 
 def completed(
-    task: ProcessingTask, view: View, outcome: AttemptOutcome, started_at: datetime | None, *, now: datetime
+    task: ProcessingTask,
+    view: View,
+    outcome: AttemptOutcome,
+    started_at: datetime | None,
+    *,
+    now: datetime,
+    message: str = "",
 ) -> Status:
     """Return the status of a task whose work is done. ``started_at``: of the last container, if known."""
     status = task.status
@@ -75,7 +81,7 @@ def completed(
         task,
         Phase.COMPLETED,
         reason=outcome.reason,
-        message="",
+        message=message,
         now=now,
         attempt=view.attempt,
         job=view.name,
@@ -128,10 +134,13 @@ def failed(
     )
 
 
-def ended(task: ProcessingTask, view: View, ending: Ending, *, now: datetime) -> Status:
-    """Return the status of a task that was ended from outside: canceled, or over its deadline."""
+def ended(task: ProcessingTask, view: View, ending: Ending, *, now: datetime, result: Result | None = None) -> Status:
+    """Return the status of a task that was ended from outside: canceled, or over its deadline.
+
+    ``result``: what it had done by then.
+    """
     status = task.status
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {} if result is None else {"result": result}
     if any(attempt.number == view.attempt for attempt in status.attempts):
         changes["attempts"] = ended_attempt(status, view, ending.reason, started_at=None, now=now)
     if ending.phase is Phase.FAILED:

@@ -10,14 +10,21 @@ from task_contract.errors import AttemptStalled
 from task_contract.lifecycle import ExitCode
 from task_contract.messages import AttemptOutcome, Outcome, hung, last_lines
 from task_contract.models import Failure, Phase, QueueStatus, Result
-from task_operator.jobs import JobState, PodReport, pods_of
-from task_operator.observation import Decision, Need, Observed, Policy, Store, StoredOutcome
+from task_operator.jobs import JobState, PodReport, is_batch, pods_of
+from task_operator.observation import Batch, Decision, Need, Observed, Policy, Store, StoredOutcome
+from task_operator.resources import OOM_KILLED
 from task_operator.statuses import clip
 
 DISK_FULL: Final = "DiskFull"
 """Reason of an attempt whose pod was evicted for what it wrote itself."""
 NODE_PRESSURE: Final = "NodePressure"
 """Reason of an attempt whose pods were evicted again and again since their nodes were short of memory or disk."""
+
+
+BATCH_FAILED: Final = "BatchFailed"
+"""Reason of a batch of which more documents failed for good than payload.maxFailedPercent allows."""
+PARTIALLY_FAILED: Final = "PartiallyFailed"
+"""Reason of a batch that succeeded although documents failed: so many are allowed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +36,8 @@ class Verdict:
     given_back: QueueStatus | None = None
     result: Result | None = None
     """What a failed attempt found all the same, such as the state of each component in a health check."""
+    message: str = ""
+    """What there is to say of a success."""
     started_at: datetime | None = None
 
 
@@ -39,6 +48,8 @@ def judge_job(observed: Observed, job: JobState, *, now: datetime, policy: Polic
     where all went well, the row that the pod stored is asked for first, for a list of pods costs the API server many times
     as much.
     """
+    if is_batch(observed.task):
+        return _judge_batch(observed, job)
     if Need.PODS not in observed.answered:
         if not job.complete or not observed.store.configured or observed.store.down_since is not None:
             return Decision(needs=frozenset({Need.PODS}))
@@ -67,22 +78,106 @@ def judge_job(observed: Observed, job: JobState, *, now: datetime, policy: Polic
                 return verdict_of(observed.result.outcome, started)
         elif wait_for_store(observed.store, now=now, policy=policy):
             return Decision(after=timedelta(seconds=5))
-    if timed_out and observed.task.status.phase is not Phase.PROCESSING and started is None:
+    if timed_out:
+        return _timed_out(observed, job, last)
+    return replace(_verdict_of_kubernetes(job, last), started_at=started)
+
+
+def _timed_out(observed: Observed, job: JobState, last: PodReport | None) -> Verdict:
+    """Judge a Job that has run into its own deadline."""
+    started = None if last is None else last.started_at
+    if observed.task.status.phase is not Phase.PROCESSING and started is None:
         queue = observed.task.status.queue
         reason = "PodPending" if queue is None else queue.reason
         message = f"the pod of Job {job.name} did not start in time"
         return Verdict(given_back=QueueStatus(reason=reason, message=message))
-    if timed_out:
-        return Verdict(
-            failure=Failure(
-                reason="Timeout",
-                message="cannot finish the attempt within spec.timeout: the runner did not stop by itself",
-                retryable=True,
-                log=_log_of(last),
-            ),
-            started_at=started,
-        )
-    return replace(_verdict_of_kubernetes(job, last), started_at=started)
+    failure = Failure(
+        reason="Timeout",
+        message="cannot finish the attempt within spec.timeout: the runner did not stop by itself",
+        retryable=True,
+        log=_log_of(last),
+    )
+    return Verdict(failure=failure, started_at=started)
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+def verdict_of_batch(observed: Observed) -> Verdict | Decision | None:
+    """Return how a batch ended, or what must be known to tell; None: documents are left, or not listed yet.
+
+    What counts is which documents have ended, and that stands in PostgreSQL alone: while it is away there is nothing to
+    judge by, and no pod could work either.
+    """
+    if Need.BATCH not in observed.answered:
+        return Decision(needs=frozenset({Need.BATCH}))
+    batch = observed.batch
+    if batch is None:
+        return Decision(after=timedelta(seconds=5))
+    if not batch.ended:
+        return None
+    allowed = observed.task.spec.payload.max_failed_percent or 0
+    said = f"{batch.failed} of {batch.total} documents failed: {'; '.join(batch.failures)}" if batch.failed else ""
+    if 100 * batch.failed > allowed * batch.total:
+        message = clip(f"cannot publish all: {said}; payload.maxFailedPercent allows {allowed} %")
+        return Verdict(failure=Failure(reason=BATCH_FAILED, message=message, retryable=False), result=result_of(batch))
+    outcome = AttemptOutcome(
+        outcome=Outcome.SUCCEEDED,
+        attempt=max(observed.task.status.attempt, 1),
+        reason=PARTIALLY_FAILED if batch.failed else "Completed",
+        result=result_of(batch),
+    )
+    return Verdict(success=outcome, message=clip(said))
+
+
+def result_of(batch: Batch) -> Result:
+    """Return the counts of a batch as a result."""
+    return Result(
+        documents=batch.published,
+        documents_total=batch.total,
+        documents_failed=batch.failed,
+        chunks=batch.chunks,
+        embedded=batch.embedded,
+        reused=batch.reused,
+    )
+
+
+def _judge_batch(observed: Observed, job: JobState) -> Verdict | Decision:
+    """Return how a batch ended whose Job has finished; where documents are left, how the attempt ended.
+
+    One pod's end decides: an error of the whole batch before a pod that ran out of memory (the next one gets more), that
+    before any other counted failure, and only where nothing is counted the attempt is given back.
+    """
+    verdict = verdict_of_batch(observed)
+    if verdict is not None:
+        return verdict
+    if Need.PODS not in observed.answered:
+        return Decision(needs=frozenset({Need.PODS}))
+    pods = pods_of(job, observed.pods)
+    if job.failed and job.failure_reason == "DeadlineExceeded":
+        return _timed_out(observed, job, pods[-1] if pods else None)
+    last = {pod.index: pod for pod in pods}  # a pod that was evicted has one after it
+    ends = [_end_of(job, pod) for pod in last.values() if pod.outcome is None or not _succeeded(pod.outcome)]
+    if all(end.failure is None or end.failure.retryable for end in ends) and job.failure_reason == "PodFailurePolicy":
+        # Its pod is gone. Of a batch only such an error is stored: another pod's end says nothing of the whole.
+        if Need.RESULT not in observed.answered:
+            return Decision(needs=frozenset({Need.RESULT}))
+        if observed.result is not None:
+            ends.append(verdict_of(observed.result.outcome, None))
+    return max(ends, key=_weight, default=_verdict_of_kubernetes(job, None))
+
+
+def _end_of(job: JobState, pod: PodReport) -> Verdict:
+    """Return what one pod's end means for the attempt."""
+    if pod.outcome is not None and not pod.overused:
+        return verdict_of(pod.outcome, pod.started_at)
+    return replace(_verdict_of_kubernetes(job, pod), started_at=pod.started_at)
+
+
+def _weight(end: Verdict) -> int:
+    if end.failure is None:
+        return 0
+    return 3 if not end.failure.retryable else 2 if end.failure.reason == OOM_KILLED else 1
 
 
 def verdict_of(outcome: AttemptOutcome, started: datetime | None) -> Verdict:
