@@ -15,16 +15,17 @@ from uuid import UUID, uuid4
 import structlog
 
 from job_runner import health, logs
+from job_runner.batch import Batch
 from job_runner.deletion import Deletion
 from job_runner.embed import Embedder, make_embedder
+from job_runner.indexing import Indexing
 from job_runner.ledger import Ledger
-from job_runner.pipeline import DocumentPipeline
 from job_runner.progress import Progress, RedisProgress, SilentProgress
 from job_runner.settings import Settings, revealed
 from job_runner.stores import opener
 from job_runner.watchdog import Pulse, Watchdog
 from job_runner.work import Work
-from task_contract.errors import AttemptStalled, AttemptTimeout, HandedBack, InvalidTask, ModelMismatch, TaskError
+from task_contract.errors import AttemptStalled, AttemptTimeout, HandedBack, InvalidTask, TaskError
 from task_contract.lifecycle import ExitCode, exit_code
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.models import Action, ProcessingTask, Stage, TaskType, format_duration, parse_manifest
@@ -134,6 +135,8 @@ async def run_attempt(
             settings=settings,
         )
         outcome = _with_log(outcome, settings)
+        if not says_of_the_task(outcome, task):
+            return outcome, code
         try:
             async with asyncio.timeout(_RECORD_SECONDS):
                 await ledger.record(outcome, task_uid=uid, holder=settings.holder)
@@ -216,6 +219,12 @@ async def _ended(
     return AttemptOutcome.of_error(error, attempt=settings.attempt), exit_code(error)
 
 
+def says_of_the_task(outcome: AttemptOutcome, task: ProcessingTask) -> bool:
+    """Whether an outcome is that of the whole attempt. Of a batch it is that of a shard, unless it ends all of them."""
+    permanent = outcome.error is not None and not outcome.error.retryable and outcome.outcome is Outcome.FAILED
+    return task.spec.type is not TaskType.BATCH_PROCESSING or permanent
+
+
 def _with_log(outcome: AttemptOutcome, settings: Settings) -> AttemptOutcome:
     """Add the last lines of the log to a failure: they outlive the pod."""
     if outcome.outcome not in {Outcome.FAILED, Outcome.FENCED}:
@@ -234,18 +243,12 @@ async def _carried_out(work: Work) -> AttemptOutcome:
 async def _document(work: Work) -> AttemptOutcome:
     if work.task.spec.effective_action is not Action.UPSERT:  # no model, and nothing is created
         return work.succeeded(await Deletion(work, open_stores=opener(work.settings, dimension=0)).run())
-    refused: set[str] = set()
-    while True:
-        embedder = await work.embedder_of_knowledge_base()
-        fingerprint: str = await asyncio.to_thread(getattr, embedder, "fingerprint")  # reads all weights
-        open_stores = opener(work.settings, dimension=embedder.dimension, model_fingerprint=fingerprint)
-        try:
-            return work.succeeded(await DocumentPipeline(work, embedder=embedder, open_stores=open_stores).run())
-        except ModelMismatch:
-            # The knowledge base was switched to another model meanwhile, which this runner may have too.
-            if fingerprint in refused or work.task.spec.payload.embedding_model or not work.settings.embedding_models:
-                raise
-            refused.add(fingerprint)
+    async with contextlib.aclosing(Indexing()) as indexing:
+        return work.succeeded(await indexing.process(work))
+
+
+async def _batch(work: Work) -> AttemptOutcome:
+    return await Batch(work).run()
 
 
 async def _health_check(work: Work) -> AttemptOutcome:
@@ -266,6 +269,7 @@ async def _health_check(work: Work) -> AttemptOutcome:
 
 _TYPES: Final[Mapping[TaskType, Callable[[Work], Awaitable[AttemptOutcome]]]] = {
     TaskType.DOCUMENT_PROCESSING: _document,
+    TaskType.BATCH_PROCESSING: _batch,
     TaskType.HEALTH_CHECK: _health_check,
 }
 

@@ -78,8 +78,34 @@ def opened(file_path: str, *, root: Path, max_bytes: int) -> Iterator[Source]:
     Raises DocumentNotFound, DocumentRefused, DocumentUnreadable, DocumentEmpty, and StoreUnavailable when the volume itself
     is missing or fails.
     """
-    with inspected(_open(file_path, root=root), name=file_path, max_bytes=max_bytes) as source:
+    with inspected(open_below(file_path, root=root), name=file_path, max_bytes=max_bytes) as source:
         yield source
+
+
+def files_below(prefix: str, *, root: Path) -> Iterator[str]:
+    """Go over the files of a folder below ``root``, by their paths from there, in no order; blocking, run it in a thread.
+
+    Links to folders are not followed, and what begins with a dot is not looked at: uploads that are under way have such
+    names. Raises DocumentNotFound, DocumentRefused, and StoreUnavailable as :func:`opened` does.
+    """
+    folder = open_below(prefix, root=root)
+    try:
+        if not stat.S_ISDIR(os.fstat(folder).st_mode):
+            raise DocumentRefused(
+                f"cannot list {prefix}: it is not a folder; correct payload.prefix, or name it in filePaths"
+            )
+
+        def failed(error: OSError) -> None:
+            raise _failed(prefix, error) from error
+
+        for path, folders, files, _ in os.fwalk(".", onerror=failed, dir_fd=folder):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            beat()
+            for name in files:
+                if not name.startswith("."):
+                    yield str(PurePosixPath(path) / name)
+    finally:
+        os.close(folder)
 
 
 @contextmanager
@@ -125,13 +151,13 @@ async def open_document(
 
         descriptor = await download(file_path, settings=settings)
     else:
-        descriptor = await asyncio.to_thread(_open, file_path, root=settings.document_root)
+        descriptor = await asyncio.to_thread(open_below, file_path, root=settings.document_root)
     opening = inspect(descriptor, name=file_path, max_bytes=settings.max_document_bytes)
     return await asyncio.to_thread(stack.enter_context, opening)
 
 
-def _open(file_path: str, *, root: Path) -> int:
-    """Open the file without ever leaving ``root``.
+def open_below(file_path: str, *, root: Path) -> int:
+    """Open a file or a folder without ever leaving ``root``; return its descriptor.
 
     Links are resolved first, then every part of what came out is opened below the part before without following links: a
     link that somebody puts in the way between the two steps makes it fail instead of leading out.

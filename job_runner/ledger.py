@@ -234,6 +234,10 @@ class Ledger:
             except (TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
                 pool.terminate()
 
+    def connection(self, action: str) -> contextlib.AbstractAsyncContextManager[Any]:
+        """Lend a connection for the tables of a type of task, to do what ``action`` says. Raises StoreUnavailable."""
+        return self._connection(action)
+
     @contextlib.asynccontextmanager
     async def _connection(self, action: str) -> AsyncIterator[Any]:
         with asking():

@@ -20,9 +20,10 @@ import re
 import socket
 import ssl
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
 from ipaddress import ip_address
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final, Protocol
 from urllib.parse import quote
 
@@ -38,7 +39,7 @@ from task_contract.location import bucket_and_key
 from task_contract.networks import Address, AllowList
 
 if TYPE_CHECKING:
-    from obstore.store import S3Credential
+    from obstore.store import ClientConfig, RetryConfig, S3Config, S3Credential, S3Store
 
 _REDIRECTS: Final = 3
 """A download page, a mirror, a signed URL: what public servers need."""
@@ -110,6 +111,59 @@ async def download(location: str, *, settings: Settings, resolve: Resolve = reso
         if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise StoreUnavailable(f"cannot keep {location}: no room in {folder}; make room on the node") from error
         raise StoreUnavailable(f"cannot keep {location} in {folder}: {error.strerror}; look at the node") from error
+
+
+async def list_objects(prefix: str, *, settings: Settings, most: int) -> list[str]:
+    """Return the ``s3://`` URLs of the objects below a prefix, in the order of their keys; one more than ``most`` at most.
+
+    Raises DocumentNotFound for no such bucket, DocumentRefused, SourceUnavailable.
+    """
+    import obstore
+
+    origin = _ObjectStore(prefix, settings=settings, resolve=resolve)
+    bucket, key = origin.checked()
+    found: list[str] = []
+    try:
+        async with asyncio.timeout(settings.source_seconds):
+            with asking(), _trusted(settings.source_ca):
+                store = origin.store(bucket)
+                async for page in obstore.list(store, prefix=key or None, chunk_size=1000):
+                    beat()
+                    # A marker of a folder is an object whose key ends with a slash; its path comes without it.
+                    found += [f"s3://{bucket}/{one['path']}" for one in page if one["size"]]
+                    if len(found) > most:
+                        break
+    except TimeoutError:
+        raise SourceUnavailable(
+            f"cannot list {prefix} within {settings.source_seconds:g} s; look at the server or raise TASKS_SOURCE_SECONDS"
+        ) from None
+    except obstore.exceptions.BaseError as error:
+        raise origin.not_listed(str(error)) from None  # what the server says may hold a signature
+    return sorted(found)
+
+
+@contextlib.contextmanager
+def _trusted(certificates: str | None) -> Iterator[None]:
+    """Have obstore trust these certificates besides those of the system, for as long as this lasts.
+
+    It has no option for that, and takes SSL_CERT_FILE for the system's.
+    """
+    if certificates is None:
+        yield
+        return
+    system = ssl.get_default_verify_paths().cafile
+    before = os.environ.get("SSL_CERT_FILE")
+    with tempfile.NamedTemporaryFile("w", suffix=".pem") as file:
+        file.write((Path(system).read_text() if system else "") + "\n" + certificates)
+        file.flush()
+        os.environ["SSL_CERT_FILE"] = file.name
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["SSL_CERT_FILE"]
+            else:
+                os.environ["SSL_CERT_FILE"] = before
 
 
 async def _fetch(location: str, origin: Origin, *, into: "IO[bytes]", settings: Settings) -> None:
@@ -285,14 +339,18 @@ class _ObjectStore:
         self._settings = settings
         self._resolve = resolve
 
-    async def target(self) -> Target:
-        settings = self._settings
+    def checked(self) -> tuple[str, str]:
+        """Return bucket and key, where the settings allow them. Raises DocumentRefused."""
         bucket, key = bucket_and_key(self._location)
-        if not any(f"{bucket}/{key}".startswith(f"{entry.rstrip('/')}/") for entry in settings.s3_buckets):
+        if not any(f"{bucket}/{key}".startswith(f"{entry.rstrip('/')}/") for entry in self._settings.s3_buckets):
             raise DocumentRefused(
                 f"cannot read {self._location}: this namespace may not read that bucket or prefix; "
                 "name it in TASKS_S3_BUCKETS of the namespace's Secret"
             )
+        return bucket, key
+
+    async def target(self) -> Target:
+        bucket, key = self.checked()
         url = await self._url(bucket, key)
         assert url.host is not None  # noqa: S101 - for the type checker: the settings want a host
         try:
@@ -305,22 +363,47 @@ class _ObjectStore:
 
     async def _url(self, bucket: str, key: str) -> URL:
         """Return the URL of an object, signed unless requests are to be anonymous."""
+        if self._settings.s3_anonymous:
+            virtual = self._settings.s3_addressing == "virtual"
+            return URL(f"{self._base(bucket)}{'' if virtual else f'/{bucket}'}/{quote(key, safe='/~')}", encoded=True)
+        import obstore
+
+        return URL(await obstore.sign_async(self.store(bucket), "GET", key, _SIGNED_FOR), encoded=True)
+
+    def _base(self, bucket: str) -> str:
         settings = self._settings
         endpoint = URL(settings.s3_endpoint or f"https://s3.{settings.s3_region}.amazonaws.com")
-        virtual = settings.s3_addressing == "virtual"
-        if virtual:
+        if settings.s3_addressing == "virtual":
             endpoint = endpoint.with_host(f"{bucket}.{endpoint.host}")
-        base = str(endpoint).rstrip("/")
+        return str(endpoint).rstrip("/")
+
+    def store(self, bucket: str) -> "S3Store":
+        """Return obstore's view of a bucket. Raises SourceUnavailable without an account."""
+        from obstore.store import S3Store
+
+        settings = self._settings
+        # All is said explicitly: what is left out would be taken from AWS_* variables, or asked of the metadata service.
+        said: S3Config = {
+            "endpoint": self._base(bucket),
+            "region": settings.s3_region,
+            "virtual_hosted_style_request": settings.s3_addressing == "virtual",
+            "skip_signature": settings.s3_anonymous,
+        }
+        patience = timedelta(seconds=_SILENT_SECONDS)
+        options: ClientConfig = {
+            "allow_http": True,
+            "connect_timeout": timedelta(seconds=_CONNECT_SECONDS),
+            "timeout": patience,
+        }
+        retries: RetryConfig = {"max_retries": 2, "retry_timeout": patience}
         if settings.s3_anonymous:
-            return URL(f"{base}{'' if virtual else f'/{bucket}'}/{quote(key, safe='/~')}", encoded=True)
+            return S3Store(bucket, config=said, client_options=options, retry_config=retries)
         account, secret = revealed(settings.s3_access_key_id), revealed(settings.s3_secret_access_key)
         if account is None or secret is None:
             raise SourceUnavailable(
                 "cannot read from the object store: TASKS_S3_ACCESS_KEY_ID and TASKS_S3_SECRET_ACCESS_KEY are not set; "
                 "set them in the Secret of the stores, or TASKS_S3_ANONYMOUS=true for public buckets"
             )
-        import obstore
-        from obstore.store import S3Store
 
         def credential() -> "S3Credential":
             return {
@@ -330,17 +413,17 @@ class _ObjectStore:
                 "expires_at": None,
             }
 
-        # All is said explicitly: what is left out would be taken from AWS_* variables, or asked of the metadata service.
-        store = S3Store(
-            bucket,
-            endpoint=base,
-            region=settings.s3_region,
-            virtual_hosted_style_request=virtual,
-            skip_signature=False,
-            credential_provider=credential,
-            client_options={"allow_http": True},
-        )
-        return URL(await obstore.sign_async(store, "GET", key, _SIGNED_FOR), encoded=True)
+        return S3Store(bucket, config=said, credential_provider=credential, client_options=options, retry_config=retries)
+
+    def not_listed(self, said: str) -> TaskError:
+        """Return what an error of obstore means, by the code that the object store has given."""
+        status = re.search(r"\b([345][0-9]{2}) [A-Z][A-Za-z ]+", said)
+        code = re.search(r"<Code>([A-Za-z]{1,64})</Code>", said)
+        if status is None:
+            return SourceUnavailable(
+                f"cannot list {self._location}: the object store does not answer; look at it and at TASKS_S3_ENDPOINT"
+            )
+        return self.failure(int(status[1]), code="" if code is None else code[1], retry_after="")
 
     def failure(self, status: int, *, code: str, retry_after: str) -> TaskError:
         if status == 404:

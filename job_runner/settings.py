@@ -124,6 +124,10 @@ class Settings(BaseSettings):
     """Number of the attempt, set by the operator."""
     holder: Annotated[str, Field(min_length=1, max_length=253)] = Field(default_factory=lambda: str(uuid.uuid4()))
     """Identity of this process in the ledger: the pod's uid. Default: random."""
+    shards: Annotated[str, Field(pattern=r"^[0-9]{1,5}(-[0-9]{1,5})?(,[0-9]{1,5}(-[0-9]{1,5})?)*$")] | None = None
+    """Of a batch: which shards the Job is for, in the order of its indexes, set by the operator. Default: all."""
+    shard_index: Annotated[int, Field(ge=0)] = 0
+    """Of a batch: the index of this pod in the Job, set by the operator."""
     termination_log: Path = Path(TERMINATION_LOG)
     """File for the termination message; skipped where it does not exist."""
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from job_runner.index import Generation, Label, Stale, TextIndex, VectorIndex
@@ -57,6 +57,40 @@ class Stores:
 
 
 OpenStores = Callable[[Generation], Stores]
+
+
+class SharedStores:
+    """Stores that several documents use one after another, as :data:`OpenStores`: opened and made ready once."""
+
+    def __init__(self, open_stores: OpenStores) -> None:
+        self._open_stores = open_stores
+        self._opened: dict[Generation, _Lent] = {}
+
+    def __call__(self, generation: Generation) -> Stores:
+        """Open a generation; whoever closes it leaves it open for the next one."""
+        if generation not in self._opened:
+            stores = self._open_stores(generation)
+            self._opened[generation] = _Lent(vectors=stores.vectors, texts=stores.texts, inner=stores)
+        return self._opened[generation]
+
+    async def aclose(self) -> None:
+        """Close all."""
+        for lent in self._opened.values():
+            await lent.inner.aclose()
+
+
+@dataclass(frozen=True, slots=True)
+class _Lent(Stores):
+    inner: Stores
+    ready: list[bool] = field(default_factory=list)
+
+    async def ensure(self) -> None:
+        if not self.ready:
+            await self.inner.ensure()
+            self.ready.append(True)
+
+    async def aclose(self) -> None:
+        """Leave it open."""
 
 
 async def _both(in_vectors: Awaitable[R], in_texts: Awaitable[R]) -> tuple[R, R]:

@@ -322,7 +322,7 @@ def _stopping(
     The Job controller makes no other pod before that one has stopped, which may be never. None: no such pod.
     """
     changed = observed.jobs_changed_at or job.created_at or now
-    if job.suspended or job.started_at is None or now - changed < policy.pod_patience:
+    if job.suspended or job.started_at is None or now - changed < _patience(observed.task, policy):
         return None  # or the Job controller has not taken it up: there is no pod
     if Need.PODS not in observed.answered:
         return Decision(needs=frozenset({Need.PODS}))
@@ -409,9 +409,7 @@ def _starting(observed: Observed, view: View, job: JobState, *, now: datetime, r
     """Tell why a pod does not run, once it has had time to start."""
     task, status = observed.task, observed.task.status
     changed = observed.jobs_changed_at or job.created_at or now
-    # Of a batch that runs, the pods of one shard have ended and those of the next are starting.
-    under_way = is_batch(task) and status.phase is Phase.PROCESSING
-    patience = policy.pod_look_interval if under_way else policy.pod_patience
+    patience = _patience(task, policy)
     if now - changed < patience:
         return Decision(after=patience - max(now - changed, timedelta()))
     unseen = now - (job.created_at or changed)
@@ -441,6 +439,15 @@ def _starting(observed: Observed, view: View, job: JobState, *, now: datetime, r
         # The Job controller replaces a pod that was evicted: the same Job goes on, so the stay in the queue is the same.
         changes |= {"attempts": without_attempt(status.attempts, view.attempt), "stage": None, "progress": None}
     return Decision(status=queued(task, queue, now=now, **changes), after=after)
+
+
+def _patience(task: ProcessingTask, policy: Policy) -> timedelta:
+    """Return how long a Job may have no pod that runs before anybody looks why.
+
+    Of a batch that runs, the pods of some shards have ended and those of the next are starting.
+    """
+    under_way = is_batch(task) and task.status.phase is Phase.PROCESSING
+    return policy.pod_look_interval if under_way else policy.pod_patience
 
 
 def _judge(observed: Observed, view: View, verdict: Verdict, *, now: datetime, random: float, policy: Policy) -> Decision:

@@ -53,26 +53,29 @@ FULL = RunnerTemplate(
     instance="release-1",
     version="1.2.3",
 )
+BATCH = {"type": "batch_processing", "payload": {"prefix": "manuals", "parallelism": 3}}
 HEALTH_CHECK = {"type": "health_check", "kbId": None, "payload": {"components": ["postgres"]}, "retry": {"limit": 0}}
 
 
 @pytest.mark.parametrize(
-    ("golden", "given", "attempt", "template"),
+    ("golden", "given", "attempt", "template", "shards"),
     [
-        ("job-document.yaml", task(spec={"priority": "high", "timeout": "10m"}), 1, FULL),
+        ("job-document.yaml", task(spec={"priority": "high", "timeout": "10m"}), 1, FULL, ()),
+        ("job-batch.yaml", task(spec=BATCH, status=retrying(1)), 2, RunnerTemplate(image="runner:1"), (0, 1, 2, 7)),
         (
             "job-health-check.yaml",
             task(spec=HEALTH_CHECK, status=given_back(2, queued_at=90)),
             2,
             RunnerTemplate(image="runner:1", documents_claim=None),
+            (),
         ),
     ],
 )
 def test_the_job_of_an_attempt_is_exactly_this(
-    golden: str, given: ProcessingTask, attempt: int, template: RunnerTemplate
+    golden: str, given: ProcessingTask, attempt: int, template: RunnerTemplate, shards: tuple[int, ...]
 ) -> None:
     expected = yaml.safe_load((DATA / golden).read_text())
-    assert build_job(given, attempt=attempt, template=template) == expected
+    assert build_job(given, attempt=attempt, template=template, shards=shards) == expected
 
 
 def test_equal_arguments_make_equal_jobs() -> None:
