@@ -35,6 +35,8 @@ EXPECTED = {
     "laboratory-rules": "Completed",
     "tide-station": "Completed",
     "broken": "Failed",
+    "library": "Completed",
+    "library-zh": "Completed",
     "health": "Completed",
 }
 TASK_DEADLINE = 120.0
@@ -164,7 +166,8 @@ class _Kubectl:
 def _manifest(name: str, *, kb_id: str) -> dict[str, Any]:
     manifest: dict[str, Any] = yaml.safe_load((EXAMPLES / name).read_text())
     if "kbId" in manifest["spec"]:
-        manifest["spec"]["kbId"] = kb_id
+        batch = manifest["spec"]["type"] == "batch_processing"  # of the same files, cut otherwise
+        manifest["spec"]["kbId"] = f"{kb_id}-library" if batch else kb_id
     return manifest
 
 
@@ -195,8 +198,11 @@ def _check(tasks: dict[str, dict[str, Any]]) -> Iterator[str]:
             yield f"{name} is {status['phase']} instead of {expected} ({status.get('error')})"
         result = status.get("result") or {}
         counts = (result.get("chunks"), result.get("milvusCount"), result.get("elasticsearchCount"))
-        if expected == "Completed" and "chunks" in result and (len(set(counts)) != 1 or not counts[0]):
+        if expected == "Completed" and "milvusCount" in result and (len(set(counts)) != 1 or not counts[0]):
             yield f"{name} has {counts} chunks in the document, Milvus and Elasticsearch"
+    library = tasks["library"]["status"].get("result") or {}
+    if (counted := [library.get(name) for name in ("documents", "documentsFailed", "documentsTotal")]) != [4, 1, 5]:
+        yield f"library has {counted} documents that are published, failed and there"
     if (attempts := tasks["broken"]["status"]["attempt"]) != 1:
         yield f"broken was tried {attempts} times"
 
@@ -272,7 +278,9 @@ async def _show_rows(installed: Installation, tasks: dict[str, dict[str, Any]]) 
             kb_id,
         )
         _table("documents", documents)
-        completed = [name for name, phase in EXPECTED.items() if phase == "Completed" and "kbId" in tasks[name]["spec"]]
+        completed = [
+            name for name, phase in EXPECTED.items() if phase == "Completed" and tasks[name]["spec"].get("kbId") == kb_id
+        ]
         if len(documents) != len(completed):
             problems.append(f"the ledger has {len(documents)} published documents instead of {len(completed)}")
     finally:

@@ -39,6 +39,7 @@ from task_contract.batches import MOST_DOCUMENTS, read_shards, shard_count
 from task_contract.errors import (
     DocumentNotFound,
     DocumentUnreadable,
+    DuplicateDocument,
     Fenced,
     HandedBack,
     InvalidTask,
@@ -233,11 +234,9 @@ class _Table:
             place, before = first.setdefault(one.document_id, (ordinal, one))
             state, reason, message = "pending", None, None
             if before is not one:
-                same = before == one
-                state, reason = ("done", "Duplicate") if same else ("failed", "DuplicateDocument")
-                message = f"document {place} of the batch has the same documentId, {one.document_id}" + (
-                    "" if same else ": it would replace this one; give each its own"
-                )
+                state, reason = ("done", "Duplicate") if before == one else ("failed", DuplicateDocument.reason)
+                message = f"document {place} of the batch has the same documentId, {one.document_id}"
+                message += "" if before == one else ": it would replace this one; give each its own"
             rows.append((ordinal, (ordinal - 1) % shards, one, state, reason, message))
         async with self._ledger.connection("enter the batch") as connection, connection.transaction():
             entered = await connection.fetchval(  # waits for another pod's transaction, and then enters nothing

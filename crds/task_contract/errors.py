@@ -9,6 +9,7 @@
     │   ├── DocumentRefused       a place that is not allowed, too large, a kind that is not read
     │   ├── DocumentUnreadable    damaged, encrypted or lying about its type
     │   ├── DocumentEmpty         no text in it
+    │   ├── DuplicateDocument     another document of the batch has the same documentId
     │   ├── ModelMismatch         the knowledge base was filled by another embedding model
     │   ├── ModelUnavailable      the runner's image has not the embedding model of its settings, or a damaged one
     │   ├── StoreCapacity         a store's limit on collections, shards or fields
@@ -68,6 +69,12 @@ class DocumentRefused(PermanentError):
     is not supported."""
 
     reason = "DocumentRefused"
+
+
+class DuplicateDocument(PermanentError):
+    """Another document of the batch has the same documentId, and would replace this one or be replaced by it."""
+
+    reason = "DuplicateDocument"
 
 
 class DocumentUnreadable(PermanentError):

@@ -188,6 +188,18 @@ class Database:
             limit,
         )
 
+    async def batch_documents(self, uid: str, *, state: str | None, after: int, limit: int) -> list[asyncpg.Record]:
+        """Return documents of a batch after a number, in their order."""
+        return await self.rows(
+            "SELECT ordinal AS number, file_path, document_id, state, reason, message, version, chunks, attempt, updated_at "
+            "FROM batch_documents WHERE task_uid = $1 AND ordinal > $2 AND state = coalesce($3, state) "
+            "ORDER BY ordinal LIMIT $4",
+            uid,
+            after,
+            state,
+            limit,
+        )
+
     async def kept_log(self, uid: str, *, attempt: int) -> str | None:
         """Return the last lines of the log of an attempt that failed."""
         found = await self.rows(

@@ -223,6 +223,19 @@ class EventsQuery(BaseModel):
     """Transitions of a page."""
 
 
+class DocumentsQuery(BaseModel):
+    """Parameters of GET /api/v1/tasks/{id}/documents."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    state: Literal["pending", "done", "failed"] | None = None
+    """Documents in a state."""
+    after: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    """Documents with a higher number."""
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+    """Documents of a page."""
+
+
 class LogQuery(BaseModel):
     """Parameters of GET /api/v1/tasks/{id}/logs."""
 
@@ -352,6 +365,33 @@ class EventPage(Answer):
     """Transitions in their order."""
 
     items: list[TaskEvent]
+    next_after: int | None
+    """What to give as ?after= for the rest; null when there is none."""
+
+
+class BatchDocument(Answer):
+    """A document of a batch."""
+
+    number: int
+    """In the order of the batch, from 1."""
+    file_path: str
+    document_id: str
+    state: Literal["pending", "done", "failed"]
+    """pending: not ended yet, or to be tried again in the next attempt."""
+    reason: str | None
+    """Completed, Unchanged, Superseded, Duplicate; or of its last error."""
+    message: str | None
+    version: int | None
+    chunks: int | None
+    attempt: int | None
+    """Of the task, that has taken it up last."""
+    updated_at: Timestamp
+
+
+class BatchDocumentPage(Answer):
+    """Documents in the order of the batch."""
+
+    items: list[BatchDocument]
     next_after: int | None
     """What to give as ?after= for the rest; null when there is none."""
 
@@ -535,6 +575,11 @@ def stored_view(row: Row) -> dict[str, Any]:
     }
     view = task_view({"metadata": metadata, "spec": _json(row["spec"]), "status": status})
     return view | {"deleted_at": _when(row["deleted_at"]), "links": links_of(row["name"], row["namespace"])}
+
+
+def document_view(row: Row) -> dict[str, Any]:
+    """Return a document of a batch from its row in ``batch_documents``."""
+    return {name: row[name] for name in BatchDocument.model_fields} | {"updated_at": _when(row["updated_at"])}
 
 
 def event_view(row: Row) -> dict[str, Any]:

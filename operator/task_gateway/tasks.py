@@ -16,7 +16,7 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from task_contract.messages import ProgressEvent
-from task_contract.models import spec_again
+from task_contract.models import TaskType, spec_again
 from task_contract.names import RETRY_OF_ANNOTATION
 from task_gateway.callers import Caller, Callers
 from task_gateway.cluster import Cluster
@@ -26,7 +26,9 @@ from task_gateway.models import (
     REQUEST_HASH,
     STATUSES,
     Accepted,
+    BatchDocumentPage,
     Cursor,
+    DocumentsQuery,
     EventPage,
     EventsQuery,
     ListQuery,
@@ -36,6 +38,7 @@ from task_gateway.models import (
     TaskResult,
     TaskView,
     accepted,
+    document_view,
     event_view,
     live_view,
     manifest_of,
@@ -146,6 +149,16 @@ class Tasks:
                 problems=(404, 422),
                 parameters=(NAME, *query_parameters(EventsQuery), *NAMESPACE),
                 description="Its transitions in their order, from PostgreSQL.",
+            ),
+            Route(
+                "GET",
+                "/api/v1/tasks/{id}/documents",
+                self._documents,
+                "What became of the documents of a batch",
+                {200: {_JSON: BatchDocumentPage}},
+                problems=(404, 422),
+                parameters=(NAME, *query_parameters(DocumentsQuery), *NAMESPACE),
+                description="From PostgreSQL, in the order of the batch; none before its first pod has listed them.",
             ),
             self._change_route("cancel", "End a task", "It ends as canceled, or as completed if it was published before."),
             self._change_route("suspend", "Hold a task up", "It does not run; a running attempt is given back, uncounted."),
@@ -306,6 +319,19 @@ class Tasks:
         view = await self.view(namespace, name)
         rows = await self._database.events(view["uid"], after=query.after, limit=query.limit + 1)
         return answer_page(rows, limit=query.limit, view=event_view, end=lambda row: row["number"], following="next_after")
+
+    async def _documents(self, request: web.Request) -> web.Response:
+        query = read_query(request, DocumentsQuery)
+        namespace, name = await self.named(request, "get")
+        view = await self.view(namespace, name)
+        if view["task_type"] != TaskType.BATCH_PROCESSING:
+            raise Problem(
+                404, "not-found", f"cannot list documents: task {name} is no batch; see /api/v1/tasks/{name}/result"
+            )
+        rows = await self._database.batch_documents(view["uid"], state=query.state, after=query.after, limit=query.limit + 1)
+        return answer_page(
+            rows, limit=query.limit, view=document_view, end=lambda row: row["number"], following="next_after"
+        )
 
     # ---------------------------------------------------------------------------------------------------------- change
 

@@ -43,6 +43,9 @@ back keeps its number and so the name of its Job; this mark tells the Job that w
 INDEX_ANNOTATION: Final = "batch.kubernetes.io/job-completion-index"
 """On each pod of an Indexed Job: its index."""
 
+POLICY_FAILED: Final = "PodFailurePolicy"
+"""The Job controller's word for a Job that was failed at once, since a pod reported a permanent error."""
+
 DEADLINE_ALLOWANCE: Final = timedelta(minutes=10)
 """The runner ends an attempt at its timeout itself; the Job's deadline is the backstop for a runner that hangs, with room
 for what comes before the container starts (scheduling, image pull)."""

@@ -10,7 +10,7 @@ from task_contract.errors import AttemptStalled
 from task_contract.lifecycle import ExitCode
 from task_contract.messages import AttemptOutcome, Outcome, hung, last_lines
 from task_contract.models import Failure, Phase, QueueStatus, Result
-from task_operator.jobs import JobState, PodReport, is_batch, pods_of
+from task_operator.jobs import POLICY_FAILED, JobState, PodReport, is_batch, pods_of
 from task_operator.observation import Batch, Decision, Need, Observed, Policy, Store, StoredOutcome
 from task_operator.resources import OOM_KILLED
 from task_operator.statuses import clip
@@ -158,7 +158,7 @@ def _judge_batch(observed: Observed, job: JobState) -> Verdict | Decision:
         return _timed_out(observed, job, pods[-1] if pods else None)
     last = {pod.index: pod for pod in pods}  # a pod that was evicted has one after it
     ends = [_end_of(job, pod) for pod in last.values() if pod.outcome is None or not _succeeded(pod.outcome)]
-    if all(end.failure is None or end.failure.retryable for end in ends) and job.failure_reason == "PodFailurePolicy":
+    if all(end.failure is None or end.failure.retryable for end in ends) and job.failure_reason == POLICY_FAILED:
         # Its pod is gone. Of a batch only such an error is stored: another pod's end says nothing of the whole.
         if Need.RESULT not in observed.answered:
             return Decision(needs=frozenset({Need.RESULT}))

@@ -36,7 +36,8 @@ def pages() -> list[str]:
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
 def test_manifest_is_a_task_whose_document_ships_with_the_examples(path: Path) -> None:
     payload = task(path).spec.payload
-    assert payload.file_path is None or (DOCUMENTS / Path(payload.file_path).relative_to("/data")).is_file()
+    for file_path in filter(None, (payload.file_path, *(payload.file_paths or ()))):
+        assert (DOCUMENTS / Path(file_path).relative_to("/data")).is_file()
 
 
 def test_every_type_that_is_carried_out_has_an_example() -> None:

@@ -51,7 +51,8 @@ def batch(*, status: dict[str, Any] | None = None, limit: int = 3, **more: Any) 
 
 
 def seen(given: ProcessingTask, *jobs: JobState, **observed: Any) -> Observed:
-    return Observed(task=given, jobs=jobs, **({"store": POSTGRES, "projected": 10_000} | observed))
+    known: dict[str, Any] = {"store": POSTGRES, "projected": 10_000}
+    return Observed(task=given, jobs=jobs, **(known | observed))
 
 
 def killed(index: int, **fields: Any) -> PodReport:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import asyncpg
 import orjson
 import pytest
 
@@ -215,6 +216,9 @@ async def test_the_life_of_a_task_is_read_back(
         assert (page["items"], page["next_after"]) == (events[:1], events[0]["event"])
         rest = await trusting.do("GET", f"{TASKS}/{name}/events?after={page['next_after']}")
         assert (rest["items"], rest["next_after"]) == (events[1:], None)
+
+        status, _ = await trusting.ask("GET", f"{TASKS}/{name}/documents")
+        assert status == 404, "only a batch has documents"
 
         listed = (await trusting.do("GET", f"{TASKS}?status=completed&kb_id=kb-42"))["items"]
         assert [one["task_id"] for one in listed] == [name]
@@ -476,3 +480,34 @@ async def test_each_change_has_an_audit_line(trusting: GatewayProcess, place: Pl
     ]
     assert audit[0]["request_id"] == "one-1"
     assert " " not in audit[1]["request_id"]
+
+
+async def test_the_documents_of_a_batch_are_read_page_by_page(
+    trusting: GatewayProcess, place: Place, sql: "asyncpg.Connection[Any]"
+) -> None:
+    wanted = {"task_type": "batch_processing", "kb_id": "kb-42", "payload": {"prefix": "manuals", "max_failed_percent": 10}}
+    created = await trusting.do("POST", TASKS, wanted)
+    found = await place.task(created["id"])
+    assert found is not None
+    assert found["spec"]["payload"] == {"prefix": "manuals", "maxFailedPercent": 10}
+    documents = f"{TASKS}/{created['id']}/documents"
+    assert await trusting.do("GET", documents) == {"items": [], "next_after": None}
+
+    await sql.execute("INSERT INTO batches (task_uid, total) VALUES ($1, 5)", created["uid"])
+    await sql.execute(
+        "INSERT INTO batch_documents (task_uid, ordinal, shard, file_path, document_id, state, reason) "
+        "SELECT $1, number, 0, 'manuals/' || number, 'id-' || number, CASE number WHEN 3 THEN 'failed' ELSE 'done' END, "
+        "CASE number WHEN 3 THEN 'DocumentEmpty' ELSE 'Completed' END FROM generate_series(1, 5) AS number",
+        created["uid"],
+    )
+    first = await trusting.do("GET", f"{documents}?limit=2")
+    assert ([one["number"] for one in first["items"]], first["next_after"]) == ([1, 2], 2)
+    rest = await trusting.do("GET", f"{documents}?after=2&limit=3")
+    assert ([one["file_path"] for one in rest["items"]], rest["next_after"]) == (
+        ["manuals/3", "manuals/4", "manuals/5"],
+        None,
+    )
+    failed = (await trusting.do("GET", f"{documents}?state=failed"))["items"]
+    assert [(one["document_id"], one["state"], one["reason"]) for one in failed] == [("id-3", "failed", "DocumentEmpty")]
+    status, problem = await trusting.ask("GET", f"{documents}?state=lost")
+    assert (status, problem["errors"][0]["field"]) == (422, "state")

@@ -26,7 +26,11 @@ pytestmark = pytest.mark.asyncio
 
 
 def batch(lab: Lab, *, uid: uuid.UUID | None = None, **payload: object) -> ProcessingTask:
-    spec = {"type": "batch_processing", "kbId": lab.kb_id, "payload": {"chunkSize": 100, "chunkOverlap": 0, **payload}}
+    spec: dict[str, object] = {
+        "type": "batch_processing",
+        "kbId": lab.kb_id,
+        "payload": {"chunkSize": 100, "chunkOverlap": 0, **payload},
+    }
     return lab._of(spec, uid=uid, at=0)
 
 
