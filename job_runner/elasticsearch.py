@@ -423,6 +423,10 @@ def _mappings(analyzer: str) -> dict[str, Any]:
             "chunk_count": integer,
             "tokens": integer,
             "pipeline": keyword,
+            "keywords": keyword,
+            "summary": {"type": "keyword", "index": False, "doc_values": False},
+            "duplicate_of": keyword,
+            "analysis": keyword,
         },
     }
 
@@ -459,6 +463,11 @@ def _conditions(filters: Filters) -> list[dict[str, Any]]:
     if filters.pages is not None:
         first, last = filters.pages
         clauses += [{"range": {"page_start": {"lte": last}}}, {"range": {"page_end": {"gte": first}}}]
+    clauses += [{"term": {"keywords": keyword.lower()}} for keyword in filters.keywords]
+    if filters.without_duplicates:
+        # Rows that were written before the column was there have none.
+        one_alone = [{"term": {"duplicate_of": ""}}, {"bool": {"must_not": {"exists": {"field": "duplicate_of"}}}}]
+        clauses.append({"bool": {"should": one_alone, "minimum_should_match": 1}})
     return clauses
 
 

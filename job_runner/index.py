@@ -103,11 +103,20 @@ class Row:
     """Tokens of the text as the embedding model counts them."""
     pipeline: str
     """Versions and settings of what made the row, for people and filters: parser, splitter, model."""
+    keywords: tuple[str, ...] = ()
+    """Of a semantic analysis (:mod:`job_runner.analysis`), as the three below: in small letters, the best first."""
+    summary: str = ""
+    """One line: where the chunk stands and what it begins with."""
+    duplicate_of: str = ""
+    """Id of the row of which this one says nearly the same; empty if there is none."""
+    analysis: str = ""
+    """Of what the analysis was made, and by which version of it; empty for a row that has not been analyzed."""
 
     @classmethod
     def of(cls, columns: Mapping[str, Any], *, id: str) -> "Row":  # noqa: A002 - the name of the column
         """Build a row from the columns of a store's answer; one that the collection lacks has its value of ADDED."""
-        return cls(id=id, **{name: columns.get(name, ADDED.get(name)) for name in FIELDS})
+        found = {name: columns.get(name, ADDED.get(name)) for name in FIELDS}
+        return cls(id=id, **{**found, "keywords": tuple(found["keywords"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +163,15 @@ STORED_FIELDS: Final = tuple(field for field in Stored.__dataclass_fields__ if f
 FIELDS: Final = tuple(field for field in Row.__dataclass_fields__ if field != "id")
 """Names of the columns beside the id, the same in both stores."""
 
-ADDED: Final[Mapping[str, int | str]] = {"chunk_count": 0, "tokens": 0, "pipeline": ""}
+ADDED: Final[Mapping[str, Any]] = {
+    "chunk_count": 0,
+    "tokens": 0,
+    "pipeline": "",
+    "keywords": (),
+    "summary": "",
+    "duplicate_of": "",
+    "analysis": "",
+}
 """Columns that collections and indices of release 0.1.0 lack, and what a row has that was written without them.
 
 Its pods go on writing for a while after an upgrade, also into what this release has created.
@@ -204,6 +221,10 @@ class Filters:
     """Whole titles from the top down: rows below them."""
     pages: tuple[int, int] | None = None
     """First and last: rows that touch any page between, these included. Rows without pages have page 0."""
+    keywords: tuple[str, ...] = ()
+    """Rows to which a semantic analysis gave all of them; case does not count."""
+    without_duplicates: bool = False
+    """Without rows that say nearly the same as another one."""
 
 
 class ChunkStore(Protocol):
@@ -261,6 +282,9 @@ class ChunkStore(Protocol):
 
 class VectorIndex(ChunkStore, Protocol):
     """The store that finds by meaning."""
+
+    async def has_all_columns(self) -> bool:
+        """Tell whether rows of this collection hold every field; one of an earlier release lacks those of an analysis."""
 
     async def write(self, rows: Sequence[Row], vectors: "npt.NDArray[np.float32]") -> None:
         """Upsert rows with their vectors, of shape (len(rows), dimension)."""

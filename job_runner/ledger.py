@@ -429,6 +429,28 @@ class Ledger:
             intents=frozenset((row["document_id"], row["version"]) for row in intents),
         )
 
+    @contextlib.asynccontextmanager
+    async def keeping(
+        self, generation: Generation, *, document_id: str, version: int, task_uid: UUID
+    ) -> AsyncIterator[bool]:
+        """Yield whether a version is published, and keep it so within the block, which must last seconds.
+
+        Who publishes another version, or deletes document or knowledge base, waits at its commit until the block is left:
+        what the block writes to the rows of this version is in the stores when they are removed. Raises Fenced when the task
+        was canceled.
+        """
+        key = generation.namespace, generation.kb_id
+        async with self._connection("keep the published version") as connection, connection.transaction():
+            if await connection.fetchval("SELECT 1 FROM task_fences WHERE task_uid = $1", task_uid):
+                raise Fenced(f"cannot go on with {document_id}: the task was canceled; this one stops")
+            await connection.execute(f"SELECT pg_advisory_xact_lock_shared({_KNOWLEDGE_BASE_LOCK})", *key)
+            published = await connection.fetchval(
+                "SELECT published_version FROM documents WHERE namespace = $1 AND kb_id = $2 AND document_id = $3 FOR SHARE",
+                *key,
+                document_id,
+            )
+            yield published == version
+
     async def record_check(
         self, generation: Generation, checked: Contents, deviations: Mapping[str, tuple[int, int]]
     ) -> None:

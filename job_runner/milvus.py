@@ -64,6 +64,10 @@ _BAD_ROW_CODES: Final = frozenset({6, 1100, 1101, 1102})
 _BAD_ROWS: Final = re.compile("exceeds? max|divide the dim|expected dim|not a number|larger than max")
 """Refusals that Milvus 2.3 gives the code of every unexpected error."""
 
+_DYNAMIC: Final = frozenset({"keywords"})
+"""Columns beside the schema. Milvus takes no default for a list, and without one it would refuse the rows of pods of an
+earlier release, which go on writing for a while."""
+
 _PASSING: Final = ("unavailable", "deadline", "timeout", "auth", "connect", "not loaded", "not ready")
 """Words of errors that waiting, or an administrator, cures."""
 
@@ -218,15 +222,20 @@ class MilvusIndex:
         """Return the columns that the collection has, asked once: a column cannot be added to it in Milvus 2.3."""
         if not self._columns:
             described = self._client.describe_collection(self._name, timeout=TIMEOUT)
-            self._columns = frozenset(field["name"] for field in described["fields"])
+            dynamic = _DYNAMIC if described.get("enable_dynamic_field") else frozenset()
+            self._columns = frozenset(field["name"] for field in described["fields"]) | dynamic
         return self._columns
+
+    async def has_all_columns(self) -> bool:
+        """Tell whether the collection has every column."""
+        return ADDED.keys() <= await self._run("look for the columns", self._known_columns)
 
     async def write(self, rows: Sequence[Row], vectors: "npt.NDArray[np.float32]") -> None:
         """Upsert: insert alone would leave two rows of one id after a retry (milvus-io/milvus#37389)."""
         for start in range(0, len(rows), _WRITE_ROWS):
             part = slice(start, start + _WRITE_ROWS)
             data = [
-                {**asdict(row), "metadata": dict(row.metadata), "embedding": vector}
+                {**asdict(row), "metadata": dict(row.metadata), "keywords": list(row.keywords), "embedding": vector}
                 for row, vector in zip(rows[part], vectors[part], strict=True)
             ]
             await self._run("write", self._upsert, data)
@@ -450,9 +459,11 @@ def _schema(dimension: int, label: str = "") -> Any:
 
     integers = {"version", "ordinal", "page_start", "page_end", "char_start", "char_end", "chunk_count", "tokens"}
     # Milvus counts bytes: four a character at most. Bounds are those of the contract and of the splitter.
-    lengths = {"document_id": 4_096, "text": 65_535, "heading_path": 4_096}
+    lengths = {"document_id": 4_096, "text": 65_535, "heading_path": 4_096, "summary": 4_096}
     fields = [FieldSchema("id", DataType.VARCHAR, max_length=64, is_primary=True)]
     for name in FIELDS:
+        if name in _DYNAMIC:
+            continue
         default = {"default_value": ADDED[name]} if name in ADDED else {}
         if name in integers:
             fields.append(FieldSchema(name, DataType.INT64, **default))
@@ -461,7 +472,7 @@ def _schema(dimension: int, label: str = "") -> Any:
         else:
             fields.append(FieldSchema(name, DataType.VARCHAR, max_length=lengths.get(name, 128), **default))
     fields.append(FieldSchema("embedding", DataType.FLOAT_VECTOR, dim=dimension))
-    return CollectionSchema(fields, description=label, enable_dynamic_field=False)
+    return CollectionSchema(fields, description=label, enable_dynamic_field=True)
 
 
 def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -485,6 +496,9 @@ def _condition(filters: Filters) -> str:
     if filters.pages is not None:
         from_page, to_page = filters.pages
         clauses.append(f"page_start <= {to_page} and page_end >= {from_page}")
+    clauses += [f"json_contains(keywords, {_quoted(keyword.lower())})" for keyword in filters.keywords]
+    if filters.without_duplicates:
+        clauses.append('duplicate_of == ""')
     return " and ".join(clauses)
 
 

@@ -96,6 +96,9 @@ class MemoryVectorIndex(_MemoryStore):
         super().__init__(aliases)
         self.by_id: dict[str, npt.NDArray[np.float32]] = {}
 
+    async def has_all_columns(self) -> bool:
+        return True
+
     async def write(self, rows: Sequence[Row], vectors: npt.NDArray[np.float32]) -> None:
         self.there = True  # as Elasticsearch makes an index anew for a late writer
         for row, vector in zip(rows, vectors, strict=True):
@@ -149,6 +152,8 @@ def _fits(row: Row, filters: Filters | None) -> bool:
         and tuple(row.heading_path.split("\n")[:depth]) == filters.headings
         and row.page_start <= last
         and row.page_end >= first
+        and {keyword.lower() for keyword in filters.keywords} <= set(row.keywords)
+        and not (filters.without_duplicates and row.duplicate_of)
     )
 
 

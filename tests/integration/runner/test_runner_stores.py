@@ -281,16 +281,30 @@ FILTERED: dict[str, tuple[Filters, set[int]]] = {
     "two levels of headings": (Filters(headings=("A", "B_")), {0, 1}),
     "a heading that looks like a pattern": (Filters(headings=("%",)), set()),
     "pages that rows begin or end in": (Filters(pages=(3, 4)), {1, 2, 3}),
+    "a keyword": (Filters(keywords=("Retry limit",)), {0, 2}),
+    "all keywords": (Filters(keywords=("retry limit", "备份")), {0}),
+    "a keyword full of quotes": (Filters(keywords=('") or (1 == 1',)), {2}),
+    "without what says the same as another": (Filters(without_duplicates=True), {0, 2, 3, 4}),
     "everything that is asked for": (Filters(pages=(3, 4), headings=("A", "B_")), {1}),
 }
 """What a search is asked for → ordinals that it finds of :func:`filtered`."""
 
 
+KEYWORDS = ("retry limit", '") or (1 == 1')
+
+
 def filtered() -> list[Row]:
     changes: list[dict[str, Any]] = [
-        {"heading_path": "A\nB_", "page_start": 1, "page_end": 2},
-        {"heading_path": "A\nB_\nC", "page_start": 2, "page_end": 3, "language": "zh", "metadata": {'a"]\\': "' == \n\""}},
-        {"heading_path": "A", "page_start": 3, "page_end": 3, "document_id": "other", "metadata": {}},
+        {"heading_path": "A\nB_", "page_start": 1, "page_end": 2, "keywords": ("retry limit", "备份")},
+        {
+            "heading_path": "A\nB_\nC",
+            "page_start": 2,
+            "page_end": 3,
+            "language": "zh",
+            "metadata": {'a"]\\': "' == \n\""},
+            "duplicate_of": "0",
+        },
+        {"heading_path": "A", "page_start": 3, "page_end": 3, "document_id": "other", "metadata": {}, "keywords": KEYWORDS},
         {"heading_path": "AB", "page_start": 4, "page_end": 9, "document_id": "third", "metadata": {"team": "知识"}},
         {"heading_path": "A ", "page_start": 0, "page_end": 0, "document_id": "third", "metadata": {"team": "others"}},
     ]
