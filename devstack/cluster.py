@@ -153,12 +153,15 @@ def document_volume(namespace: str) -> Path:
     """Make the volume that the claim `processing-task-documents` in NAMESPACE binds to; return its host folder.
 
     Idempotent. A volume whose claim was deleted, with its namespace or alone, is set free for a new claim; the
-    documents stay. The folder is readable for every pod of the namespace, and nobody's to write but the host's.
+    documents stay. The folder is readable for every pod of the namespace, and nobody's to write but the host's; below it is
+    the one for what tasks write.
     """
     folder = document_root() / namespace
-    folder.mkdir(parents=True, exist_ok=True)
+    outputs = folder / "outputs"
+    outputs.mkdir(parents=True, exist_ok=True)
     for readable in (document_root(), folder):
         readable.chmod(0o755)
+    outputs.chmod(0o777)  # a volume of the node's own is not given to the group of a pod that finds it mounted
     name = f"documents-{namespace}"
     apply([document_volume_manifest(namespace, folder)])
     volume = get(f"/api/v1/persistentvolumes/{name}")

@@ -37,6 +37,8 @@ EXPECTED = {
     "broken": "Failed",
     "library": "Completed",
     "library-zh": "Completed",
+    "topics": "Completed",
+    "topics-stored": "Completed",
     "health": "Completed",
 }
 TASK_DEADLINE = 120.0

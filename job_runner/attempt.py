@@ -19,6 +19,7 @@ from job_runner.batch import Batch
 from job_runner.deletion import Deletion
 from job_runner.embed import Embedder, make_embedder
 from job_runner.indexing import Indexing
+from job_runner.embedding import embedding_generation
 from job_runner.ledger import Ledger
 from job_runner.progress import Progress, RedisProgress, SilentProgress
 from job_runner.settings import Settings, revealed
@@ -267,9 +268,17 @@ async def _health_check(work: Work) -> AttemptOutcome:
     return AttemptOutcome.of_error(error, attempt=work.settings.attempt).model_copy(update={"result": result})
 
 
+async def _vector_storage(work: Work) -> AttemptOutcome:
+    from job_runner.vector_storage import vector_storage  # with numpy, which others import when they need it
+
+    return await vector_storage(work)
+
+
 _TYPES: Final[Mapping[TaskType, Callable[[Work], Awaitable[AttemptOutcome]]]] = {
     TaskType.DOCUMENT_PROCESSING: _document,
     TaskType.BATCH_PROCESSING: _batch,
+    TaskType.EMBEDDING_GENERATION: embedding_generation,
+    TaskType.VECTOR_STORAGE: _vector_storage,
     TaskType.HEALTH_CHECK: _health_check,
 }
 

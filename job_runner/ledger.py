@@ -29,8 +29,8 @@ import asyncio
 import contextlib
 import json
 import ssl
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final
@@ -42,6 +42,8 @@ from job_runner.index import Generation, Label, Stale
 from job_runner.watchdog import asking
 from task_contract.errors import Fenced, InvalidTask, ModelMismatch, StoreUnavailable
 from task_contract.messages import AttemptOutcome
+from task_contract.models import Phase
+from task_contract.vectors import PARTS
 
 DELETED: Final = "deleted"
 """The content hash of a document that is not there: no SHA-256 in hex digits."""
@@ -204,6 +206,43 @@ class Commit(StrEnum):
     """A newer task was faster; nothing was published."""
     AGAIN = "again"
     """What the intent was based on has changed: begin again."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeptVectors:
+    """What embedding_generation has computed, in the order of the columns of ``task_vectors``."""
+
+    task_uid: UUID
+    vectors: int
+    dimension: int
+    model: str
+    model_fingerprint: str
+    source_sha256: str
+    """Of what was embedded."""
+    output: str
+    """:data:`task_contract.vectors.INLINE`, or the path of a file."""
+    output_sha256: str | None = None
+    """Of that file."""
+
+
+@dataclass(frozen=True, slots=True)
+class VectorPart:
+    """Some of the vectors that are kept in PostgreSQL."""
+
+    first: int
+    """Number of the first one, from 0."""
+    ids: Sequence[str | None]
+    vectors: bytes
+    """float32, little-endian."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownTask:
+    """A task as the projection has it."""
+
+    uid: UUID
+    phase: Phase
+    spec: Mapping[str, Any]
 
 
 class Ledger:
@@ -709,6 +748,74 @@ class Ledger:
                 holder,
                 outcome.model_dump_json(by_alias=True, exclude_none=True),
             )
+
+    # -------------------------------------------------------------------------------------------------------- vectors
+
+    async def keep_vectors(
+        self,
+        kept: "KeptVectors",
+        parts: Sequence["VectorPart"] = (),
+        *,
+        before_commit: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """Enter the vectors of a task, whole or not at all, in place of what an earlier attempt has entered.
+
+        ``before_commit`` gives a file its name: if the commit fails after it, the next attempt replaces the file. Raises
+        Fenced when the task was canceled: fence and commit exclude each other, as those of a version.
+        """
+        async with self._connection("keep the vectors") as connection, connection.transaction():
+            await connection.execute(
+                "SELECT pg_advisory_xact_lock_shared(hashtextextended($1::uuid::text, 0))", kept.task_uid
+            )
+            if await connection.fetchval("SELECT 1 FROM task_fences WHERE task_uid = $1", kept.task_uid):
+                raise Fenced("cannot keep the vectors: the task was canceled; this one stops")
+            await connection.execute("DELETE FROM task_vectors WHERE task_uid = $1", kept.task_uid)
+            await connection.execute(
+                "INSERT INTO task_vectors (task_uid, vectors, dimension, model, model_fingerprint, source_sha256, output, "
+                "output_sha256) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+                *astuple(kept),
+            )
+            for part in parts:
+                await connection.execute(
+                    "INSERT INTO task_vector_parts (task_uid, first, ids, vectors) VALUES ($1, $2, $3::jsonb, $4)",
+                    kept.task_uid,
+                    part.first,
+                    json.dumps(part.ids),
+                    part.vectors,
+                )
+            if before_commit is not None:
+                await before_commit()
+
+    async def kept_vectors(self, task_uid: UUID) -> "KeptVectors | None":
+        """Return what the vectors of a task are and where; None where there are none."""
+        async with self._connection("look for the vectors") as connection:
+            row = await connection.fetchrow(
+                "SELECT task_uid, vectors, dimension, model, model_fingerprint, source_sha256, output, output_sha256 "
+                "FROM task_vectors WHERE task_uid = $1",
+                task_uid,
+            )
+            return None if row is None else KeptVectors(*row)
+
+    async def vector_parts(self, task_uid: UUID) -> AsyncIterator[Mapping[str, Any]]:
+        """Yield the parts that are kept here, as :func:`task_contract.vectors.vectors_of` takes them."""
+        first = 0
+        while True:
+            async with self._connection("read the vectors") as connection:
+                row = await connection.fetchrow(PARTS, task_uid, first)
+            if row is None:
+                return
+            yield row
+            first = row["first"] + 1
+
+    async def task(self, *, namespace: str, name: str) -> "KnownTask | None":
+        """Return what the projection has of the youngest task of a name, whether it exists or not."""
+        async with self._connection("look for the task") as connection:
+            row = await connection.fetchrow(
+                "SELECT uid, phase, spec FROM tasks WHERE namespace = $1 AND name = $2 ORDER BY created_at DESC LIMIT 1",
+                namespace,
+                name,
+            )
+            return None if row is None else KnownTask(row["uid"], Phase(row["phase"]), json.loads(row["spec"]))
 
 
 # --------------------------------------------------------------------------------------------------------------- parts

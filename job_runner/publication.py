@@ -70,8 +70,8 @@ class Written:
     """What was brought into both stores: the rows of the ordinals from 0 on."""
 
     chunks: int
-    embedded: int
-    """Vectors that were computed for them."""
+    embedded: int | None
+    """Vectors that were computed for them; ``None`` where none ever are."""
     facts: Mapping[str, Any]
     """Fields of the result that reading the input has given: kept with the version, for those who need not read it again."""
 
@@ -111,7 +111,7 @@ class Publication:
         open_stores: OpenStores,
         load: Callable[[], None] | None = None,
     ) -> None:
-        """``load``: what blocks for a while and is needed when rows are written, as a model; done beside other work."""
+        """``load``: what blocks for a while and is needed when rows are written, the model; done beside other work."""
         self._settings = work.settings
         self._ledger = work.ledger
         self._stages = stages
@@ -256,7 +256,7 @@ class Publication:
                 documents=1,
                 chunks=written.chunks,
                 embedded=written.embedded,
-                reused=written.chunks - written.embedded,
+                reused=None if written.embedded is None else written.chunks - written.embedded,
                 milvus_count=counts[0],
                 elasticsearch_count=counts[1],
                 version=intent.version,
@@ -313,8 +313,8 @@ class Publication:
                 **published.facts,
                 documents=1,
                 chunks=published.chunk_count,
-                embedded=0,
-                reused=published.chunk_count,
+                embedded=None if self._load is None else 0,
+                reused=None if self._load is None else published.chunk_count,
                 milvus_count=counts[0],
                 elasticsearch_count=counts[1],
                 version=published.version,

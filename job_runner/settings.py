@@ -106,6 +106,9 @@ class Settings(BaseSettings):
     """true: requests are not signed, for public buckets."""
     max_document_bytes: Annotated[int, Field(ge=1)] = 512 * 2**20
     """Largest document."""
+    inline_result_bytes: Annotated[int, Field(ge=0, le=256 * 2**20)] = 8 * 2**20
+    """Most vectors, in bytes, that are kept in PostgreSQL; more need payload.outputPath. 8 MiB hold those of the most texts
+    that a task may carry, 1000, of a model with up to 2,097 dimensions."""
     max_chunks: Annotated[int, Field(ge=1, le=1_000_000)] = 100_000
     """Most chunks of one document."""
     parser_memory_bytes: Annotated[int, Field(ge=128 * 2**20)] = 2**30

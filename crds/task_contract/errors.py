@@ -20,6 +20,7 @@
     │   ├── ParserCrashed         killed for memory or time, or a crash of the child process
     │   ├── StoresDisagree        read-back of the two stores did not find the expected chunks
     │   ├── DocumentChanged       the file was written to while it was read
+    │   ├── TaskUnfinished        the task whose vectors are to be stored has not ended yet
     │   └── Unhealthy             a health check found a component that does not work
     ├── StoreUnavailable          not the task's fault: given back, not counted
     │   └── SourceUnavailable     the server that has the document is down, or how to reach it is not configured
@@ -147,6 +148,12 @@ class DocumentChanged(RetryableError):
     """The file was written to while it was read."""
 
     reason = "DocumentChanged"
+
+
+class TaskUnfinished(RetryableError):
+    """The task that ``payload.fromTask`` names is not Completed yet."""
+
+    reason = "TaskUnfinished"
 
 
 class Unhealthy(RetryableError):

@@ -182,6 +182,9 @@ class Component(StrEnum):
 INLINE_BYTES: Final = 48 * 1024
 """Most bytes of a list of texts or paths: a specification has at most 64 KiB."""
 
+TEXT_CHARACTERS: Final = 24_576
+"""Most characters of a text that embedding_generation takes; embedding models read far less."""
+
 
 def _bounded(values: list[str]) -> list[str]:
     if (size := sum(len(value.encode(errors="replace")) for value in values)) > INLINE_BYTES:
@@ -270,7 +273,7 @@ class Payload(Model):
     """How long the generation before is kept after a switch, for a rollback. Default: 604800, a week."""
     texts: (
         Annotated[
-            list[Annotated[str, Field(min_length=1, max_length=24_576)]],
+            list[Annotated[str, Field(min_length=1, max_length=TEXT_CHARACTERS)]],
             Field(min_length=1, max_length=1000),
             AfterValidator(_bounded),
         ]
@@ -291,8 +294,8 @@ class Payload(Model):
 
     @property
     def effective_document_id(self) -> str:
-        """``documentId``, or ``filePath``. Raises :class:`~task_contract.errors.InvalidTask` if there is neither."""
-        if (identity := self.document_id or self.file_path) is None:
+        """``documentId``, or what names the input. Raises :class:`~task_contract.errors.InvalidTask` if nothing does."""
+        if (identity := self.document_id or self.file_path or self.input_path or self.from_task) is None:
             raise InvalidTask("cannot identify the document: set payload.filePath or payload.documentId")
         return identity
 

@@ -43,6 +43,8 @@ TERMINATION_LOG: Final = "/dev/termination-log"
 CONTAINER: Final = "runner"
 DOCUMENT_ROOT: Final = "/data"
 """Where the document volume of a task namespace is mounted in its pods."""
+OUTPUTS: Final = "outputs"
+"""The folder of the document volume that pods write to, of those tasks alone that have an ``outputPath``."""
 
 PROGRESS_CHANNEL: Final = f"{GROUP}:progress"
 """Redis pub/sub channel of :class:`task_contract.messages.ProgressEvent`; what it carries may be lost."""

@@ -33,6 +33,7 @@ from task_gateway.stats import Statistics, connects
 from task_gateway.tasks import Tasks
 from task_gateway.tickets import Tickets
 from task_gateway.uploads import Uploads
+from task_gateway.vectors import Vectors
 from task_platform.kubernetes import Access, KubeconfigError
 from task_platform.logs import configure_logging
 from task_platform.progress import ProgressFeed
@@ -87,6 +88,7 @@ async def run(settings: Settings) -> int:
         tasks,
         Batches(tasks=tasks, callers=callers, charge=gate.charge, settings=settings),
         Logs(tasks=tasks, cluster=cluster, database=database),
+        Vectors(tasks=tasks, database=database),
         Callbacks(tasks=tasks, database=database, callers=callers),
         Tickets(callers),
         live,

@@ -13,6 +13,7 @@ import asyncpg
 
 from task_contract.callbacks import REPLAY
 from task_contract.models import Phase, Priority, TaskType
+from task_contract.vectors import PARTS
 from task_gateway.hub import Event, Filter
 from task_gateway.listener import EVENT_COLUMNS
 from task_gateway.models import Cursor
@@ -206,6 +207,11 @@ class Database:
             "SELECT error->>'log' AS log FROM attempts WHERE task_uid = $1 AND number = $2", uid, attempt
         )
         return found[0]["log"] if found else None
+
+    async def vectors(self, uid: str, *, first: int) -> asyncpg.Record | None:
+        """Return the part of a task's vectors that begins at one, or after it; None: there is none."""
+        found = await self.rows(PARTS, uid, first)
+        return found[0] if found else None
 
     # -------------------------------------------------------------------------------------------------------- callbacks
 

@@ -35,6 +35,7 @@ TITLES: Final[Mapping[str, str]] = {
     "not-finished": "The task has not ended",
     "archived": "The task exists in the archive only",
     "no-log": "There is no log",
+    "no-vectors": "There are no vectors",
     "no-callback": "The task has no callback",
     "conflict": "Somebody else has written since",
     "too-large": "The body is too large",

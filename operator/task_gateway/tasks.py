@@ -310,7 +310,7 @@ class Tasks:
     async def _result(self, request: web.Request) -> web.Response:
         namespace, name = await self.named(request, "get")
         view = await self.view(namespace, name)
-        _finished(view)
+        check_finished(view)
         return answer({key: view[key] for key in ("task_id", "namespace", "status", "result", "error", "completed_at")})
 
     async def _events(self, request: web.Request) -> web.Response:
@@ -375,7 +375,7 @@ class Tasks:
             if row is None:
                 raise _no_task(name, namespace) from None
             view, spec, labels = stored_view(row), orjson.loads(row["spec"]), {}
-        _finished(view)
+        check_finished(view)
         again = TaskRequest(
             spec=spec_again(spec),
             labels=labels,
@@ -394,7 +394,7 @@ class Tasks:
         return Problem(409, "archived", f"{what}: it was deleted and is in the archive only; it can be read and retried")
 
 
-def _finished(view: Mapping[str, Any]) -> None:
+def check_finished(view: Mapping[str, Any]) -> None:
     """Raise :class:`Problem` 409 unless a task has ended."""
     if view["completed_at"] is None and view["status"] not in {"completed", "failed", "canceled"}:
         name, status = view["task_id"], view["status"]

@@ -1,8 +1,8 @@
 """The archive in PostgreSQL ends somewhere: what is kept of tasks that are gone is deleted after a number of days.
 
-Rows of ``tasks`` that are deleted, with attempts, events, stored results and fences, are all that is left of such tasks:
-nothing is deleted unless somebody has said after how long. It goes in small batches with pauses, and takes no lock that a
-writer waits for. It may be killed at any point, and two operators may do it at once.
+Rows of ``tasks`` that are deleted, with attempts, events, stored results, vectors and fences, are all that is left of such
+tasks: nothing is deleted unless somebody has said after how long. It goes in small batches with pauses, and takes no lock
+that a writer waits for. It may be killed at any point, and two operators may do it at once.
 """
 
 import asyncio

@@ -23,6 +23,7 @@ from task_contract.names import (
     KIND,
     MANAGED_BY,
     MANAGED_BY_LABEL,
+    OUTPUTS,
     PART_OF,
     RESOURCE_CLASS_LABEL,
     SHARDS_ANNOTATION,
@@ -301,13 +302,16 @@ def _task_pod(task: ProcessingTask, *, attempt: int, template: RunnerTemplate, s
     ]
     mounts: list[dict[str, Any]] = [{"name": _TASK_VOLUME, "mountPath": folder, "readOnly": True}]
     if template.documents_claim:
+        writes = task.spec.payload.output_path is not None  # then the folder of outputs alone can be written to
         volumes.append(
             {
                 "name": "documents",
-                "persistentVolumeClaim": {"claimName": template.documents_claim, "readOnly": True},
+                "persistentVolumeClaim": {"claimName": template.documents_claim, "readOnly": not writes},
             }
         )
         mounts.append({"name": "documents", "mountPath": DOCUMENT_ROOT, "readOnly": True})
+        if writes:
+            mounts.append({"name": "documents", "mountPath": f"{DOCUMENT_ROOT}/{OUTPUTS}", "subPath": OUTPUTS})
     return _pod(
         ["python", "-m", "job_runner", "run", TASK_FILE],
         priority=task.spec.priority,

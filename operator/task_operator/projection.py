@@ -154,7 +154,7 @@ _EXPIRE: Final = (
     "ORDER BY deleted_at LIMIT $2 FOR UPDATE SKIP LOCKED), "
     + "".join(
         f"from_{table} AS (DELETE FROM {table} USING due WHERE task_uid = due.uid), "  # noqa: S608 - names of ours
-        for table in ("attempts", "task_events", "task_results", "task_fences", "callbacks", "batches")
+        for table in ("attempts", "task_events", "task_results", "task_vectors", "task_fences", "callbacks", "batches")
     )
     + "gone AS (DELETE FROM tasks USING due WHERE tasks.uid = due.uid RETURNING tasks.uid) SELECT count(*) FROM gone"
 )

@@ -26,11 +26,12 @@ from job_runner.ledger import Ledger
 from job_runner.pipeline import DocumentPipeline
 from job_runner.progress import SilentProgress
 from job_runner.settings import Settings
-from job_runner.stores import Stores, opener
+from job_runner.stores import OpenStores, Stores, opener
+from job_runner.vector_storage import VectorStorage
 from job_runner.work import Done, Work
 from task_contract.lifecycle import ExitCode
 from task_contract.messages import AttemptOutcome
-from task_contract.models import Action, ProcessingTask
+from task_contract.models import Action, ProcessingTask, TaskType
 
 NAMESPACE = "test"
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -129,14 +130,18 @@ async def run_watched(task: ProcessingTask, settings: Settings, embedder: Any, r
     """Run the pipeline of a task with every call to ledger and stores watched."""
     uid, created_at = identity(task)
     ledger = Ledger(settings.postgres_url.get_secret_value())
-    open_stores = opener(settings, dimension=embedder.dimension, model_fingerprint=embedder.fingerprint)
 
-    def watched_stores(generation: Generation) -> Stores:
-        stores = open_stores(generation)
-        return Stores(
-            vectors=Watched(stores.vectors, "vectors", reached),
-            texts=Watched(stores.texts, "texts", reached),
-        )
+    def watched_opener(settings: Settings, **options: Any) -> OpenStores:
+        open_stores = opener(settings, **options)
+
+        def watched_stores(generation: Generation) -> Stores:
+            stores = open_stores(generation)
+            return Stores(
+                vectors=Watched(stores.vectors, "vectors", reached),
+                texts=Watched(stores.texts, "texts", reached),
+            )
+
+        return watched_stores
 
     work = Work(
         task,
@@ -148,6 +153,9 @@ async def run_watched(task: ProcessingTask, settings: Settings, embedder: Any, r
         make_embedder=lambda name, *, threads: embedder,
     )
     try:
+        if task.spec.type is TaskType.VECTOR_STORAGE:
+            return await VectorStorage(work, opener=watched_opener).run()
+        watched_stores = watched_opener(settings, dimension=embedder.dimension, model_fingerprint=embedder.fingerprint)
         if task.spec.effective_action is not Action.UPSERT:
             return await Deletion(work, open_stores=watched_stores).run()
         return await DocumentPipeline(work, embedder=embedder, open_stores=watched_stores).run()
@@ -224,10 +232,32 @@ class Lab:
     def _deleting(self, **payload: object) -> dict[str, object]:
         return {"type": "document_processing", "kbId": self.kb_id, "payload": payload}
 
+    def embedding(self, *, name: str = "a", uid: UUID | None = None, **payload: object) -> ProcessingTask:
+        """Return a task that computes vectors."""
+        return self._of({"type": "embedding_generation", "payload": payload}, uid=uid, at=0, name=name)
+
+    def storage(self, document: str = "a", *, uid: UUID | None = None, at: int = 0, **payload: object) -> ProcessingTask:
+        """Return a task that stores vectors as a document."""
+        payload["documentId"] = self.document_id(document)
+        return self._of({"type": "vector_storage", "kbId": self.kb_id, "payload": payload}, uid=uid, at=at)
+
+    async def finish(self, task: ProcessingTask, phase: str = "Completed") -> None:
+        """Enter a task into the projection, as the operator does."""
+        await self.fetch(
+            "INSERT INTO tasks (uid, namespace, name, type, priority, phase, spec, created_at, generation, "
+            "resource_version) VALUES ($1, $2, $3, $4, 'normal', $5, $6::jsonb, now(), 1, 1)",
+            UUID(task.metadata.uid),
+            NAMESPACE,
+            task.metadata.name,
+            str(task.spec.type),
+            phase,
+            json.dumps(task.spec.manifest()),
+        )
+
     @staticmethod
-    def _of(spec: dict[str, object], *, uid: UUID | None, at: int) -> ProcessingTask:
+    def _of(spec: dict[str, object], *, uid: UUID | None, at: int, name: str = "a") -> ProcessingTask:
         created = (NOON + timedelta(seconds=at)).isoformat()
-        metadata = {"name": "a", "namespace": NAMESPACE, "uid": str(uid or uuid.uuid4()), "creationTimestamp": created}
+        metadata = {"name": name, "namespace": NAMESPACE, "uid": str(uid or uuid.uuid4()), "creationTimestamp": created}
         return ProcessingTask.model_validate({"metadata": metadata, "spec": spec})
 
     def write(self, sentences: Sequence[str], file: str = "a.txt") -> None:

@@ -78,6 +78,21 @@ def test_the_job_of_an_attempt_is_exactly_this(
     assert build_job(given, attempt=attempt, template=template, shards=shards) == expected
 
 
+WRITES = {"type": "embedding_generation", "kbId": None, "payload": {"texts": ["a"], "outputPath": "outputs/a.npy"}}
+
+
+def test_a_task_that_writes_a_file_can_write_to_the_folder_of_outputs_and_to_nothing_else() -> None:
+    pods = [build_job(one, attempt=1, template=FULL)["spec"]["template"]["spec"] for one in (task(spec=WRITES), task())]
+    volumes, mounts = (
+        [[one for one in found if one["name"] == "documents"] for found in parts]
+        for parts in ([pod["volumes"] for pod in pods], [pod["containers"][0]["volumeMounts"] for pod in pods])
+    )
+    claims = [one["persistentVolumeClaim"] for (one,) in volumes]
+    assert claims == [{"claimName": "documents", "readOnly": False}, {"claimName": "documents", "readOnly": True}]
+    read = {"name": "documents", "mountPath": "/data", "readOnly": True}
+    assert mounts == [[read, {"name": "documents", "mountPath": "/data/outputs", "subPath": "outputs"}], [read]]
+
+
 def test_equal_arguments_make_equal_jobs() -> None:
     one, two = (build_job(task(), attempt=1, template=FULL) for _ in range(2))
     assert json.dumps(one) == json.dumps(two)
