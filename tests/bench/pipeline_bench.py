@@ -55,7 +55,7 @@ def run(only: Sequence[str] = ()) -> list[Measurement]:
     parts = {part.__name__.strip("_"): part for part in all_parts}
     if unknown := [name for name in only if name not in {*parts, "side_by_side"}]:
         raise DevstackError(f"no part {', '.join(unknown)}: the parts are {', '.join(parts)}, side_by_side")
-    with tempfile.TemporaryDirectory(prefix="pipeline-bench-") as folder, _bench(Path(folder)) as bench:
+    with tempfile.TemporaryDirectory(prefix="pipeline-bench-") as folder, running(Path(folder)) as bench:
         measured = []
         for name, part in parts.items():
             if only and name not in only:
@@ -152,7 +152,8 @@ class Bench:
 
 
 @contextlib.contextmanager
-def _bench(folder: Path) -> Iterator[Bench]:
+def running(folder: Path) -> Iterator[Bench]:
+    """Yield a bench on the devstack's stores, or those of the environment, with a database of its own."""
     needed = ("TASKS_POSTGRES_URL", "TASKS_MILVUS_URL", "TASKS_ELASTICSEARCH_URL")
     if all(name in os.environ for name in needed):
         urls = {name: value for name, value in os.environ.items() if name.startswith("TASKS_")}
@@ -352,7 +353,7 @@ async def _write_both(bench: Bench) -> list[Measurement]:
     for store, mine, other, what in calls:
         rates: dict[str, list[float]] = {"ours": [], "theirs": []}
         for number in range(WRITE_ROUNDS + 1):
-            rows = [_row(number * WRITE_ROWS + index, text) for index, text in enumerate(texts)]
+            rows = [pipeline_row(number * WRITE_ROWS + index, text) for index, text in enumerate(texts)]
             plain = [_plain(row, store, vectors[index]) for index, row in enumerate(rows)]
             turns = [("ours", partial(mine, rows)), ("theirs", partial(other, plain))]
             for name, call in turns if number % 2 else reversed(turns):
@@ -387,7 +388,8 @@ def _thousands(count: int) -> Iterator[str]:
     return (text[start : start + 1000] for start in range(0, count * 1000, 1000))
 
 
-def _row(number: int, text: str) -> Row:
+def pipeline_row(number: int, text: str) -> Row:
+    """Return a row as the pipeline makes them."""
     return Row(
         **{
             **_COLUMNS,
