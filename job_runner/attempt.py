@@ -18,8 +18,8 @@ from job_runner import health, logs
 from job_runner.batch import Batch
 from job_runner.deletion import Deletion
 from job_runner.embed import Embedder, make_embedder
-from job_runner.indexing import Indexing
 from job_runner.embedding import embedding_generation
+from job_runner.indexing import Indexing
 from job_runner.ledger import Ledger
 from job_runner.progress import Progress, RedisProgress, SilentProgress
 from job_runner.settings import Settings, revealed

@@ -102,9 +102,9 @@ def _storage(bench: Bench, count: int) -> list[Measurement]:
             rates.append(count / mine)
             bulk.append(count / other)
     how = (
-        f"{count} rows of {DIMENSION} dimensions and {TEXT} characters, in turns, median; ours from a file of JSON lines to the "
-        "publication, both readings and the reading back included; theirs: MilvusClient.upsert() and helpers.async_bulk() at "
-        f"once, {BULK} rows a call, from dictionaries made outside of the time"
+        f"{count} rows of {DIMENSION} dimensions and {TEXT} characters, in turns, median; ours from a file of JSON lines to "
+        "the publication, both readings and the reading back included; theirs: MilvusClient.upsert() and "
+        f"helpers.async_bulk() at once, {BULK} rows a call, from dictionaries made outside of the time"
     )
     return [
         Measurement(
@@ -134,7 +134,7 @@ async def _bulk(bench: Bench, kb_id: str, count: int) -> float:
 
     stores: Any = opener(bench.settings(), dimension=DIMENSION)(Generation(NAMESPACE, kb_id, 1))
     await stores.ensure()
-    data = []
+    data: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = []
     for texts, vectors in _rows(count):
         rows = [pipeline_row(len(data) * BULK + index, text) for index, text in enumerate(texts)]
         plain = [asdict(row) for row in rows]
