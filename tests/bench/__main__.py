@@ -17,7 +17,7 @@ from pathlib import Path
 from devstack.progress import DevstackError
 
 BENCHMARKS = (
-    *("devstack", "document", "gateway", "gateway_live", "operator", "pipeline", "projection", "store_limits"),
+    *("batch", "devstack", "document", "gateway", "gateway_live", "operator", "pipeline", "projection", "store_limits"),
     "vectors",
 )
 NAMED_ONLY = ("store_limits",)

@@ -162,6 +162,8 @@ class Kubelet:
     place: Place
     outcomes: Mapping[int, AttemptOutcome | None] = field(default_factory=dict)
     """How each attempt ends; None: it goes on running. Attempts that are not named succeed."""
+    ends: Callable[[Mapping[str, Any]], Awaitable[AttemptOutcome | None]] | None = None
+    """How a pod ends, in place of :attr:`outcomes`: for Jobs with several."""
     starts: bool = True
     """Whether pods start at all."""
     messages: bool = True
@@ -201,6 +203,8 @@ class Kubelet:
             # The Job has to be seen to run first: that is what the operator sees.
             code, job = await self.place.kube.ask("GET", self.place.path("jobs", pod["metadata"]["labels"]["job-name"]))
             # Not found: the Job went between the list of pods and this look.
+            if self.ends is not None and code == 200 and job.get("status", {}).get("ready"):
+                outcome = await self.ends(pod)
             if outcome is not None and code == 200 and job.get("status", {}).get("ready"):
                 await self.write(pod, ended(outcome, message=self.messages))
 
