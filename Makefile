@@ -85,6 +85,9 @@ lock: $(READY) ## Pin what pyproject.toml has new; with UPGRADE=1 the newest of 
 	@echo "locking ocr"
 	@$(BIN)/uv pip compile --quiet $(LOCK_UPGRADE) --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-header --constraint requirements/dev.txt --extra ocr pyproject.toml -o requirements/ocr.txt
+	@echo "locking parquet"
+	@$(BIN)/uv pip compile --quiet $(LOCK_UPGRADE) --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-header --constraint requirements/dev.txt --extra parquet pyproject.toml -o requirements/parquet.txt
 	@echo "locking torch"
 	@$(BIN)/uv pip compile --quiet $(LOCK_UPGRADE) --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-header --constraint requirements/dev.txt --extra sentence-transformers pyproject.toml -o requirements/torch.txt
@@ -101,7 +104,7 @@ lock: $(READY) ## Pin what pyproject.toml has new; with UPGRADE=1 the newest of 
 	@echo hatchling | $(BIN)/uv pip compile --quiet $(LOCK_UPGRADE) --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-header --no-annotate - -o requirements/build.txt
 
-images: $(READY) ## Build both images and print their sizes by package; VARIANT=ocr or onnx: the runner with these libraries
+images: $(READY) ## Build both images and print their sizes by package; VARIANT=ocr, onnx or parquet: the runner with these libraries
 	@$(BIN)/python -m devstack images $(call given,VARIANT,--variant)
 
 sbom: $(READY) ## What is in each image: build/sbom/*.cdx.json (CycloneDX), checked against its schema

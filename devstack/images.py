@@ -20,7 +20,7 @@ from devstack.process import run, running
 from devstack.progress import step
 
 NAMES = ("operator", "runner")
-VARIANTS = ("onnx", "ocr")
+VARIANTS = ("onnx", "ocr", "parquet")
 """What the runner may be built with beside its own libraries: each has a lock file of this name."""
 
 _ROOT = Path(__file__).parent.parent

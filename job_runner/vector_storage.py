@@ -64,7 +64,10 @@ _KEY_CHARACTERS: Final = 63
 _VALUE_CHARACTERS: Final = 1024
 _NAMED: Final = 10
 """Refused rows that are named, as the contract bounds them."""
-_REASON: Final = 256
+_REASON: Final = 120
+"""Characters of a reason: ten of them fit into a termination message (task_contract.messages)."""
+_NAME_BYTES: Final = 64
+"""Of a model from elsewhere: its name stands in a column of 128 bytes of Milvus."""
 _STARTS: Final = {Stage.FETCH: 0, Stage.PARSE: 2, Stage.STORE: 25, Stage.VERIFY: 90, Stage.PUBLISH: 96}
 
 log = structlog.get_logger(__name__)
@@ -374,7 +377,8 @@ class VectorStorage:
         try:
             embedder = await self._work.embedder(named)
         except InvalidTask:
-            fingerprint = f"external-{named}"
+            name = str(named)
+            fingerprint = f"external-{name if len(name.encode()) <= _NAME_BYTES else digest(name)}"
             same = known is not None and known[1] == fingerprint
             return Model(fingerprint, known[2] if known is not None and same else None)
         return Model(await asyncio.to_thread(lambda: embedder.fingerprint), embedder.dimension)

@@ -1,5 +1,6 @@
 """Fixtures of the end-to-end tests: the product installed with its chart, as a user installs it."""
 
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,3 +39,13 @@ def installed(devstack_node: Endpoints) -> Installed:
         client=TaskResources(devstack_node, installation.TASK_NAMESPACE),
         documents=installed.documents,
     )
+
+
+@pytest.fixture
+def service(installed: Installed) -> str:
+    """Token of an account that may edit in the task namespace."""
+    name, kubectl = f"service-{uuid.uuid4().hex[:8]}", installed.kubectl
+    kubectl("create", "serviceaccount", name)
+    account = f"--serviceaccount={installation.TASK_NAMESPACE}:{name}"
+    kubectl("create", "rolebinding", name, "--clusterrole=edit", account)
+    return kubectl("create", "token", name).strip()

@@ -2,12 +2,10 @@
 
 import json
 import time
-import uuid
 from typing import Any
 
 import pytest
 
-from devstack import installation
 from devstack.providers import Place
 from tests.e2e.conftest import Installed
 from tests.support.devstack import Kubectl
@@ -27,16 +25,6 @@ except urllib.error.HTTPError as error:
     answer = error
 print(json.dumps([answer.status, answer.read().decode()]))
 """
-
-
-@pytest.fixture
-def service(installed: Installed) -> str:
-    """Token of an account that may edit in the task namespace."""
-    name, kubectl = f"service-{uuid.uuid4().hex[:8]}", installed.kubectl
-    kubectl("create", "serviceaccount", name)
-    account = f"--serviceaccount={installation.TASK_NAMESPACE}:{name}"
-    kubectl("create", "rolebinding", name, "--clusterrole=edit", account)
-    return kubectl("create", "token", name).strip()
 
 
 def call(

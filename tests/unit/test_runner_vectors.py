@@ -21,6 +21,8 @@ from job_runner.rows import Record, records
 from job_runner.vector_files import reading, writing
 from job_runner.vector_storage import Good, Refused, Survey, checked
 from task_contract.errors import DocumentRefused, DocumentUnreadable, Fenced, InvalidTask, StoreUnavailable, TaskError
+from task_contract.messages import TERMINATION_LIMIT, AttemptOutcome, Outcome
+from task_contract.models import Result
 
 TASK = uuid.UUID(int=1)
 
@@ -170,6 +172,19 @@ def test_of_rows_with_one_id_the_first_good_one_stays_and_the_first_refused_rows
     assert (survey.accepted, survey.refused) == (3, 21)
     assert [number for number, _ in survey.named] == [1, 4, 6, 7, 8, 9, 10, 11, 12, 13]
     assert {reason for _, reason in survey.named} == {"bad", "its id stands in a row before"}
+
+
+def test_the_longest_reasons_fit_into_a_termination_message() -> None:
+    survey = Survey()
+    survey.add(Record(1, ROW), checked(Record(1, ROW), dimension=2, metadata={}))
+    for number in range(20):
+        survey.add(Record(10**6 + number), Refused("x" * 500))
+    result = Result.model_validate({**survey.facts(2), "chunks": 10**6, "seconds": {"publish": 1.001, "store": 1000.001}})
+    outcome = AttemptOutcome(outcome=Outcome.SUCCEEDED, attempt=1, result=result)
+    read = AttemptOutcome.parse(outcome.termination_message())
+    assert len(outcome.termination_message().encode()) <= TERMINATION_LIMIT
+    assert read is not None
+    assert read.result == result
 
 
 # --------------------------------------------------------------------------------------------------------------- files

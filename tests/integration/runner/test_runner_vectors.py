@@ -220,8 +220,9 @@ async def test_bad_storage_is_named_and_nothing_of_it_is_seen(
 
 async def test_vectors_of_a_model_from_elsewhere_make_a_knowledge_base_of_their_own(lab: Lab) -> None:
     lab.take_own_knowledge_base()
+    name = "模型" * 100
     lines(lab.documents, "rows.jsonl", [{"text": "a", "vector": [1.0] * 16}, {"text": "b", "vector": [1.0] * 15}])
-    outcome, _ = await lab.run(lab.storage(inputPath="rows.jsonl", embeddingModel="elsewhere-1"))
+    outcome, _ = await lab.run(lab.storage(inputPath="rows.jsonl", embeddingModel=name))
     assert outcome.result is not None, outcome
     assert (outcome.result.chunks, outcome.result.rejected, outcome.result.dimension) == (1, 1, 16)
     outcome, _ = await lab.run(lab.storage("b", inputPath="rows.jsonl", embeddingModel="hash"))
