@@ -281,8 +281,10 @@ async def test_the_history_of_tasks_that_are_gone_long_enough_goes_whole(
     for uid in [*old, young, here]:
         await sql.execute("INSERT INTO task_results (task_uid, attempt, holder, outcome) VALUES ($1, 1, 'pod', '{}')", uid)
         await sql.execute("INSERT INTO task_fences (task_uid, reason) VALUES ($1, 'Canceled')", uid)
+        await sql.execute("INSERT INTO task_vectors VALUES ($1, 1, 1, 'model', 'model-1', 'sha', 'postgres')", uid)
+        await sql.execute("INSERT INTO task_vector_parts VALUES ($1, 0, '[null]', '')", uid)
     await sql.execute("UPDATE tasks SET deleted_at = now() - interval '25 hours' WHERE uid = ANY($1::uuid[])", old)
-    tables = ("tasks", "attempts", "task_events", "task_results", "task_fences")
+    tables = ("tasks", "attempts", "task_events", "task_results", "task_fences", "task_vectors", "task_vector_parts")
     assert await _count(sql, *tables) == {table: 21 if table == "task_events" else 7 for table in tables}
 
     archive = Archive(database=database, keep=timedelta(days=1), metrics=Metrics(), batch=2, pause=0)
