@@ -117,6 +117,10 @@ class TaskUpdate(_View):
     task_type: str | None = None
     progress: int | None = None
     stage: str | None = None
+    done: int | None = None
+    """Of a batch that runs, over REST: documents that have ended, well or not."""
+    total: int | None = None
+    """Of a batch that runs, over REST: documents that there are."""
     attempt: int | None = None
     reason: str | None = None
     message: str | None = None

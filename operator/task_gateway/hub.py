@@ -282,11 +282,12 @@ def task_update(
     when that is of no use. A task that was deleted before it had ended is canceled, for the reason Deleted: nothing of it
     will be published.
     """
-    stage, done = None, None
+    stage, done, counted = None, None, {}
     if event.phase == Phase.PROCESSING:
         stage, done = stored
         if latest is not None and latest.attempt == event.attempt:
             stage, done = str(latest.stage), latest.progress
+            counted = {} if latest.total is None else {"done": latest.done, "total": latest.total}
     return {
         "type": kind,
         **({} if number is None else {"event": number}),
@@ -298,6 +299,7 @@ def task_update(
         "status": event_status(event.phase),
         "progress": percent(event.phase, done),
         "stage": stage,
+        **counted,
         "attempt": event.attempt,
         "reason": event.reason or None,
         "message": event.message,
@@ -459,7 +461,10 @@ class Hub:
         before = self._progress.get(said.uid)
         if before is not None and (
             before.attempt > said.attempt
-            or (before.attempt, before.stage, before.progress) == (said.attempt, said.stage, said.progress)
+            or (before.attempt, before.stage, before.progress, before.done)
+            == (said.attempt, said.stage, said.progress, said.done)
+            # Another pod of a batch, which has not heard yet what others have done since.
+            or (before.attempt == said.attempt and (said.done or 0) < (before.done or 0))
         ):
             return
         self._progress[said.uid] = said

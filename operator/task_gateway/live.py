@@ -75,6 +75,10 @@ class LiveUpdate(Answer):
     status: TasksStatus
     progress: Annotated[int, Field(ge=0, le=100)]
     stage: str | None
+    done: int | None = None
+    """Of a batch that runs: documents that have ended, well or not."""
+    total: int | None = None
+    """Of a batch that runs: documents that there are."""
     attempt: int
     reason: str | None
     message: str | None

@@ -193,6 +193,19 @@ async def test_progress_is_that_of_the_attempt_that_runs(said: ProgressEvent, to
         assert [one["progress"] for one in pending(client)] == told
 
 
+async def test_of_a_batch_each_ended_document_is_told_and_no_pod_that_knows_less() -> None:
+    source = MemoryEvents(event("one"))
+    async with at_work(source) as hub:
+        client = hub.subscriber()
+        client.follow("all", EVERYTHING)
+        told = []
+        for done in (1, 2, 1, 3):
+            counted = {"done": done, "total": 900, "progress": 100 * done // 900}
+            hub.on_progress(progress("one").model_copy(update=counted))
+            told += [(one["done"], one["total"], one["progress"]) for one in pending(client)]
+        assert told == [(1, 900, 0), (2, 900, 0), (3, 900, 0)]
+
+
 async def test_progress_of_a_finished_task_is_not_told() -> None:
     source = MemoryEvents(event())
     async with at_work(source) as hub:
