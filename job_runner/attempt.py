@@ -20,10 +20,11 @@ from job_runner.deletion import Deletion
 from job_runner.embed import Embedder, make_embedder
 from job_runner.embedding import embedding_generation
 from job_runner.indexing import Indexing
+from job_runner.knowledge_indexing import KnowledgeIndexing
 from job_runner.ledger import Ledger
 from job_runner.progress import Progress, RedisProgress, SilentProgress
 from job_runner.settings import Settings, revealed
-from job_runner.stores import opener
+from job_runner.stores import labelled_opener, opener
 from job_runner.watchdog import Pulse, Watchdog
 from job_runner.work import Work
 from task_contract.errors import AttemptStalled, AttemptTimeout, HandedBack, InvalidTask, TaskError
@@ -252,6 +253,12 @@ async def _batch(work: Work) -> AttemptOutcome:
     return await Batch(work).run()
 
 
+async def _indexing(work: Work) -> AttemptOutcome:
+    if work.task.spec.effective_action is Action.PURGE:
+        return work.succeeded(await Deletion(work, open_stores=opener(work.settings, dimension=0)).run())
+    return work.succeeded(await KnowledgeIndexing(work, open_labelled=labelled_opener(work.settings)).run())
+
+
 async def _health_check(work: Work) -> AttemptOutcome:
     embedder = await work.embedder()
     work.progress.report(Stage.CHECK, 0)
@@ -280,6 +287,7 @@ _TYPES: Final[Mapping[TaskType, Callable[[Work], Awaitable[AttemptOutcome]]]] = 
     TaskType.EMBEDDING_GENERATION: embedding_generation,
     TaskType.VECTOR_STORAGE: _vector_storage,
     TaskType.HEALTH_CHECK: _health_check,
+    TaskType.KNOWLEDGE_INDEXING: _indexing,
 }
 
 

@@ -15,7 +15,7 @@ from job_runner.index import ChunkStore, Generation, Stored
 from job_runner.ledger import Contents, Ledger, Published
 from job_runner.stores import Stores
 
-_LOOKS: Final = 5
+LOOKS: Final = 5
 """How often a document is looked at again because a task published it meanwhile."""
 
 
@@ -110,19 +110,25 @@ async def tally(rows: AsyncIterable[list[Stored]], contents: Contents, generatio
     return found
 
 
+async def compare(generation: Generation, *, ledger: Ledger, stores: Stores) -> tuple[Contents, dict[str, set[int]]]:
+    """Go over both stores; return what they should hold, and the documents that look wrong, with versions of other rows."""
+    contents = await ledger.contents(generation)
+    tallies = await asyncio.gather(
+        tally(stores.vectors.scan(), contents, generation), tally(stores.texts.scan(), contents, generation)
+    )
+    names = sorted(set().union(*(found.suspects(contents) for found in tallies)))
+    return contents, {name: set().union(*(found.other.get(name, ()) for found in tallies)) for name in names}
+
+
 async def verify(generation: Generation, *, ledger: Ledger, stores: Stores) -> Report:
     """Compare both stores with the ledger, and enter what was found there.
 
     Raises StoreUnavailable. A document that tasks publish again and again while it is looked at counts as it is: each of
     them has read both stores back.
     """
-    contents = await ledger.contents(generation)
-    tallies = await asyncio.gather(
-        tally(stores.vectors.scan(), contents, generation), tally(stores.texts.scan(), contents, generation)
-    )
+    contents, suspects = await compare(generation, ledger=ledger, stores=stores)
     deviations = []
-    for name in sorted(set().union(*(found.suspects(contents) for found in tallies))):
-        versions = set().union(*(found.other.get(name, ()) for found in tallies))
+    for name, versions in suspects.items():
         found = await _look(name, versions, generation, ledger=ledger, stores=stores)
         if found is not None:
             deviations.append(found)
@@ -139,7 +145,7 @@ async def _look(
 ) -> Deviation | None:
     """Look at one document closely; ``None`` if it is as it should be."""
     before = await ledger.contents(generation, document_id=name)
-    for _ in range(_LOOKS):
+    for _ in range(LOOKS):
         published = before.published.get(name)
         expected = {} if published is None else published.rows(generation, name)
         milvus, elasticsearch = await asyncio.gather(

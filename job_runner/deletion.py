@@ -40,7 +40,11 @@ class _Deleted:
 
 
 class Deletion:
-    """One attempt at a ``document_processing`` task whose action is delete or delete_knowledge_base."""
+    """One attempt at a task that deletes a document or a knowledge base.
+
+    ``document_processing`` does with the actions delete and delete_knowledge_base, ``knowledge_indexing`` with purge, the
+    latter by another name.
+    """
 
     def __init__(self, work: Work, *, open_stores: OpenStores) -> None:
         spec = work.task.spec
@@ -125,7 +129,7 @@ class Deletion:
     async def _knowledge_base(self) -> Done:
         deletion = await to_the_end(self._take_out())
         left = (0, 0)
-        if deletion.generation is None:  # either there was nothing, or newer tasks have published: what is older goes
+        if not deletion.whole:  # either there was nothing, or newer tasks have published: what is older goes
             documents = await self._ledger.older_documents(
                 namespace=self._namespace, kb_id=self._kb_id, task_uid=self._uid, task_created_at=self._created_at
             )
@@ -140,9 +144,9 @@ class Deletion:
             deletion = await self._ledger.delete_knowledge_base(
                 namespace=self._namespace, kb_id=self._kb_id, task_uid=self._uid, task_created_at=self._created_at
             )
-            log.info("deleted in the ledger", generation=deletion.generation, documents=deletion.documents)
-            if deletion.generation is not None:
-                generation = Generation(self._namespace, self._kb_id, deletion.generation)
+            log.info("deleted in the ledger", generations=deletion.generations, documents=deletion.documents)
+            for number in deletion.generations:
+                generation = Generation(self._namespace, self._kb_id, number)
                 await drop_generation(generation, self._ledger, self._open_stores)
         return deletion
 
@@ -161,38 +165,32 @@ class Deletion:
 
 
 async def drop_generation(generation: Generation, ledger: Ledger, open_stores: OpenStores) -> tuple[bool, bool]:
-    """Remove a generation of a deleted knowledge base from both stores; return which still had it.
+    """Remove a generation that is not needed any more from both stores; return which still had it.
 
     The knowledge base may have been filled again meanwhile, in another generation: that then takes over the aliases. One
-    that a pod of an earlier release has begun under the same number is in use, and stays.
+    that a pod of an earlier release has begun under the same number is needed, and stays.
     """
-    namespace, kb_id = generation.namespace, generation.kb_id
+    key = {"namespace": generation.namespace, "kb_id": generation.kb_id}
     dropped = (False, False)
-    if not await in_use(generation, ledger):
+    if not await ledger.is_needed(**key, generation=generation.number):
         stores = open_stores(generation)
         try:
             dropped = await stores.drop()
         finally:
             await stores.aclose()
-        if (current := await ledger.knowledge_base(namespace=namespace, kb_id=kb_id)) is not None:
-            stores = open_stores(Generation(namespace, kb_id, current[0]))
+        if (current := await ledger.knowledge_base(**key)) is not None:
+            stores = open_stores(Generation(**key, number=current[0]))
             try:
                 await stores.open_existing()
             finally:
                 await stores.aclose()
-    await ledger.dropped(namespace=namespace, kb_id=kb_id, generation=generation.number)
+    await ledger.dropped(**key, generation=generation.number)
     return dropped
-
-
-async def in_use(generation: Generation, ledger: Ledger) -> bool:
-    """Tell whether readers of the ledger see this generation."""
-    current = await ledger.knowledge_base(namespace=generation.namespace, kb_id=generation.kb_id)
-    return current is not None and current[0] == generation.number
 
 
 def _checked(payload: Payload, kb_id: str) -> str | None:
     """Return the document's identity, None for the whole knowledge base. The API server holds these rules too."""
-    whole = payload.action is Action.DELETE_KNOWLEDGE_BASE
+    whole = payload.action in {Action.DELETE_KNOWLEDGE_BASE, Action.PURGE}
     fitting = _KNOWLEDGE_BASE if whole else _DOCUMENT
     if other := sorted(payload.manifest().keys() - fitting):
         raise InvalidTask(

@@ -181,7 +181,7 @@ class ElasticsearchIndex:
         after: list[Any] | None = None
         while hits := await self._hits(
             action,
-            query=_version(document_id, version),
+            query=_version(document_id, version, first=0, below=None),
             size=READ_AT_ONCE,
             source=list(FIELDS),
             sort=[{"ordinal": "asc"}],  # unique within a version

@@ -16,45 +16,52 @@ Nothing is lost whatever dies when:
 - A *deletion* of a document is a version like any other, of no chunks: what is older is superseded by it, what is newer
   replaces it, and the rows of all lower versions go as they do after each publication.
 - The deletion of a knowledge base takes its rows out of these tables and leaves one in ``knowledge_base_deletions``, by
-  which older tasks are superseded. The next document begins another generation, whose collection and index no late writer
+  which older tasks are superseded, and one for each of its generations (:mod:`job_runner.generations`) in
+  ``generation_drops``. The next document begins another generation, whose collection and index no late writer
   knows.
 - A version that is canceled, superseded or lower than the published one stays so: :meth:`Ledger.begin` hands out new numbers
   only. So what a sweep has found to be stale may be removed at any later time.
 
-Order of locks, everywhere: advisory lock of the task, that of the knowledge base (shared but for its deletion), row of the
-document, row of the version.
+Order of locks, everywhere: advisory lock of the task, that of the knowledge base (shared but for its deletion and for a
+switch of generations), row of the lease, row of the document, row of the version.
 """
 
-import asyncio
-import contextlib
 import json
-import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final
 from uuid import UUID
 
-import asyncpg
-
+from job_runner.generations import DELETED_SINCE, KNOWLEDGE_BASE_LOCK, NEXT_GENERATION, TASK_LOCK_SHARED, Generations
 from job_runner.index import Generation, Label, Stale
-from job_runner.watchdog import asking
-from task_contract.errors import Fenced, InvalidTask, ModelMismatch, StoreUnavailable
+from task_contract.errors import Fenced, InvalidTask, ModelMismatch
 from task_contract.messages import AttemptOutcome
 from task_contract.models import Phase
 from task_contract.vectors import PARTS
 
 DELETED: Final = "deleted"
 """The content hash of a document that is not there: no SHA-256 in hex digits."""
-TIMEOUT: Final = 15.0
-"""Seconds for one statement, waiting for locks included."""
-_CLOSE_SECONDS: Final = 2.0
+_ENTER_KNOWLEDGE_BASE: Final = (
+    "INSERT INTO knowledge_bases (namespace, kb_id, model_fingerprint, dimension, generation) "
+    "VALUES ($1, $2, $3, $4, NEXT) ON CONFLICT DO NOTHING"
+).replace("NEXT", NEXT_GENERATION)
 _ENTER_GENERATION: Final = (
     "INSERT INTO generations (namespace, kb_id, generation, model_fingerprint, dimension) "
     "SELECT namespace, kb_id, generation, model_fingerprint, dimension FROM knowledge_bases "
     "WHERE namespace = $1 AND kb_id = $2 ON CONFLICT DO NOTHING"
 )
+_DOCUMENTS: Final = (
+    "SELECT document_id, published_version, content_hash, chunk_count FROM documents JOIN knowledge_bases base "
+    "USING (namespace, kb_id) WHERE namespace = $1 AND kb_id = $2 AND base.generation = $3 "
+    "AND published_version IS NOT NULL AND document_id = coalesce($4, document_id) "
+    "UNION ALL SELECT document_id, version, content_hash, chunk_count FROM generation_documents "
+    "WHERE namespace = $1 AND kb_id = $2 AND generation = $3 AND document_id = coalesce($4, document_id)"
+)
+"""What generation $3 of ($1, $2) should hold."""
+_ONE_DOCUMENT: Final = _DOCUMENTS.replace("coalesce($4, document_id)", "$4")
+"""The same of one document, which PostgreSQL finds by its key."""
 _REBUILT: Final = (
     "unnest($3::text[], $4::bigint[], $5::bigint[], $6::text[], $7::integer[], $8::uuid[]) "
     "AS new (document_id, last_version, version, content_hash, chunk_count, task_uid) "
@@ -158,8 +165,10 @@ class Intent:
 class KnowledgeBaseDeletion:
     """What the deletion of a knowledge base has taken out of the ledger."""
 
-    generation: int | None
-    """Whose collection and index are to go; None where there was none, or where newer documents stay."""
+    whole: bool
+    """False where there was none, or where newer documents stay."""
+    generations: tuple[int, ...]
+    """Whose collections and indices are to go."""
     documents: int
     """That readers saw before."""
 
@@ -245,50 +254,12 @@ class KnownTask:
     spec: Mapping[str, Any]
 
 
-class Ledger:
+class Ledger(Generations):
     """The ledger over a small pool of connections. Construct it cheaply; :meth:`warm_up` connects."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._pool: asyncpg.Pool[asyncpg.Record] | None = None
-        self._connecting = asyncio.Lock()
-
-    async def warm_up(self) -> None:
-        """Connect. Raises StoreUnavailable."""
-        async with self._connecting:
-            if self._pool is not None:
-                return
-            with _guarded("connect"):
-                self._pool = await asyncpg.create_pool(
-                    self._url, min_size=1, max_size=2, command_timeout=TIMEOUT, timeout=TIMEOUT
-                )
-
-    async def aclose(self) -> None:
-        """Close the connections; a server that does not answer is not waited for."""
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            try:
-                async with asyncio.timeout(_CLOSE_SECONDS):
-                    await pool.close()
-            except (TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
-                pool.terminate()
-
-    def connection(self, action: str) -> contextlib.AbstractAsyncContextManager[Any]:
-        """Lend a connection for the tables of a type of task, to do what ``action`` says. Raises StoreUnavailable."""
-        return self._connection(action)
-
-    @contextlib.asynccontextmanager
-    async def _connection(self, action: str) -> AsyncIterator[Any]:
-        with asking():
-            await self.warm_up()
-            assert self._pool is not None  # noqa: S101 - for the type checker: warm_up() has set it
-            with _guarded(action):
-                async with self._pool.acquire(timeout=TIMEOUT) as connection:
-                    yield connection
 
     async def check(self) -> str:
         """Return what a health check says of the server."""
-        async with self._connection("ask for the version") as connection:
+        async with self.connection("ask for the version") as connection:
             version = await connection.fetchval("SHOW server_version")
             await connection.fetchval("SELECT count(*) FROM knowledge_bases WHERE false")
             return f"PostgreSQL {version}"
@@ -298,7 +269,7 @@ class Ledger:
 
         Raises Fenced when the task was canceled, and ModelMismatch when the knowledge base has vectors of another model.
         """
-        async with self._connection("enter the intent") as connection, connection.transaction():
+        async with self.connection("enter the intent") as connection, connection.transaction():
             await _check_fence(connection, claim)
             await _share_knowledge_base(connection, claim)
             if await _deleted_since(connection, claim):
@@ -356,11 +327,8 @@ class Ledger:
         self, intent: Intent, *, state: str, chunk_count: int | None, facts: Mapping[str, Any] | None = None
     ) -> Commit:
         claim = intent.claim
-        async with self._connection("commit the version") as connection, connection.transaction():
-            # Shared: commits do not wait for each other. The operator takes it exclusively to raise the fence.
-            await connection.execute(
-                "SELECT pg_advisory_xact_lock_shared(hashtextextended($1::uuid::text, 0))", claim.task_uid
-            )
+        async with self.connection("commit the version") as connection, connection.transaction():
+            await connection.execute(TASK_LOCK_SHARED, claim.task_uid)  # commits do not wait for each other
             await _share_knowledge_base(connection, claim)
             await _check_fence(connection, claim)
             if await _deleted_since(connection, claim):
@@ -413,7 +381,7 @@ class Ledger:
 
     async def published(self, *, namespace: str, kb_id: str, document_ids: list[str]) -> dict[str, int]:
         """Return document id → the version that readers see, for those documents that have one."""
-        async with self._connection("read the published versions") as connection:
+        async with self.connection("read the published versions") as connection:
             rows = await connection.fetch(
                 "SELECT document_id, published_version FROM documents "
                 "WHERE namespace = $1 AND kb_id = $2 AND document_id = ANY($3) AND published_version IS NOT NULL",
@@ -425,7 +393,7 @@ class Ledger:
 
     async def is_empty(self, *, namespace: str, kb_id: str) -> bool:
         """Return whether readers see no document at all; its collection and its index may not exist yet."""
-        async with self._connection("read the published versions") as connection:
+        async with self.connection("read the published versions") as connection:
             return not await connection.fetchval(
                 "SELECT EXISTS (SELECT FROM documents WHERE namespace = $1 AND kb_id = $2 AND chunk_count > 0)",
                 namespace,
@@ -434,7 +402,7 @@ class Ledger:
 
     async def knowledge_base(self, *, namespace: str, kb_id: str) -> tuple[int, str, int] | None:
         """Return generation, model fingerprint and dimension of a knowledge base; ``None`` for one that is not there."""
-        async with self._connection("read the knowledge base") as connection:
+        async with self.connection("read the knowledge base") as connection:
             row = await connection.fetchrow(
                 "SELECT generation, model_fingerprint, dimension FROM knowledge_bases WHERE namespace = $1 AND kb_id = $2",
                 namespace,
@@ -443,22 +411,21 @@ class Ledger:
             return None if row is None else (row["generation"], row["model_fingerprint"], row["dimension"])
 
     async def contents(self, generation: Generation, *, document_id: str | None = None) -> Contents:
-        """Return what is published and what is being written, as of one moment."""
-        key = generation.namespace, generation.kb_id, document_id
+        """Return what a generation should hold and what tasks are writing to it, as of one moment.
+
+        That is what is published, of the generation that serves; of another one what was brought into it.
+        """
+        asked = generation.namespace, generation.kb_id, generation.number, document_id
         async with (
-            self._connection("read the documents") as connection,
+            self.connection("read the documents") as connection,
             connection.transaction(isolation="repeatable_read", readonly=True),
         ):
-            documents = await connection.fetch(
-                "SELECT document_id, published_version, content_hash, chunk_count FROM documents "
-                "WHERE namespace = $1 AND kb_id = $2 AND published_version IS NOT NULL "
-                "AND document_id = coalesce($3, document_id)",
-                *key,
-            )
+            documents = await connection.fetch(_DOCUMENTS if document_id is None else _ONE_DOCUMENT, *asked)
             intents = await connection.fetch(
-                "SELECT document_id, version FROM document_versions "
-                "WHERE namespace = $1 AND kb_id = $2 AND state = 'intent' AND document_id = coalesce($3, document_id)",
-                *key,
+                "SELECT document_id, version FROM document_versions WHERE namespace = $1 AND kb_id = $2 "
+                "AND state = 'intent' AND document_id = coalesce($4, document_id) "
+                "AND $3 = (SELECT generation FROM knowledge_bases WHERE namespace = $1 AND kb_id = $2)",
+                *asked,
             )
         return Contents(
             published={
@@ -479,7 +446,7 @@ class Ledger:
         was canceled.
         """
         key = generation.namespace, generation.kb_id
-        async with self._connection("keep the published version") as connection, connection.transaction():
+        async with self.connection("keep the published version") as connection, connection.transaction():
             if await connection.fetchval("SELECT 1 FROM task_fences WHERE task_uid = $1", task_uid):
                 raise Fenced(f"cannot go on with {document_id}: the task was canceled; this one stops")
             await connection.execute(f"SELECT pg_advisory_xact_lock_shared({_KNOWLEDGE_BASE_LOCK})", *key)
@@ -499,19 +466,45 @@ class Ledger:
         """
         names = list(checked.published)
         found = [deviations.get(name, (0, 0)) for name in names]
-        async with self._connection("record the check") as connection:
+        async with self.connection("record the check") as connection:
             await connection.execute(
                 "UPDATE documents SET checked_at = now(), missing = checked.missing, extra = checked.extra "
                 "FROM unnest($3::text[], $4::bigint[], $5::integer[], $6::integer[]) "
                 "AS checked (document_id, version, missing, extra) WHERE namespace = $1 AND kb_id = $2 "
-                "AND documents.document_id = checked.document_id AND published_version = checked.version",
+                "AND documents.document_id = checked.document_id AND published_version = checked.version "
+                "AND (SELECT generation FROM knowledge_bases WHERE namespace = $1 AND kb_id = $2) = $7::integer",
                 generation.namespace,
                 generation.kb_id,
                 names,
                 [published.version for published in checked.published.values()],
                 [missing for missing, _ in found],
                 [extra for _, extra in found],
+                generation.number,
             )
+
+    async def bar(self, generation: Generation, document_id: str, *, up_to: int) -> None:
+        """See to it that no task is given a version number up to one any more: rows of such numbers are of nobody."""
+        async with self.connection("bar version numbers") as connection:
+            await connection.execute(
+                "UPDATE documents SET last_version = greatest(last_version, $4) "
+                "WHERE namespace = $1 AND kb_id = $2 AND document_id = $3",
+                generation.namespace,
+                generation.kb_id,
+                document_id,
+                up_to,
+            )
+
+    async def unknown(self, generation: Generation, document_ids: Collection[str]) -> set[str]:
+        """Return those documents of which the ledger has never heard."""
+        async with self.connection("look for documents") as connection:
+            rows = await connection.fetch(
+                "SELECT document_id FROM unnest($3::text[]) AS asked (document_id) WHERE NOT EXISTS ("
+                "SELECT FROM documents d WHERE d.namespace = $1 AND d.kb_id = $2 AND d.document_id = asked.document_id)",
+                generation.namespace,
+                generation.kb_id,
+                list(document_ids),
+            )
+            return {row["document_id"] for row in rows}
 
     async def restore(self, label: Label, documents: Sequence[RebuiltDocument]) -> int:
         """Enter a knowledge base as the stores hold it; return how many documents are published by that.
@@ -529,7 +522,7 @@ class Ledger:
             [None if one is None else one.chunk_count for one in published],
             [document.task_uid for document in documents],
         )
-        async with self._connection("restore the knowledge base") as connection, connection.transaction():
+        async with self.connection("restore the knowledge base") as connection, connection.transaction():
             await connection.execute(
                 "INSERT INTO knowledge_bases (namespace, kb_id, generation, model_fingerprint, dimension) "
                 "VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING",
@@ -557,7 +550,7 @@ class Ledger:
 
     async def replaced_any(self, claim: Claim, version: int) -> bool:
         """Tell whether readers saw chunks of a document before a version of it was published."""
-        async with self._connection("read the versions") as connection:
+        async with self.connection("read the versions") as connection:
             return bool(
                 await connection.fetchval(
                     "SELECT chunk_count FROM document_versions WHERE namespace = $1 AND kb_id = $2 AND document_id = $3 "
@@ -575,12 +568,12 @@ class Ledger:
         What older tasks publish afterwards is superseded. Where a newer task has published, everything stays: the documents
         are then to be deleted one by one, see :meth:`older_documents`. Raises Fenced when the task was canceled.
         """
-        async with self._connection("delete the knowledge base") as connection, connection.transaction():
-            await connection.execute("SELECT pg_advisory_xact_lock_shared(hashtextextended($1::uuid::text, 0))", task_uid)
+        async with self.connection("delete the knowledge base") as connection, connection.transaction():
+            await connection.execute(TASK_LOCK_SHARED, task_uid)
             if await connection.fetchval("SELECT 1 FROM task_fences WHERE task_uid = $1", task_uid):
                 raise Fenced(f"cannot delete knowledge base {kb_id}: the task was canceled; this one stops")
             key = namespace, kb_id
-            await connection.execute(f"SELECT pg_advisory_xact_lock({_KNOWLEDGE_BASE_LOCK})", *key)
+            await connection.execute(f"SELECT pg_advisory_xact_lock({KNOWLEDGE_BASE_LOCK})", *key)
             row = await connection.fetchrow(
                 "SELECT generation, documents FROM knowledge_base_deletions "
                 "WHERE namespace = $1 AND kb_id = $2 AND task_uid = $3",
@@ -588,7 +581,13 @@ class Ledger:
                 task_uid,
             )
             if row is not None:
-                return KnowledgeBaseDeletion(row["generation"], row["documents"])
+                left = await connection.fetch(
+                    "SELECT generation FROM generation_drops WHERE namespace = $1 AND kb_id = $2 AND dropped_at IS NULL",
+                    *key,
+                )
+                whole = row["generation"] is not None
+                going = {one["generation"] for one in left} | ({row["generation"]} if whole else set())
+                return KnowledgeBaseDeletion(whole, tuple(sorted(going)), row["documents"])
             counts = await connection.fetchrow(
                 "SELECT count(*) FILTER (WHERE published_task_at > $3) AS newer, "
                 "count(*) FILTER (WHERE coalesce(published_task_at, '-infinity') <= $3 AND chunk_count > 0) AS older "
@@ -596,26 +595,32 @@ class Ledger:
                 *key,
                 task_created_at,
             )
-            generation = None
+            numbers: list[int] = []
             if not counts["newer"]:
                 await connection.execute("DELETE FROM documents WHERE namespace = $1 AND kb_id = $2", *key)
-                generation = await connection.fetchval(
-                    "DELETE FROM knowledge_bases WHERE namespace = $1 AND kb_id = $2 RETURNING generation", *key
+                rows = await connection.fetch(
+                    "INSERT INTO generation_drops (namespace, kb_id, generation) "
+                    "SELECT namespace, kb_id, generation FROM knowledge_bases WHERE namespace = $1 AND kb_id = $2 "
+                    "UNION SELECT namespace, kb_id, generation FROM generations WHERE namespace = $1 AND kb_id = $2 "
+                    "RETURNING generation",
+                    *key,
                 )
+                numbers = sorted(row["generation"] for row in rows)
+                await connection.execute("DELETE FROM knowledge_bases WHERE namespace = $1 AND kb_id = $2", *key)
             await connection.execute(
                 "INSERT INTO knowledge_base_deletions (namespace, kb_id, task_uid, task_created_at, generation, documents) "
                 "VALUES ($1, $2, $3, $4, $5, $6)",
                 *key,
                 task_uid,
                 task_created_at,
-                generation,
+                max(numbers, default=None),  # pods of the release before count on from this one
                 counts["older"],
             )
-            return KnowledgeBaseDeletion(generation, counts["older"])
+            return KnowledgeBaseDeletion(bool(numbers), tuple(numbers), counts["older"])
 
     async def older_documents(self, *, namespace: str, kb_id: str, task_uid: UUID, task_created_at: datetime) -> list[str]:
         """Return the documents that a deletion of the whole knowledge base takes away one by one, also those it began."""
-        async with self._connection("read the documents") as connection:
+        async with self.connection("read the documents") as connection:
             rows = await connection.fetch(
                 "SELECT document_id FROM documents WHERE namespace = $1 AND kb_id = $2 "
                 "AND (coalesce(published_task_at, '-infinity') <= $4 AND chunk_count > 0 OR published_task_uid = $3) "
@@ -627,28 +632,17 @@ class Ledger:
             )
             return [row["document_id"] for row in rows]
 
-    async def dropped(self, *, namespace: str, kb_id: str, generation: int) -> None:
-        """Note that both stores were found without a generation of a deleted knowledge base."""
-        async with self._connection("record the deletion") as connection:
-            await connection.execute(
-                "UPDATE knowledge_base_deletions SET dropped_at = now() "
-                "WHERE namespace = $1 AND kb_id = $2 AND generation = $3",
-                namespace,
-                kb_id,
-                generation,
-            )
-
     # ---------------------------------------------------------------------------------------------------------- sweep
 
     async def dead_tasks(self, *, namespace: str) -> list[UUID]:
         """Return the tasks that are known to have ended, or to be gone, and still have intents."""
-        async with self._connection("look for dead intents") as connection:
+        async with self.connection("look for dead intents") as connection:
             return [row["task_uid"] for row in await connection.fetch(_DEAD_TASKS, namespace)]
 
     async def bury(self, tasks: Sequence[UUID]) -> int:
         """Cancel the intents of tasks, so that nobody commits them; return how many. What was committed before stays."""
         buried = 0
-        async with self._connection("cancel dead intents") as connection:
+        async with self.connection("cancel dead intents") as connection:
             for task in tasks:
                 async with connection.transaction():
                     await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended($1::uuid::text, 0))", task)
@@ -667,7 +661,7 @@ class Ledger:
 
         It stays stale, whatever is begun or committed later: see the module's docstring.
         """
-        async with self._connection("look for stale versions") as connection:
+        async with self.connection("look for stale versions") as connection:
             rows = await connection.fetch(
                 "SELECT d.kb_id, k.generation, d.document_id, d.last_version, d.published_version, "
                 "array_agg(v.version) FILTER (WHERE v.state = 'intent' AND v.task_uid <> ALL($3::uuid[])) AS live, "
@@ -700,7 +694,7 @@ class Ledger:
     async def swept(self, *, namespace: str, kb_id: str, documents: Sequence[StaleDocument]) -> None:
         """Note that both stores were found without the stale versions of these documents."""
         dead = [(one.stale.document_id, version) for one in documents for version in one.dead]
-        async with self._connection("record the sweep") as connection:
+        async with self.connection("record the sweep") as connection:
             await connection.execute(
                 "UPDATE document_versions SET swept_at = now() "
                 "FROM unnest($3::text[], $4::bigint[]) AS swept (document, number) "
@@ -711,21 +705,9 @@ class Ledger:
                 [version for _, version in dead],
             )
 
-    async def deleted_generations(self, *, namespace: str, since: datetime | None) -> list[tuple[str, int]]:
-        """Return (kbId, generation) of knowledge bases deleted since a moment, or that have not been dropped yet."""
-        async with self._connection("look for deleted knowledge bases") as connection:
-            rows = await connection.fetch(
-                "SELECT DISTINCT kb_id, generation FROM knowledge_base_deletions WHERE namespace = $1 "
-                "AND generation IS NOT NULL AND ($2::timestamptz IS NULL OR deleted_at > $2 OR dropped_at IS NULL) "
-                "ORDER BY kb_id, generation",
-                namespace,
-                since,
-            )
-            return [(row["kb_id"], row["generation"]) for row in rows]
-
     async def record_sweep(self, *, namespace: str, summary: str) -> None:
         """Note that a namespace has been swept; ``summary`` is JSON."""
-        async with self._connection("record the sweep") as connection:
+        async with self.connection("record the sweep") as connection:
             await connection.execute(
                 "INSERT INTO sweeps (namespace, finished_at, summary) VALUES ($1, now(), $2::jsonb) "
                 "ON CONFLICT (namespace) DO UPDATE SET finished_at = excluded.finished_at, summary = excluded.summary",
@@ -737,7 +719,7 @@ class Ledger:
 
     async def record(self, outcome: AttemptOutcome, *, task_uid: UUID, holder: str) -> None:
         """Keep how an attempt ended; a success is never replaced, and a fenced process says nothing over another one."""
-        async with self._connection("record the result") as connection:
+        async with self.connection("record the result") as connection:
             await connection.execute(
                 "INSERT INTO task_results (task_uid, attempt, holder, outcome) VALUES ($1, $2, $3, $4::jsonb) "
                 "ON CONFLICT (task_uid, attempt) DO UPDATE "
@@ -763,7 +745,7 @@ class Ledger:
         ``before_commit`` gives a file its name: if the commit fails after it, the next attempt replaces the file. Raises
         Fenced when the task was canceled: fence and commit exclude each other, as those of a version.
         """
-        async with self._connection("keep the vectors") as connection, connection.transaction():
+        async with self.connection("keep the vectors") as connection, connection.transaction():
             await connection.execute(
                 "SELECT pg_advisory_xact_lock_shared(hashtextextended($1::uuid::text, 0))", kept.task_uid
             )
@@ -788,7 +770,7 @@ class Ledger:
 
     async def kept_vectors(self, task_uid: UUID) -> "KeptVectors | None":
         """Return what the vectors of a task are and where; None where there are none."""
-        async with self._connection("look for the vectors") as connection:
+        async with self.connection("look for the vectors") as connection:
             row = await connection.fetchrow(
                 "SELECT task_uid, vectors, dimension, model, model_fingerprint, source_sha256, output, output_sha256 "
                 "FROM task_vectors WHERE task_uid = $1",
@@ -800,7 +782,7 @@ class Ledger:
         """Yield the parts that are kept here, as :func:`task_contract.vectors.vectors_of` takes them."""
         first = 0
         while True:
-            async with self._connection("read the vectors") as connection:
+            async with self.connection("read the vectors") as connection:
                 row = await connection.fetchrow(PARTS, task_uid, first)
             if row is None:
                 return
@@ -809,7 +791,7 @@ class Ledger:
 
     async def task(self, *, namespace: str, name: str) -> "KnownTask | None":
         """Return what the projection has of the youngest task of a name, whether it exists or not."""
-        async with self._connection("look for the task") as connection:
+        async with self.connection("look for the task") as connection:
             row = await connection.fetchrow(
                 "SELECT uid, phase, spec FROM tasks WHERE namespace = $1 AND name = $2 ORDER BY created_at DESC LIMIT 1",
                 namespace,
@@ -821,8 +803,6 @@ class Ledger:
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-_KNOWLEDGE_BASE_LOCK: Final = "hashtextextended($1 || '/' || $2, 1)"
-"""Key of the advisory lock of (namespace, kbId); the seed keeps it apart from the locks of tasks."""
 _DEAD_TASKS: Final = (
     "SELECT DISTINCT v.task_uid FROM document_versions v LEFT JOIN tasks t ON t.uid = v.task_uid "
     "WHERE v.namespace = $1 AND v.state = 'intent' AND (t.finished_at IS NOT NULL OR t.deleted_at IS NOT NULL "
@@ -847,20 +827,11 @@ async def _check_fence(connection: Any, claim: Claim) -> None:
 
 async def _share_knowledge_base(connection: Any, claim: Claim) -> None:
     """Wait for a deletion of the knowledge base that is under way, and keep the next one waiting."""
-    await connection.execute(f"SELECT pg_advisory_xact_lock_shared({_KNOWLEDGE_BASE_LOCK})", claim.namespace, claim.kb_id)
+    await connection.execute(f"SELECT pg_advisory_xact_lock_shared({KNOWLEDGE_BASE_LOCK})", claim.namespace, claim.kb_id)
 
 
 async def _deleted_since(connection: Any, claim: Claim) -> bool:
-    """Tell whether a newer task has deleted the knowledge base."""
-    return bool(
-        await connection.fetchval(
-            "SELECT EXISTS (SELECT FROM knowledge_base_deletions "
-            "WHERE namespace = $1 AND kb_id = $2 AND task_created_at > $3)",
-            claim.namespace,
-            claim.kb_id,
-            claim.task_created_at,
-        )
-    )
+    return bool(await connection.fetchval(DELETED_SINCE, claim.namespace, claim.kb_id, claim.task_created_at))
 
 
 async def _generation(connection: Any, claim: Claim) -> int | None:
@@ -873,9 +844,7 @@ async def _generation(connection: Any, claim: Claim) -> int | None:
 async def _knowledge_base(connection: Any, claim: Claim) -> int:
     """Return the generation; the first document decides the model of a knowledge base. Its deletion decides nothing."""
     await connection.execute(
-        "INSERT INTO knowledge_bases (namespace, kb_id, model_fingerprint, dimension, generation) "
-        "SELECT $1, $2, $3, $4, coalesce(max(generation), 0) + 1 FROM knowledge_base_deletions "
-        "WHERE namespace = $1 AND kb_id = $2 ON CONFLICT DO NOTHING",
+        _ENTER_KNOWLEDGE_BASE,
         claim.namespace,
         claim.kb_id,
         claim.model_fingerprint,
@@ -1026,17 +995,3 @@ def _intent(
         published=published,
         resumed=resumed,
     )
-
-
-@contextlib.contextmanager
-def _guarded(action: str) -> Iterator[None]:
-    """Turn exceptions of asyncpg into ours. All are StoreUnavailable: no content of a task can make a statement fail."""
-    try:
-        yield
-    except asyncpg.UndefinedTableError as error:
-        message = f"cannot {action} in PostgreSQL: its tables are missing; run `python -m task_operator migrate`"
-        raise StoreUnavailable(message) from error
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, ssl.SSLError, TimeoutError) as error:
-        detail = str(error) or type(error).__name__
-        message = f"cannot {action} in PostgreSQL: {detail}; check TASKS_POSTGRES_URL and the server"
-        raise StoreUnavailable(message) from error

@@ -19,6 +19,7 @@ from job_runner.embed import Embedder, batches, embedded
 from job_runner.fetch import Source, inspected, open_document
 from job_runner.index import Row, check_metadata
 from job_runner.ledger import Claim, Intent
+from job_runner.made import Made
 from job_runner.parse import parse, parser_limits
 from job_runner.publication import Publication, Window, Writer, Written, generation_of
 from job_runner.readers import parser_version
@@ -116,25 +117,18 @@ class DocumentPipeline:
 
             return await self._publication.run(claim, write)
 
-    def _content_hash(self, source: Source) -> str:
-        """Return the identity of what will be written: equal hashes give equal rows, but for the version."""
-        pipeline = (
+    def _made(self, source: Source) -> Made:
+        return Made(
             parser_version(source.kind),
             SPLITTER_VERSION,
-            source.kind,
             self._mode,
-            str(self._splitting.chunk_size),
-            str(self._splitting.chunk_overlap),
+            self._splitting.chunk_size,
+            self._splitting.chunk_overlap,
             self._embedder.fingerprint,
         )
-        metadata = [part for pair in sorted((self._payload.metadata or {}).items()) for part in pair]
-        return digest(source.sha256, *pipeline, *metadata, length=64)
 
-    def _fingerprint(self, source: Source) -> str:
-        """Return the same for people and for filters over rows; without source and metadata, which have columns."""
-        cut = self._splitting
-        splitter = f"splitter {SPLITTER_VERSION} {self._mode} {cut.chunk_size}/{cut.chunk_overlap}"
-        return f"parser {parser_version(source.kind)}, {splitter}, model {self._embedder.fingerprint}"
+    def _content_hash(self, source: Source) -> str:
+        return self._made(source).content_hash(source.kind, source.sha256, self._payload.metadata or {})
 
     # ------------------------------------------------------------------------------------------------------- reading
 
@@ -186,7 +180,7 @@ class DocumentPipeline:
             task_uid=str(self._uid),
             chunk_count=len(read.chunks),
             tokens=chunk.tokens,
-            pipeline=self._fingerprint(source),
+            pipeline=self._made(source).text,
         )
 
     async def _write(self, intent: Intent, rows: Sequence[Row], stores: Stores) -> int:

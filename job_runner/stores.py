@@ -38,6 +38,15 @@ class Stores:
             if await store.exists():
                 await store.ensure()
 
+    async def serve(self) -> int:
+        """Make both aliases lead here; return how many did not. A store without the generation is left as it is."""
+        moved = 0
+        for store in (self.vectors, self.texts):
+            if await store.exists() and not await store.serves():
+                await store.serve()
+                moved += 1
+        return moved
+
     async def count(self, stale: Sequence[Stale]) -> tuple[int, int]:
         """Return how many rows each store has of stale versions."""
         return await _both(self.vectors.count(stale), self.texts.count(stale))
@@ -57,6 +66,8 @@ class Stores:
 
 
 OpenStores = Callable[[Generation], Stores]
+OpenLabelled = Callable[[Label], Stores]
+"""What it creates is labelled so."""
 
 
 class SharedStores:
@@ -151,6 +162,12 @@ def opener(settings: Settings, *, dimension: int, model_fingerprint: str = "") -
         )
 
     return open_stores
+
+
+def labelled_opener(settings: Settings) -> OpenLabelled:
+    """Return what opens generations of any model. Raises StoreUnavailable, naming the variables that are not set."""
+    _check_configured(settings)
+    return lambda label: opener(settings, dimension=label.dimension, model_fingerprint=label.model_fingerprint)(label.names)
 
 
 def _check_configured(settings: Settings) -> None:

@@ -1,5 +1,8 @@
 """What nobody reads and nobody will publish, out of both stores: versions of dead intents and of replaced documents.
 
+Also what rebuilds leave: a switch of generations that stopped half-way is finished, and generations go that are retained no
+longer, or that nobody will go on filling.
+
 The ledger says what is stale, and what it has called stale once stays so: a canceled, superseded or replaced version is
 never written to by a task that may still commit, since :meth:`job_runner.ledger.Ledger.begin` hands out new numbers only,
 and those are higher than any that the sweep has looked at. So nothing is locked while rows are removed, tasks may begin and
@@ -18,10 +21,11 @@ from typing import Final
 
 import structlog
 
-from job_runner.deletion import drop_generation, in_use
+from job_runner.deletion import drop_generation
 from job_runner.index import STALE_AT_ONCE, Generation
 from job_runner.ledger import Ledger, StaleDocument
 from job_runner.stores import OpenStores
+from job_runner.switching import finish_switch
 
 WINDOW: Final = timedelta(days=8)
 """How long after its last change a document is looked at again: an attempt may take 168 hours (spec.timeout)."""
@@ -40,16 +44,18 @@ class Summary:
     """Looked at."""
     milvus_rows: int = 0
     elasticsearch_rows: int = 0
-    knowledge_bases: int = 0
-    """Deleted ones of which a store still had collection or index."""
+    generations: int = 0
+    """Of deleted and of rebuilt knowledge bases, not needed any more, of which a store still had collection or index."""
+    aliases: int = 0
+    """That did not lead to the generation that serves: a switch had stopped half-way."""
 
     def as_text(self, namespace: str) -> str:
         """Return it for people, in one line."""
         verb = "would remove" if self.dry_run else "removed"
         return (
             f"namespace {namespace}: {verb} {self.milvus_rows} rows from Milvus and {self.elasticsearch_rows} from "
-            f"Elasticsearch, {self.knowledge_bases} deleted knowledge bases; {self.intents} dead intents, "
-            f"{self.documents} documents looked at"
+            f"Elasticsearch, {self.generations} generations of knowledge bases; {self.intents} dead intents, "
+            f"{self.documents} documents looked at, {self.aliases} aliases switched"
         )
 
 
@@ -81,10 +87,14 @@ async def sweep(
                     await ledger.swept(namespace=namespace, kb_id=kb_id, documents=part)
         finally:
             await stores.aclose()
-    for kb_id, number in await ledger.deleted_generations(namespace=namespace, since=since):
+    if not dry_run:
+        for kb_id in await ledger.switched(namespace=namespace, since=since):
+            summary.aliases += await finish_switch(namespace=namespace, kb_id=kb_id, ledger=ledger, open_stores=open_stores)
+        await ledger.expire(namespace=namespace)  # after the aliases, which may lead to what is retained no longer
+    for kb_id, number in await ledger.dropped_generations(namespace=namespace, since=since):
         generation = Generation(namespace, kb_id, number)
         there = await (_there if dry_run else drop_generation)(generation, ledger, open_stores)
-        summary.knowledge_bases += any(there)
+        summary.generations += any(there)
     if not dry_run:
         await ledger.record_sweep(namespace=namespace, summary=json.dumps(asdict(summary)))
     return summary
@@ -99,7 +109,7 @@ def _parts(documents: Iterable[StaleDocument]) -> Iterator[Sequence[StaleDocumen
 
 async def _there(generation: Generation, ledger: Ledger, open_stores: OpenStores) -> tuple[bool, bool]:
     """Tell which store has a generation that is to go."""
-    if await in_use(generation, ledger):
+    if await ledger.is_needed(namespace=generation.namespace, kb_id=generation.kb_id, generation=generation.number):
         return False, False
     stores = open_stores(generation)
     try:

@@ -12,12 +12,17 @@
     │   ├── DuplicateDocument     another document of the batch has the same documentId
     │   ├── ModelMismatch         the knowledge base was filled by another embedding model
     │   ├── ModelUnavailable      the runner's image has not the embedding model of its settings, or a damaged one
+    │   ├── KnowledgeBaseNotFound the knowledge base that is to be rebuilt, rolled back, repaired or analyzed
+    │   ├── NothingToRollBack     no generation is kept that served before
+    │   ├── RecallDropped         a new generation finds less than the one that serves, which goes on serving
+    │   ├── ChunksLost            neither store has some of the chunks that readers should see
     │   ├── StoreCapacity         a store's limit on collections, shards or fields
     │   └── StoreRefused          a store does not take these rows: a value too long, columns of another kind
     ├── RetryableError            another attempt may succeed: counted against spec.retry.limit
     │   ├── AttemptTimeout
     │   ├── AttemptStalled        no progress for spec.stallTimeout
     │   ├── ParserCrashed         killed for memory or time, or a crash of the child process
+    │   ├── KnowledgeBaseBusy     another task rebuilds, repairs or analyzes it
     │   ├── StoresDisagree        read-back of the two stores did not find the expected chunks
     │   ├── DocumentChanged       the file was written to while it was read
     │   ├── TaskUnfinished        the task whose vectors are to be stored has not ended yet
@@ -102,6 +107,30 @@ class ModelUnavailable(PermanentError):
     reason = "ModelUnavailable"
 
 
+class KnowledgeBaseNotFound(PermanentError):
+    """The namespace has no such knowledge base."""
+
+    reason = "KnowledgeBaseNotFound"
+
+
+class NothingToRollBack(PermanentError):
+    """No generation is kept that served before the present one."""
+
+    reason = "NothingToRollBack"
+
+
+class RecallDropped(PermanentError):
+    """The gate of a rebuild: the new generation finds less than the one that serves, by more than payload.maxRecallDrop."""
+
+    reason = "RecallDropped"
+
+
+class ChunksLost(PermanentError):
+    """Neither store has some of the chunks of a published version; their documents have to be processed again."""
+
+    reason = "ChunksLost"
+
+
 class StoreCapacity(PermanentError):
     """A store's own limit is reached (collections, shards, fields)."""
 
@@ -136,6 +165,12 @@ class ParserCrashed(RetryableError):
     """The parsing child process died: memory, time, or a crash of a library."""
 
     reason = "ParserCrashed"
+
+
+class KnowledgeBaseBusy(RetryableError):
+    """Another task rebuilds, rolls back, repairs or analyzes the knowledge base: one at a time does."""
+
+    reason = "KnowledgeBaseBusy"
 
 
 class StoresDisagree(RetryableError):

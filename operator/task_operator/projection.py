@@ -210,7 +210,15 @@ _SWEPT: Final = (
     "EXISTS (SELECT FROM document_versions v "
     "WHERE v.namespace = used.namespace AND state = 'canceled' AND swept_at IS NULL) "
     "OR EXISTS (SELECT FROM knowledge_base_deletions d WHERE d.namespace = used.namespace AND generation IS NOT NULL "
-    "AND dropped_at IS NULL AND deleted_at < now() - interval '1 minute') AS dirty "
+    "AND dropped_at IS NULL AND deleted_at < now() - interval '1 minute') "
+    "OR EXISTS (SELECT FROM generation_drops d WHERE d.namespace = used.namespace "
+    "AND dropped_at IS NULL AND d.since < now() - interval '1 minute') "
+    # A switch that stopped before the aliases, what is retained no longer, and what a task that has ended was filling.
+    "OR EXISTS (SELECT FROM generations g LEFT JOIN tasks t ON t.uid = g.task_uid WHERE g.namespace = used.namespace AND ("
+    "g.state = 'serving' AND g.aliases_at IS NULL AND g.switched_at < now() - interval '1 minute' "
+    "OR g.state = 'retained' AND g.keep_until < now() "
+    "OR g.state = 'filling' AND (t.finished_at IS NOT NULL OR t.deleted_at IS NOT NULL "
+    "OR EXISTS (SELECT FROM task_fences f WHERE f.task_uid = g.task_uid)))) AS dirty "
     "FROM (SELECT namespace, created_at AS since FROM knowledge_bases "
     "UNION ALL SELECT namespace, deleted_at FROM knowledge_base_deletions) AS used LEFT JOIN sweeps USING (namespace) "
     "WHERE namespace = ANY($1::text[]) OR cardinality($1::text[]) = 0 GROUP BY namespace ORDER BY namespace"
@@ -696,7 +704,8 @@ async def _committed(connection: "asyncpg.Connection[asyncpg.Record]", uid: str)
         "THEN NOT EXISTS (SELECT FROM batch_documents WHERE task_uid = $1 AND state = 'pending') "
         "ELSE EXISTS (SELECT FROM document_versions "
         "WHERE task_uid = $1 AND state IN ('published', 'superseded', 'unchanged')) "
-        "OR EXISTS (SELECT FROM knowledge_base_deletions WHERE task_uid = $1) END",
+        "OR EXISTS (SELECT FROM knowledge_base_deletions WHERE task_uid = $1) "
+        "OR EXISTS (SELECT FROM generations WHERE task_uid = $1 AND switched_at IS NOT NULL) END",
         uid,
     )
     if row is None and not committed:
@@ -714,6 +723,7 @@ async def _release(connection: "asyncpg.Connection[asyncpg.Record]", uid: str) -
             "WHERE task_uid = $1 AND state = 'intent'",
             uid,
         )
+        await connection.execute("UPDATE knowledge_base_leases SET epoch = epoch + 1, holder = '' WHERE task_uid = $1", uid)
     return Fence(state=FenceState.RAISED)
 
 

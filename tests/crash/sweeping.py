@@ -280,7 +280,7 @@ def differences(undisturbed: Swept, state: Mapping[str, Any], summary: Mapping[s
     if summary is None:
         return [*found, "no row in sweeps"]
     for name, expected in undisturbed.summary.items():
-        removed = name in {"intents", "milvus_rows", "elasticsearch_rows", "knowledge_bases"}
+        removed = name in {"intents", "milvus_rows", "elasticsearch_rows", "generations"}
         if summary[name] > expected if removed else summary[name] != expected:
             found.append(f"sweeps.summary.{name}: {summary[name]} instead of {expected}")
     return found

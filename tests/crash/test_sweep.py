@@ -26,7 +26,7 @@ async def test_a_sweep_that_is_killed_at_any_point_changes_nothing_in_the_end(
         found = [tuple(key.partition("/")[0].split()) for key in undisturbed.state[store]]
         assert {one: found.count(one) for one in found} == kept, f"{store}: {sorted(set(found))}"
     assert undisturbed.state["deleted knowledge base"] == {"Milvus": False, "Elasticsearch": False}
-    expected = {"intents": 1, "documents": 3, "milvus_rows": 80, "elasticsearch_rows": 80, "knowledge_bases": 1}
+    expected = {"intents": 1, "documents": 3, "milvus_rows": 80, "elasticsearch_rows": 80, "generations": 1, "aliases": 0}
     assert undisturbed.summary == expected | {"dry_run": False}
     seen = kinds(undisturbed.points)
     assert all(seen[f"{ROLE} {kind}"] for kind in (Kind.SQL, Kind.MILVUS, Kind.ELASTICSEARCH)), seen

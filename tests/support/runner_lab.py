@@ -1,13 +1,14 @@
 """A knowledge base of its own for a test of the runner, on real stores: tasks, attempts, and what the stores hold after."""
 
 import asyncio
+import inspect
 import json
 import os
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,8 @@ import numpy.typing as npt
 from job_runner.attempt import identity, run_attempt
 from job_runner.deletion import Deletion
 from job_runner.embed import normalized
-from job_runner.index import Generation
+from job_runner.index import Generation, Label
+from job_runner.knowledge_indexing import KnowledgeIndexing
 from job_runner.ledger import Ledger
 from job_runner.pipeline import DocumentPipeline
 from job_runner.progress import SilentProgress
@@ -74,6 +76,14 @@ def hash_of(text: str) -> int:
     return int.from_bytes(uuid.uuid5(uuid.NAMESPACE_OID, text).bytes[:8], "big")
 
 
+class OtherEmbedder(HashEmbedder):
+    """Another model."""
+
+    name = "other"
+    fingerprint = "other-1"
+    dimension = 24
+
+
 class Reached:
     """Acts at a point of the pipeline: ``"texts.write 2 before"`` is before the second write of rows to Elasticsearch."""
 
@@ -107,6 +117,15 @@ class Watched:
 
     def __getattr__(self, method: str) -> Any:
         call = getattr(self._inner, method)
+        if inspect.isasyncgenfunction(call):
+
+            async def watched_parts(*arguments: Any, **options: Any) -> AsyncIterator[Any]:
+                number = await self._reached.before(f"{self._name}.{method}")
+                async for part in call(*arguments, **options):
+                    yield part
+                await self._reached.after(f"{self._name}.{method}", number)
+
+            return watched_parts
 
         async def watched(*arguments: Any, **options: Any) -> Any:
             number = await self._reached.before(f"{self._name}.{method}")
@@ -155,6 +174,13 @@ async def run_watched(task: ProcessingTask, settings: Settings, embedder: Any, r
     try:
         if task.spec.type is TaskType.VECTOR_STORAGE:
             return await VectorStorage(work, opener=watched_opener).run()
+        if task.spec.type is TaskType.KNOWLEDGE_INDEXING and task.spec.effective_action is not Action.PURGE:
+
+            def watched_label(label: Label) -> Stores:
+                opened = watched_opener(settings, dimension=label.dimension, model_fingerprint=label.model_fingerprint)
+                return opened(label.names)
+
+            return await KnowledgeIndexing(work, open_labelled=watched_label).run()
         watched_stores = watched_opener(settings, dimension=embedder.dimension, model_fingerprint=embedder.fingerprint)
         if task.spec.effective_action is not Action.UPSERT:
             return await Deletion(work, open_stores=watched_stores).run()
@@ -182,6 +208,8 @@ class Lab:
         self.counter = folder / "embedded"
         self.counter.touch()
         self.embedder: Any = HashEmbedder(self.counter)
+        self.others: dict[str, Any] = {"other": OtherEmbedder(self.counter)}
+        """Further models, by name."""
 
     @property
     def kb_id(self) -> str:
@@ -229,6 +257,10 @@ class Lab:
         """Return a task that deletes the whole knowledge base."""
         return self._of(self._deleting(action="delete_knowledge_base", confirm=self.kb_id), uid=uid, at=at)
 
+    def indexing(self, *, uid: UUID | None = None, at: int = 0, **payload: object) -> ProcessingTask:
+        """Return a task about the knowledge base as a whole."""
+        return self._of({"type": "knowledge_indexing", "kbId": self.kb_id, "payload": payload}, uid=uid, at=at)
+
     def _deleting(self, **payload: object) -> dict[str, object]:
         return {"type": "document_processing", "kbId": self.kb_id, "payload": payload}
 
@@ -274,7 +306,7 @@ class Lab:
             task,
             settings=self.settings(**settings),
             started=time.monotonic(),
-            make=lambda name, *, threads: embedder or self.embedder,
+            make=lambda name, *, threads: self.others.get(name) or embedder or self.embedder,
         )
 
     def command(self, *arguments: str, environment: dict[str, str] | None = None) -> "RunnerProcess":
@@ -303,6 +335,11 @@ class Lab:
     @cached_property
     def stores(self) -> Stores:
         return opener(self.settings(), dimension=self.embedder.dimension)(Generation(NAMESPACE, self.kb_id, 1))
+
+    def generation(self, number: int, *, dimension: int | None = None) -> Stores:
+        """Open a generation; the caller closes it."""
+        opened = opener(self.settings(), dimension=dimension or self.embedder.dimension)
+        return opened(Generation(NAMESPACE, self.kb_id, number))
 
     async def versions(self, document: str = "a.txt", *, up_to: int = 9) -> dict[int, tuple[int, int]]:
         """Return version → (rows in Milvus, rows in Elasticsearch) for the versions that have any."""
@@ -400,8 +437,8 @@ class KnowledgeBases:
             {name.removeprefix("TASKS_").lower(): value for name, value in self._urls.items()}
         )
         for kb_id, dimension in self._all:
-            stores = opener(settings, dimension=dimension)(Generation(NAMESPACE, kb_id, 1))
-            await drop(stores)
+            for number in range(1, 7):
+                await drop(opener(settings, dimension=dimension)(Generation(NAMESPACE, kb_id, number)))
 
 
 async def drop(stores: Stores) -> None:

@@ -6,9 +6,10 @@ still between any two of their calls, for long or for ever.
 """
 
 import asyncio
+import inspect
 import itertools
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from job_runner.deletion import Deletion
 from job_runner.fetch import Source
 from job_runner.index import Generation
+from job_runner.knowledge_indexing import KnowledgeIndexing
 from job_runner.ledger import Ledger
 from job_runner.pipeline import DocumentPipeline, _Read
 from job_runner.progress import SilentProgress
@@ -30,7 +32,7 @@ from job_runner.settings import Settings
 from job_runner.stores import OpenStores, Stores
 from job_runner.sweep import sweep
 from job_runner.work import Done, Work
-from task_contract.errors import TaskError
+from task_contract.errors import PermanentError, TaskError
 from task_contract.models import Action, ProcessingTask
 from task_operator.metrics import Metrics
 from task_operator.observation import FenceState
@@ -98,6 +100,16 @@ class Gated:
         call = getattr(self._inner, name)
         if name == "aclose":
             return call
+        if inspect.isasyncgenfunction(call):
+
+            async def gated_parts(*arguments: Any, **options: Any) -> AsyncIterator[Any]:
+                async def parts() -> list[Any]:
+                    return [part async for part in call(*arguments, **options)]
+
+                for part in await self._gate.call(self._process, parts):
+                    yield part
+
+            return gated_parts
 
         async def gated(*arguments: Any, **options: Any) -> Any:
             return await self._gate.call(self._process, call, *arguments, **options)
@@ -118,6 +130,11 @@ class Plan:
     """lives; canceled at some point; dies: its pods stand still from some point on, and its task is deleted."""
     at: int = 0
     """After how many calls of all processes."""
+
+    @property
+    def indexes(self) -> bool:
+        """Whether it is about the knowledge base as a whole and no document."""
+        return self.action in {"rebuild", "rollback", "repair"}
 
 
 @dataclass(eq=False)
@@ -147,6 +164,7 @@ class World:
         self.operator = Database(database, metrics=Metrics())
         self.namespace = f"schedules-{uuid.uuid4().hex[:12]}"
         self.stores: dict[Generation, Stores] = {}
+        self.aliases: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
         self.settings = Settings.model_validate(
             {"postgres_url": database, "document_root": documents, "log_level": "error", "verify_seconds": SECONDS}
         )
@@ -162,7 +180,7 @@ class World:
 
     def of(self, generation: Generation) -> Stores:
         if generation not in self.stores:
-            made: Any = MemoryVectorIndex(), MemoryTextIndex()
+            made: Any = MemoryVectorIndex(self.aliases[0]), MemoryTextIndex(self.aliases[1])
             made[0].there = made[1].there = False
             self.stores[generation] = Stores(vectors=made[0], texts=made[1])
         return self.stores[generation]
@@ -175,11 +193,15 @@ class World:
             "upsert": {"filePath": f"{plan.content}.txt", "documentId": document, "chunkSize": 100, "chunkOverlap": 0},
             "delete": {"action": "delete", "documentId": document},
             "delete_knowledge_base": {"action": "delete_knowledge_base", "confirm": "kb"},
+            "rebuild": {"rebuildIndex": True, "keepGenerationSeconds": 3600 * plan.content},
+            "rollback": {"action": "rollback"},
+            "repair": {"action": "repair"},
         }[plan.action]
+        kind = "knowledge_indexing" if plan.indexes else "document_processing"
         manifest = ProcessingTask.model_validate(
             {
                 "metadata": {"name": "a", "namespace": self.namespace},
-                "spec": {"type": "document_processing", "kbId": "kb", "payload": payload},
+                "spec": {"type": kind, "kbId": "kb", "payload": payload},
             }
         )
         work = Work(
@@ -193,11 +215,13 @@ class World:
         )
         upserts = manifest.spec.effective_action is Action.UPSERT
         stores = self.opener(process)
-        made: QuickPipeline | Deletion = (
-            QuickPipeline(work, embedder=HashEmbedder(), open_stores=stores)
-            if upserts
-            else Deletion(work, open_stores=stores)
-        )
+        made: QuickPipeline | Deletion | KnowledgeIndexing
+        if plan.indexes:
+            made = KnowledgeIndexing(work, open_labelled=lambda label: stores(label.names))
+        elif upserts:
+            made = QuickPipeline(work, embedder=HashEmbedder(), open_stores=stores)
+        else:
+            made = Deletion(work, open_stores=stores)
         self.pods.append(Pod(task, process, asyncio.create_task(made.run())))
 
     def sweep(self) -> object:
@@ -234,6 +258,10 @@ class World:
             (Generation(self.namespace, "kb", number), document, version, count) for number, document, version, count in rows
         ]
 
+    async def needed(self) -> set[int]:
+        """Return the generations that are kept."""
+        return {one.number for one in await self.ledger.generations(namespace=self.namespace, kb_id="kb")}
+
     async def step(self, choice: int, *, frozen: frozenset[object]) -> bool:
         """Let one call pass; return whether anything is left to do."""
         deadline = asyncio.get_running_loop().time() + 10
@@ -264,6 +292,9 @@ def ends(world: World) -> Iterator[tuple[Pod, Done | None]]:
             done = None if error else pod.work.result()
             if done is not None:
                 pod.task.ended = done.reason
+            elif isinstance(error, PermanentError):  # there is nothing to rebuild, or to roll back to
+                assert pod.task.plan.indexes, error
+                pod.task.ended = error.reason
             yield pod, done
 
 
@@ -319,7 +350,9 @@ async def check_end(world: World, tasks: list[Task]) -> None:
         counting = [
             task
             for task in tasks
-            if task.ended not in {None, "Superseded"} and (task.plan.document == number or task.plan.action.endswith("base"))
+            if task.ended not in {None, "Superseded"}
+            and not task.plan.indexes
+            and (task.plan.document == number or task.plan.action.endswith("base"))
         ]
         last = max(counting, key=lambda task: task.age, default=None)
         chunks = CONTENTS[last.plan.content] if last is not None and last.plan.action == "upsert" else 0
@@ -327,18 +360,26 @@ async def check_end(world: World, tasks: list[Task]) -> None:
         assert count == chunks, f"d{number} has {count} chunks; {[(task.plan, task.age, task.ended) for task in tasks]}"
         if generation is not None and chunks:
             expected.setdefault(generation, set()).add((f"d{number}", version))
+    needed = await world.needed()
     for generation, stores in world.stores.items():
+        if generation.number in needed and generation not in expected:
+            continue  # retained: what tasks had begun to write there stays until it goes, or until a rollback
         found: Any = stores
         for store in (found.vectors, found.texts):
             held = {(row.document_id, row.version) for row in store.rows.values()}
             assert held == expected.get(generation, set()), f"generation {generation.number} holds {held}"
+        if generation in expected:
+            assert await found.vectors.serves()
+            assert await found.texts.serves()
     for task in tasks:
         assert task.ended is not None or task.fenced, "a task that nobody has ended ends well"
 
 
 PLANS = st.builds(
     Plan,
-    action=st.sampled_from(["upsert", "upsert", "upsert", "delete", "delete_knowledge_base"]),
+    action=st.sampled_from(
+        ["upsert", "upsert", "upsert", "delete", "delete_knowledge_base", "rebuild", "rebuild", "rollback", "repair"]
+    ),
     document=st.integers(0, 1),
     content=st.integers(0, len(CONTENTS) - 1),
     attempts=st.sampled_from([1, 1, 1, 2]),

@@ -193,8 +193,8 @@ async def test_what_is_left_of_a_deleted_knowledge_base_goes_and_what_was_filled
     await killed(lab, lab.knowledge_base_deletion(at=1), "ledger.delete_knowledge_base 1 after")
     lab.write(["New"])
     assert (await lab.run(lab.task(at=2)))[0].reason == "Completed"
-    assert (await swept(lab, ledger, dry_run=True)).knowledge_bases == 1
-    assert (await swept(lab, ledger)).knowledge_bases == 1
+    assert (await swept(lab, ledger, dry_run=True)).generations == 1
+    assert (await swept(lab, ledger)).generations == 1
     first, second = (opener(lab.settings(), dimension=16)(Generation(NAMESPACE, lab.kb_id, number)) for number in (1, 2))
     try:
         assert not await first.vectors.exists()
@@ -202,7 +202,7 @@ async def test_what_is_left_of_a_deleted_knowledge_base_goes_and_what_was_filled
         assert await second.texts.serves(), "the alias has gone over"
         # A late writer of the first generation: Elasticsearch makes the index anew for it.
         await first.texts.write([_row()])
-        assert (await swept(lab, ledger)).knowledge_bases == 1
+        assert (await swept(lab, ledger)).generations == 1
         assert not await first.texts.exists()
         assert len(await second.texts.search("New", limit=5)) == 1
     finally:
