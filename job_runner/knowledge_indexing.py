@@ -152,12 +152,16 @@ class KnowledgeIndexing:
         contents = await self._ledger.contents(serving.names)
         enhanced = await self._analyze(serving) if self._analyzes else None
         published = contents.published.values()
+        chunks = sum(one.chunk_count for one in published)
+        verified = chunks if facts else None  # before the switch, and each publication since by its task
         return Done(
             "Completed",
             Result(
                 **facts,
                 documents=sum(one.chunk_count > 0 for one in published),
-                chunks=sum(one.chunk_count for one in published),
+                chunks=chunks,
+                milvus_count=verified,
+                elasticsearch_count=verified,
                 generation=serving.generation,
                 enhanced=enhanced,
                 seconds=self._stages.seconds,

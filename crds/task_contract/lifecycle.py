@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from enum import IntEnum
 from typing import Final, Literal
 
-from task_contract.errors import Fenced, HandedBack, StoresDisagree, StoreUnavailable, TaskError
+from task_contract.errors import ChunksLost, Fenced, HandedBack, StoresDisagree, StoreUnavailable, TaskError
 from task_contract.models import Condition, Failure, Phase, Result, RetryPolicy
 
 ARROWS: Final[dict[Phase, frozenset[Phase]]] = {
@@ -114,13 +114,13 @@ def stores_consistent(
     now: datetime,
     previous: Sequence[Condition] = (),
 ) -> Condition | None:
-    """Return the condition StoresConsistent: do both stores hold exactly the chunks of the document?
+    """Return the condition StoresConsistent: do both stores hold exactly the chunks of the document, or knowledge base?
 
     True after a verification of all chunk ids, False with the numbers of missing and extra ones after a failed one; ``None``
     when the task has verified nothing.
     """
     status: Literal["True", "False"]
-    if error is not None and error.reason == StoresDisagree.reason:
+    if error is not None and error.reason in {StoresDisagree.reason, ChunksLost.reason}:
         status, reason, message = "False", error.reason, error.message
     elif result is not None and result.chunks is not None:
         counts = result.milvus_count, result.elasticsearch_count

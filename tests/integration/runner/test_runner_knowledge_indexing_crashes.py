@@ -134,7 +134,7 @@ class World:
     async def check_readers(self) -> None:
         """Who reads through the ledger sees a whole generation, and who reads through an alias another or the same."""
         generation = Generation(self.namespace, "kb", await self.serving())
-        expected = {}
+        expected: dict[str, str] = {}
         for name, published in (await self.ledger.contents(generation)).published.items():
             expected |= published.rows(generation, name)
         stores: Any = self.of(generation)
