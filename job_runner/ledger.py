@@ -26,8 +26,9 @@ Order of locks, everywhere: advisory lock of the task, that of the knowledge bas
 switch of generations), row of the lease, row of the document, row of the version.
 """
 
+import contextlib
 import json
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -449,7 +450,7 @@ class Ledger(Generations):
         async with self.connection("keep the published version") as connection, connection.transaction():
             if await connection.fetchval("SELECT 1 FROM task_fences WHERE task_uid = $1", task_uid):
                 raise Fenced(f"cannot go on with {document_id}: the task was canceled; this one stops")
-            await connection.execute(f"SELECT pg_advisory_xact_lock_shared({_KNOWLEDGE_BASE_LOCK})", *key)
+            await connection.execute(f"SELECT pg_advisory_xact_lock_shared({KNOWLEDGE_BASE_LOCK})", *key)
             published = await connection.fetchval(
                 "SELECT published_version FROM documents WHERE namespace = $1 AND kb_id = $2 AND document_id = $3 FOR SHARE",
                 *key,
