@@ -267,7 +267,7 @@ class VectorStorage:
             model = await self._model(kept)
             if (dimension := model.dimension) is None:
                 with self._stages.enter(Stage.PARSE):
-                    dimension = await asyncio.to_thread(self._first_dimension, found)
+                    dimension = await self._first_dimension(found)
             claim = Claim(
                 namespace=self._namespace,
                 kb_id=self._kb_id,
@@ -391,15 +391,14 @@ class VectorStorage:
         except Refused as refused:
             return refused
 
-    def _first_dimension(self, found: Input) -> int:
-        """Return the dimension of the first row that can be stored."""
-        refused = []
-        for record in found.rows():
-            row = self._good(record, None)
-            if isinstance(row, Good):
-                return len(row.vector)
-            refused.append((record.number, str(row)))
-            refused = refused[:_NAMED]
+    async def _first_dimension(self, found: Input) -> int:
+        """Return the dimension of the first row that can be stored. Raises DocumentRefused when there is none."""
+        refused: list[tuple[int, str]] = []
+        async for part in windows(((record, self._good(record, None)) for record in found.rows()), _GROUP):
+            for record, row in part:
+                if isinstance(row, Good):
+                    return len(row.vector)
+                refused = [*refused, (record.number, str(row))][:_NAMED]
         raise self._nothing(refused)
 
     async def _survey(self, found: Input, dimension: int) -> Survey:

@@ -209,8 +209,8 @@ def _task_request(spec: Mapping[str, Any], around: Mapping[str, Any]) -> dict[st
     }
     return {
         "title": "TaskRequest",
-        "description": "A task to create. kb_id is required for every type but health_check; which fields of the payload "
-        "fit depends on the type.",
+        "description": "A task to create. kb_id is required for every type but health_check and embedding_generation; which "
+        "fields of the payload fit depends on the type.",
         "type": "object",
         "additionalProperties": False,
         "required": ["task_type"],
