@@ -153,15 +153,9 @@ def document_volume(namespace: str) -> Path:
     """Make the volume that the claim `processing-task-documents` in NAMESPACE binds to; return its host folder.
 
     Idempotent. A volume whose claim was deleted, with its namespace or alone, is set free for a new claim; the
-    documents stay. The folder is readable for every pod of the namespace, and nobody's to write but the host's; below it is
-    the one for what tasks write.
+    documents stay.
     """
-    folder = document_root() / namespace
-    outputs = folder / "outputs"
-    outputs.mkdir(parents=True, exist_ok=True)
-    for readable in (document_root(), folder):
-        readable.chmod(0o755)
-    outputs.chmod(0o777)  # a volume of the node's own is not given to the group of a pod that finds it mounted
+    folder = document_folder(namespace)
     name = f"documents-{namespace}"
     apply([document_volume_manifest(namespace, folder)])
     volume = get(f"/api/v1/persistentvolumes/{name}")
@@ -175,6 +169,20 @@ def document_volume(namespace: str) -> Path:
             raise DevstackError(f"cannot free the document volume {name} for a new claim: {status} {body[:300]!r}")
         if status == 409:
             return document_volume(namespace)
+    return folder
+
+
+def document_folder(namespace: str) -> Path:
+    """Make the host folder of the documents of NAMESPACE: readable for its pods, and nobody's to write but the host's.
+
+    Below it is the folder for what tasks write.
+    """
+    folder = document_root() / namespace
+    outputs = folder / "outputs"
+    outputs.mkdir(parents=True, exist_ok=True)
+    for readable in (document_root(), folder):
+        readable.chmod(0o755)
+    outputs.chmod(0o777)  # a volume of the node's own is not given to the group of a pod that finds it mounted
     return folder
 
 

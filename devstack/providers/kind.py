@@ -200,9 +200,7 @@ def _bring_up_stores(reach: Kubectl) -> None:
 
 def _document_volume(reach: Kubectl, namespace: str) -> Path:
     """Make the volume that the document claim of NAMESPACE binds to; return its folder on this machine."""
-    folder = cluster.document_root() / namespace
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o755)
+    folder = cluster.document_folder(namespace)
     wanted = cluster.document_volume_manifest(namespace, Path(_DOCUMENTS, namespace), node=NODE)
     found = reach.find("persistentvolume", wanted["metadata"]["name"])
     claim = reach.find("persistentvolumeclaim", cluster.DOCUMENT_CLAIM, f"--namespace={namespace}")
