@@ -75,6 +75,8 @@ def run(provider: Provider) -> None:
     for document in documents:
         question = next(one for one in questions if one["document"] == document)
         problems += _ask(installed, kb_id=kb_id, question=question)
+    english_about_chinese = next(one for one in questions if one["question"].isascii() and ".zh." in one["document"])
+    problems += _ask_both(installed, kb_id=kb_id, question=english_about_chinese)
 
     if endpoints.host_urls:  # elsewhere PostgreSQL is for pods alone
         _heading("The rows in PostgreSQL")
@@ -244,6 +246,20 @@ def _ask(installed: Installation, *, kb_id: str, question: dict[str, Any]) -> It
         say("    " + " ".join(_around(hit["text"], question["answer"]).split()))
         if " ".join(question["answer"].split()) not in " ".join(hit["text"].split()):
             yield f"the best chunk in {store} for {text!r} does not hold {question['answer']!r}"
+
+
+def _ask_both(installed: Installation, *, kb_id: str, question: dict[str, Any]) -> Iterator[str]:
+    """Put a question to both stores at once, and show why the best chunks are where they are."""
+    text = question["question"]
+    _heading(f"Both stores in one ranking, job_runner search --mode hybrid --explain: {text}")
+    where = ["--namespace", installed.place.task_namespace, "--kb-id", kb_id, "--query", text]
+    answer = installed.job_runner("search", "--mode", "hybrid", "--explain", "--json", "--top-k", "3", *where)
+    hits = [json.loads(line) for line in answer.splitlines()]
+    for hit in hits:
+        ranks = ", ".join(f"{store} {hit[store]['rank'] if hit[store] else '-'}" for store in ("milvus", "elasticsearch"))
+        say(f"  {hit['score']:.4f}  {hit['documentId']}, under {' > '.join(hit['headingPath'])!r}; rank in {ranks}")
+    if not any(question["answer"] in hit["text"] for hit in hits):
+        yield f"none of the best chunks of both stores for {text!r} holds {question['answer']!r}"
 
 
 def _around(text: str, answer: str, *, width: int = 220) -> str:

@@ -4,27 +4,24 @@ import argparse
 import asyncio
 import contextlib
 import faulthandler
-import json
 import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 # Linear algebra libraries read this when numpy is imported, and would start a thread for each CPU. One thread:
 # with the packaged model a second one doubles the CPU time of a text, and beside other pods its spinning makes it slower.
 for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
-from job_runner import logs, settings  # noqa: E402 - after the variables above
+from job_runner import logs, search_command, settings  # noqa: E402 - after the variables above
 from task_contract.errors import DocumentNotFound, InvalidTask, TaskError  # noqa: E402 - after the variables above
 from task_contract.lifecycle import ExitCode, exit_code  # noqa: E402 - after the variables above
 from task_contract.messages import AttemptOutcome  # noqa: E402 - after the variables above
 from task_contract.names import TERMINATION_LOG  # noqa: E402 - after the variables above
 
 if TYPE_CHECKING:
-    from job_runner.index import Hit
-    from job_runner.search import Answers
     from job_runner.settings import Settings
 
 STARTED = time.monotonic()
@@ -47,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     logs.configure(loaded.log_level)
     commands = {
         "run": _run,
-        "search": _search,
+        "search": search_command.search,
+        "quality": search_command.quality,
         "health": _health,
         "sweep": _sweep,
         "verify": _verify,
@@ -71,16 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="carry out one task", description="Carries out one attempt at one task.")
     run.add_argument("task", type=Path, metavar="TASK_FILE", help="ProcessingTask manifest, JSON or YAML")
-    search = commands.add_parser(
-        "search",
-        help="ask a knowledge base",
-        description="Prints the best published chunks, first by meaning (Milvus), then by words (Elasticsearch).",
-    )
-    search.add_argument("--namespace", default="default", help="namespace of the tasks [default]")
-    search.add_argument("--kb-id", required=True, help="spec.kbId of the tasks")
-    search.add_argument("--query", required=True, help="a question, in any language of the model")
-    search.add_argument("--top-k", type=_positive, default=3, help="chunks from each store [3]")
-    search.add_argument("--json", action="store_true", help="one JSON object a line, with whole chunks")
+    search_command.add_commands(commands)
     sweep = commands.add_parser(
         "sweep",
         help="remove from both stores what nobody will publish",
@@ -115,12 +104,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    if not 1 <= (number := int(text)) <= 100:
-        raise argparse.ArgumentTypeError("must be between 1 and 100")
-    return number
-
-
 def _failed(error: TaskError) -> int:
     print(error.message, file=sys.stderr)  # noqa: T201 - the command line's own output
     return exit_code(error)
@@ -152,31 +135,6 @@ async def _run(options: argparse.Namespace, loaded: "Settings") -> int:
     else:
         outcome, code = await run_attempt(task, settings=loaded, started=STARTED, last_resort=end)
     end(outcome, code)
-
-
-async def _search(options: argparse.Namespace, loaded: "Settings") -> int:
-    from job_runner.embed import make_embedder
-    from job_runner.ledger import Ledger
-    from job_runner.search import search
-    from job_runner.stores import opener
-
-    ledger = Ledger(loaded.postgres_url.get_secret_value())
-    embedder = await asyncio.to_thread(make_embedder, loaded.embedding_model)
-    try:
-        answers = await search(
-            options.query,
-            namespace=options.namespace,
-            kb_id=options.kb_id,
-            top_k=options.top_k,
-            ledger=ledger,
-            embedder=embedder,
-            open_stores=opener(loaded, dimension=embedder.dimension),
-        )
-    finally:
-        await ledger.aclose()
-    if output := as_json(answers) if options.json else as_table(answers):
-        print(output)  # noqa: T201 - the command's output
-    return 0
 
 
 async def _sweep(options: argparse.Namespace, loaded: "Settings") -> int:
@@ -277,41 +235,6 @@ async def _rebuild_ledger(options: argparse.Namespace, loaded: "Settings") -> in
     if not wanted:
         print("neither store has a knowledge base of ours that says its name; give --namespace and --kb-id")  # noqa: T201 - output
     return code
-
-
-def as_json(answers: "Answers") -> str:
-    """Return the hits of both stores, one JSON object a line."""
-    stores = (("milvus", answers.milvus), ("elasticsearch", answers.elasticsearch))
-    return "\n".join(json.dumps(_line(store, hit), ensure_ascii=False) for store, hits in stores for hit in hits)
-
-
-def _line(store: str, hit: "Hit") -> dict[str, Any]:
-    return {
-        "store": store,
-        "score": round(hit.score, 4),
-        "documentId": hit.document_id,
-        "version": hit.version,
-        "ordinal": hit.ordinal,
-        "pageStart": hit.page_start or None,
-        "pageEnd": hit.page_end or None,
-        "headingPath": hit.heading_path.split("\n") if hit.heading_path else [],
-        "text": hit.text,
-    }
-
-
-def as_table(answers: "Answers") -> str:
-    """Return the hits of both stores for people."""
-    lines = []
-    for store, hits in (("Milvus, by meaning", answers.milvus), ("Elasticsearch, by words", answers.elasticsearch)):
-        lines.append(store if hits else f"{store}: nothing found")
-        for rank, hit in enumerate(hits, start=1):
-            last = "" if hit.page_end == hit.page_start else f"-{hit.page_end}"
-            pages = f", page {hit.page_start}{last}" if hit.page_start else ""
-            lines.append(f"  {rank}. {hit.score:.3f}  {hit.document_id} (version {hit.version}{pages})")
-            if hit.heading_path:
-                lines.append(f"     {hit.heading_path.replace(chr(10), ' > ')}")
-            lines.append(f"     {' '.join(hit.text.split())[:160]}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ no numbers of either store and no tuning for a knowledge base.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Protocol
@@ -18,7 +19,7 @@ from task_contract.errors import DocumentNotFound, ModelMismatch
 
 _PAGES: Final = 10
 """How many pages of hits are looked through for published ones: others are there for the seconds of a publication."""
-_K: Final = 60
+K: Final = 60
 """Of the fusion, as Cormack, Clarke and Büttcher found it best over many collections ("Reciprocal Rank Fusion outperforms
 Condorcet and individual Rank Learning Methods", SIGIR 2009): the first few ranks differ little, so that what both stores
 have well up comes before what one has first and the other not at all."""
@@ -76,7 +77,7 @@ def fuse(milvus: Sequence[Hit], elasticsearch: Sequence[Hit]) -> list[Fused]:
 
     def fused(key: str) -> Fused:
         places = by_meaning.get(key), by_words.get(key)
-        score = sum(1 / (_K + place.rank) for place in places if place is not None)
+        score = sum(1 / (K + place.rank) for place in places if place is not None)
         return Fused(rows[key].scored(score), *places)
 
     return sorted(map(fused, rows), key=lambda one: (-one.hit.score, one.hit.id))
@@ -95,10 +96,10 @@ class _Versions(Protocol):
 class Searcher:
     """Asks one generation, whether it serves or not; of each document the version that the ledger publishes counts.
 
-    The embedder must be that of the generation. The stores stay the caller's to close.
+    The embedder must be that of the generation; without one only words are asked for. The stores stay the caller's to close.
     """
 
-    def __init__(self, generation: Generation, *, stores: Stores, embedder: Embedder, ledger: _Versions) -> None:
+    def __init__(self, generation: Generation, *, stores: Stores, embedder: Embedder | None, ledger: _Versions) -> None:
         self._generation = generation
         self._stores = stores
         self._embedder = embedder
@@ -114,6 +115,7 @@ class Searcher:
         return Answers(milvus=milvus[:top_k], elasticsearch=elasticsearch[:top_k], fused=fuse(milvus, elasticsearch)[:top_k])
 
     async def _by_meaning(self, query: str, depth: int, filters: Filters | None) -> list[Hit]:
+        assert self._embedder is not None  # noqa: S101 - for the type checker: who asks by meaning gives one
         vector = await asyncio.to_thread(self._embedder.embed_query, query)
         return await self._published(
             lambda limit, offset: self._stores.vectors.search(vector, limit=limit, offset=offset, filters=filters), depth
@@ -145,19 +147,20 @@ async def _nothing() -> list[Hit]:
     return []
 
 
-async def search(
-    query: str,
-    *,
-    namespace: str,
-    kb_id: str,
-    top_k: int,
-    ledger: Ledger,
-    embedder: Embedder,
-    open_stores: OpenStores,
-    filters: Filters | None = None,
-    mode: Mode = Mode.HYBRID,
-) -> Answers:
-    """Ask the generation of a knowledge base that serves.
+class Ask(Protocol):
+    """As :meth:`Searcher.ask`."""
+
+    async def __call__(
+        self, query: str, *, top_k: int = 5, filters: Filters | None = None, mode: Mode = Mode.HYBRID
+    ) -> Answers:
+        """Return the best of each ranking."""
+
+
+@asynccontextmanager
+async def serving(
+    *, namespace: str, kb_id: str, ledger: Ledger, embedder: Embedder | None, open_stores: OpenStores
+) -> AsyncIterator[Ask]:
+    """Open the generation of a knowledge base that serves, and yield what asks it. Without an embedder words alone.
 
     Raises DocumentNotFound for a knowledge base that is not there, and ModelMismatch for one of another model.
     """
@@ -165,14 +168,33 @@ async def search(
     if found is None:
         raise DocumentNotFound(f"cannot search {kb_id}: namespace {namespace} has no such knowledge base; check both names")
     if await ledger.is_empty(namespace=namespace, kb_id=kb_id):
-        return Answers(milvus=[], elasticsearch=[], fused=[])
+        yield _nobody
+        return
     number, fingerprint, _ = found
-    if mode is not Mode.KEYWORD and fingerprint != await asyncio.to_thread(lambda: embedder.fingerprint):
+    if embedder is not None and fingerprint != await asyncio.to_thread(lambda: embedder.fingerprint):
         raise ModelMismatch(f"cannot search {kb_id}: it was filled with model {fingerprint}; set TASKS_EMBEDDING_MODEL")
     generation = Generation(namespace, kb_id, number)
     stores = open_stores(generation)
     try:
-        searcher = Searcher(generation, stores=stores, embedder=embedder, ledger=ledger)
-        return await searcher.ask(query, top_k=top_k, filters=filters, mode=mode)
+        yield Searcher(generation, stores=stores, embedder=embedder, ledger=ledger).ask
     finally:
         await stores.aclose()
+
+
+async def _nobody(
+    query: str,
+    *,
+    top_k: int = 5,
+    filters: Filters | None = None,
+    mode: Mode = Mode.HYBRID,
+) -> Answers:
+    """Answer for a knowledge base without documents, whose collection and index may not be there yet."""
+    return Answers(milvus=[], elasticsearch=[], fused=[])
+
+
+async def search(
+    query: str, *, namespace: str, kb_id: str, top_k: int, ledger: Ledger, embedder: Embedder, open_stores: OpenStores
+) -> Answers:
+    """Ask the generation of a knowledge base that serves, once: see :func:`serving`."""
+    async with serving(namespace=namespace, kb_id=kb_id, ledger=ledger, embedder=embedder, open_stores=open_stores) as ask:
+        return await ask(query, top_k=top_k)

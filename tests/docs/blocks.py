@@ -55,6 +55,14 @@ ELSEWHERE = {
     ("docs/callbacks.md", "from task_contract.webhooks"): "`tests/unit/test_webhooks.py` runs it",
     ("docs/callbacks.md", "python -m task_operator callbacks"): "`tests/integration/test_callbacks.py` runs the same",
     (
+        "docs/quality.md",
+        "python -m job_runner search",
+    ): "`tests/integration/runner/test_runner_pipeline.py:test_the_command_line_from_a_file_to_an_answer` runs both commands",
+    (
+        "docs/quality.md",
+        "python -m job_runner quality",
+    ): "`tests/integration/runner/test_runner_pipeline.py:test_the_command_line_from_a_file_to_an_answer` runs both commands",
+    (
         "examples/documents/README.md",
         "python -m venv",
     ): "`tests/unit/test_examples.py` holds the rendered files against their source",

@@ -13,9 +13,12 @@ import yaml
 from devstack.demo import EXPECTED
 from job_runner.document import ParsedDocument
 from job_runner.fetch import opened
+from job_runner.quality import Question
 from job_runner.readers import read
+from job_runner.split import language_of
 from task_contract.crd import PAYLOAD_FIELDS
 from task_contract.models import ProcessingTask, Spec, TaskType, parse_manifest
+from tests.support import golden
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ROOT / "examples/documents"
@@ -160,3 +163,21 @@ def test_laboratory_rules_say_what_their_source_says() -> None:
 def test_readme_lists_the_questions() -> None:
     text = (DOCUMENTS / "README.md").read_text(encoding="utf-8")
     assert [question["question"] for question in QUESTIONS if question["question"] not in text] == []
+
+
+ASKED = golden.questions()
+
+
+@pytest.mark.parametrize("question", ASKED, ids=lambda question: question.question)
+def test_a_golden_question_is_answered_by_its_document(question: Question) -> None:
+    assert question.contains is not None
+    text = " ".join(parsed(question.document_id).text.split())
+    assert " ".join(question.contains.split()) in text
+
+
+def test_the_golden_set_is_large_enough_to_tell_and_bilingual() -> None:
+    chinese = [one for one in ASKED if language_of(one.question) == "zh"]
+    assert len(ASKED) >= 60
+    assert min(len(chinese), len(ASKED) - len(chinese)) >= 30
+    assert len({one.question for one in ASKED}) == len(ASKED)
+    assert len({one.document_id for one in ASKED}) >= 5

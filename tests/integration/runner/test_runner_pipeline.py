@@ -560,6 +560,33 @@ spec:
         assert (hit["documentId"], hit["version"], hit["pageStart"]) == ("operations-guide.zh.md", 1, None)
         assert "七、应急处理" in " ".join(hit["headingPath"]) or hit["headingPath"]
         assert "九十秒" in hit["text"]
+    code, output, errors = await call("search", "--json", "--mode", "hybrid", "--explain", *where)
+    assert code == 0, errors
+    [fused] = [json.loads(line) for line in output.splitlines()]
+    assert (fused["store"], fused["score"], fused["text"]) == ("fusion", round(2 / 61, 4), hits[0]["text"])
+    assert (fused["milvus"]["rank"], fused["elasticsearch"]["rank"]) == (1, 1)
+    filters = (
+        "--mode",
+        "keyword",
+        "--language",
+        "zh",
+        "--heading",
+        "知识库平台运维手册 > 七、应急处理",
+        "--metadata",
+        "team=none",
+    )
+    code, output, errors = await call("search", *filters, *where)
+    assert (code, output) == (0, "Elasticsearch, by words: nothing found\n"), errors
+    questions = lab.folder / "questions.jsonl"
+    questions.write_text(
+        '{"question": "柴油发电机多久启动", "documentId": "operations-guide.zh.md", "contains": "九十秒"}\n'
+    )
+    asked = ("--namespace", NAMESPACE, "--kb-id", lab.kb_id, "--questions", str(questions))
+    code, output, errors = await call("quality", *asked)
+    assert (code, output.splitlines()[2:]) == (
+        0,
+        ["dense           1.000    1.000", "keyword         1.000    1.000", "fusion          1.000    1.000"],
+    ), errors
     code, output, _ = await call("search", *where)
     assert "Milvus, by meaning" in output
     assert "operations-guide.zh.md (version 1)" in output
