@@ -16,6 +16,7 @@ from pathlib import Path
 import structlog
 
 from job_runner.embed import PACKAGED_MODEL, Embedder, make_embedder
+from job_runner.quality import Quality, evaluate
 from task_contract.models import ProcessingMode
 from tests.support import golden
 from tests.support.databases import fresh_database
@@ -37,12 +38,15 @@ def main(arguments: list[str]) -> int:
         fresh_database(urls["TASKS_POSTGRES_URL"], prefix="bench") as database,
     ):
         embedder = _embedder(backend, Path(folder))
-        measured = {
-            str(mode): asyncio.run(golden.measured({**urls, "TASKS_POSTGRES_URL": database}, mode=mode, embedder=embedder))
-            for mode in ProcessingMode
-        }
+        given = {**urls, "TASKS_POSTGRES_URL": database}
+        measured = {str(mode): asyncio.run(_measured(given, mode, embedder)) for mode in ProcessingMode}
     print(json.dumps({mode: {"recall": dict(one.recall), "mrr": dict(one.mrr)} for mode, one in measured.items()}))
     return 0
+
+
+async def _measured(urls: dict[str, str], mode: ProcessingMode, embedder: Embedder) -> Quality:
+    async with golden.filled(urls, mode=mode, embedder=embedder) as ask:
+        return await evaluate(golden.questions(), ask)
 
 
 def _embedder(backend: str, folder: Path) -> Embedder:

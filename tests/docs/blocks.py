@@ -57,11 +57,11 @@ ELSEWHERE = {
     (
         "docs/quality.md",
         "python -m job_runner search",
-    ): "`tests/integration/runner/test_runner_pipeline.py:test_the_command_line_from_a_file_to_an_answer` runs both commands",
+    ): "`tests/integration/runner/test_runner_pipeline.py:test_the_command_line_from_a_file_to_an_answer` runs it",
     (
         "docs/quality.md",
         "python -m job_runner quality",
-    ): "`tests/integration/runner/test_runner_pipeline.py:test_the_command_line_from_a_file_to_an_answer` runs both commands",
+    ): "`tests/integration/runner/test_runner_pipeline.py:test_the_command_line_from_a_file_to_an_answer` runs it",
     (
         "examples/documents/README.md",
         "python -m venv",

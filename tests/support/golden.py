@@ -6,7 +6,8 @@ each embedding model.
 
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +16,7 @@ from job_runner.attempt import run_attempt
 from job_runner.embed import Embedder
 from job_runner.index import Generation
 from job_runner.ledger import Ledger
-from job_runner.quality import Quality, Question, evaluate, read_questions
+from job_runner.quality import Question, read_questions
 from job_runner.search import Answers, Searcher
 from job_runner.settings import Settings
 from job_runner.stores import opener
@@ -33,29 +34,21 @@ def questions() -> list[Question]:
     return [one for path in sorted(GOLDEN.glob("*.jsonl")) for one in read_questions(path.read_text().split("\n"))]
 
 
-async def measured(
-    urls: Mapping[str, str],
-    *,
-    mode: ProcessingMode,
-    embedder: Embedder,
-    spoil: Callable[[Answers], Answers] = lambda answers: answers,
-) -> Quality:
-    """Fill a knowledge base, ask it, and remove it; ``spoil`` comes between what is found and what is measured."""
+@asynccontextmanager
+async def filled(
+    urls: Mapping[str, str], *, mode: ProcessingMode, embedder: Embedder
+) -> AsyncIterator[Callable[[str], Awaitable[Answers]]]:
+    """Fill a knowledge base, yield what asks it, and remove it."""
     fields: dict[str, Any] = {name.removeprefix("TASKS_").lower(): value for name, value in urls.items()}
     settings = Settings.model_validate({**fields, "document_root": str(DOCUMENTS), "log_level": "warning"})
     kb_id = f"golden-{uuid.uuid4().hex[:8]}"
-    for document in sorted({question.document_id for question in questions()}):
-        await _publish(document, kb_id=kb_id, mode=mode, embedder=embedder, settings=settings)
     generation = Generation(NAMESPACE, kb_id, 1)
     stores = opener(settings, dimension=embedder.dimension)(generation)
     ledger = Ledger(settings.postgres_url.get_secret_value())
-    searcher = Searcher(generation, stores=stores, embedder=embedder, ledger=ledger)
-
-    async def ask(question: str) -> Answers:
-        return spoil(await searcher.ask(question))
-
     try:
-        return await evaluate(questions(), ask)
+        for document in sorted({question.document_id for question in questions()}):
+            await _publish(document, kb_id=kb_id, mode=mode, embedder=embedder, settings=settings)
+        yield Searcher(generation, stores=stores, embedder=embedder, ledger=ledger).ask
     finally:
         await ledger.aclose()
         await stores.drop()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from job_runner.embed import PackagedEmbedder
-from job_runner.quality import Quality
+from job_runner.quality import Quality, evaluate
 from job_runner.search import Answers
 from task_contract.models import ProcessingMode
 from tests.support import golden
@@ -35,16 +35,14 @@ def urls(store_urls: dict[str, str], database: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("mode", ProcessingMode)
 async def test_recall_is_no_worse_than_the_baseline(urls: dict[str, str], mode: ProcessingMode) -> None:
-    measured = await golden.measured(urls, mode=mode, embedder=PackagedEmbedder())
+    async with golden.filled(urls, mode=mode, embedder=PackagedEmbedder()) as ask:
+        measured = await evaluate(golden.questions(), ask)
+
+        async def spoiled(question: str) -> Answers:
+            """As when the fusion lost the two best."""
+            answers = await ask(question)
+            return replace(answers, fused=answers.fused[2:])
+
+        of_a_spoiled_ranking = await evaluate(golden.questions(), spoiled)
     assert worse(measured, BASELINE[mode]) is None
-
-
-async def test_a_spoiled_ranking_is_noticed(urls: dict[str, str]) -> None:
-    """As when the fusion took the worst of both first."""
-
-    def spoil(answers: Answers) -> Answers:
-        return replace(answers, fused=answers.fused[2:])
-
-    mode = ProcessingMode.INTELLIGENT_SPLIT
-    measured = await golden.measured(urls, mode=mode, embedder=PackagedEmbedder(), spoil=spoil)
-    assert worse(measured, BASELINE[mode]) is not None
+    assert worse(of_a_spoiled_ranking, BASELINE[mode]) is not None, "or nothing would be noticed"
