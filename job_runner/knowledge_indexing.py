@@ -38,7 +38,15 @@ from job_runner.stages import Stages
 from job_runner.stores import OpenLabelled, Stores
 from job_runner.switching import finish_switch
 from job_runner.work import Done, Work
-from task_contract.errors import ChunksLost, Fenced, InvalidTask, NothingToRollBack, RecallDropped, StoresDisagree
+from task_contract.errors import (
+    ChunksLost,
+    Fenced,
+    InvalidTask,
+    ModelUnavailable,
+    NothingToRollBack,
+    RecallDropped,
+    StoresDisagree,
+)
 from task_contract.models import Action, EnhancementType, Result, Stage
 from task_contract.names import digest
 
@@ -46,6 +54,8 @@ ROUNDS: Final = 100
 """How often documents are brought that tasks have published meanwhile: each round has those of the one before."""
 _KEEP_SECONDS: Final = 604_800
 _RECALL_DROP: Final = 2
+_NO_GATE: Final = 100
+"""Points: nothing can drop by more."""
 _SAMPLE_ROWS: Final = 5_000
 """Rows that questions are made of, of documents in an order that is random and always the same."""
 _NAMED: Final = 5
@@ -190,8 +200,9 @@ class KnowledgeIndexing:
         questions = await self._given_questions()
         splitting = self._payload.manifest()
         splitting = {name: splitting[name] for name in ("chunkSize", "chunkOverlap", "processingMode") if name in splitting}
-        before = await self._work.embedder(fingerprint=serving.model_fingerprint)
-        after = before if (name := self._payload.embedding_model) is None else await self._work.embedder(name)
+        before = await self._asking(serving)
+        name = self._payload.embedding_model
+        after = before if before is not None and name is None else await self._work.embedder(name)
         fingerprint: str = await asyncio.to_thread(getattr, after, "fingerprint")
         known = {one.number for one in await self._known()}
         number = await self._ledger.begin_generation(
@@ -205,6 +216,8 @@ class KnowledgeIndexing:
         log.info("rebuilding", kb_id=self._kb_id, serving=serving.generation, filling=number, splitting=splitting)
 
         async def gate(source: Side, filled: Side) -> Mapping[str, float]:
+            if before is None:
+                return {}
             with self._stages.enter(Stage.GATE):
                 try:
                     return await self._recall(questions, source, before, filled, after)
@@ -326,6 +339,22 @@ class KnowledgeIndexing:
         return not mended.lost
 
     # ---------------------------------------------------------------------------------------------------------- gate
+
+    async def _asking(self, serving: Label) -> Embedder | None:
+        """Return the model that the gate asks the present generation with.
+
+        ``None`` where this runner has not got it and is to compare nothing: of vectors that others have computed, the model
+        may be nowhere. Raises ModelUnavailable.
+        """
+        try:
+            return await self._work.embedder(fingerprint=serving.model_fingerprint)
+        except ModelUnavailable as error:
+            if self._payload.embedding_model is not None and self._payload.max_recall_drop == _NO_GATE:
+                return None
+            raise ModelUnavailable(
+                f"{error.message}; the gate asks the present generation with it. To move to another model without a "
+                f"comparison, set payload.embeddingModel and payload.maxRecallDrop: {_NO_GATE}"
+            ) from error
 
     async def _given_questions(self) -> list[Question] | None:
         """Read the questions of the payload, before anything else is done; ``None``: make some of headings."""

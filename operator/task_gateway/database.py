@@ -305,9 +305,16 @@ class Database:
     async def knowledge_base(self, namespace: str, kb_id: str) -> asyncpg.Record | None:
         """Return the state of a knowledge base; None for one in which nothing was ever published."""
         found = await self.rows(
-            "SELECT generation, model_fingerprint, dimension, documents, chunks::bigint AS chunks, "
-            "missing::bigint AS missing, extra::bigint AS extra, checked_at, intents, state, updated_at "
-            "FROM knowledge_base_states WHERE namespace = $1 AND kb_id = $2",
+            "SELECT base.generation, base.model_fingerprint, base.dimension, documents, chunks::bigint AS chunks, "
+            "missing::bigint AS missing, extra::bigint AS extra, checked_at, intents, base.state, updated_at, "
+            "(SELECT embedding_model FROM generations own WHERE own.namespace = $1 AND own.kb_id = $2 "
+            "AND own.generation = base.generation) AS embedding_model, "
+            "kept.generation AS retained_generation, kept.model_fingerprint AS retained_model, kept.keep_until, "
+            "filling.generation AS filling_generation, filling.model_fingerprint AS filling_model, "
+            "filling.task_uid::text AS filling_task_uid FROM knowledge_base_states base "
+            "LEFT JOIN generations kept ON kept.namespace = $1 AND kept.kb_id = $2 AND kept.state = 'retained' "
+            "LEFT JOIN generations filling ON filling.namespace = $1 AND filling.kb_id = $2 AND filling.state = 'filling' "
+            "WHERE base.namespace = $1 AND base.kb_id = $2",
             namespace,
             kb_id,
         )

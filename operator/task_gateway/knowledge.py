@@ -40,6 +40,25 @@ class Consistency(Answer):
     """When the document was read back that was so longest ago."""
 
 
+class Retained(Answer):
+    """The generation that served before, kept for a rollback."""
+
+    generation: int
+    model: str
+    """Fingerprint."""
+    until: Timestamp
+
+
+class Rebuild(Answer):
+    """A generation that is being filled beside the one that serves."""
+
+    generation: int
+    model: str
+    """Fingerprint."""
+    task_uid: str | None
+    """Of the task that fills it."""
+
+
 class KnowledgeBase(Answer):
     """The state of a knowledge base."""
 
@@ -50,11 +69,15 @@ class KnowledgeBase(Answer):
     generation: int
     model: str
     """Fingerprint of the embedding model that filled it."""
+    embedding_model: str | None
+    """Its name; null before the first rebuild."""
     dimension: int
     documents: int
     chunks: int
     intents: int
     """Versions of documents that are being written."""
+    retained: Retained | None
+    rebuild: Rebuild | None
     consistency: Consistency
     updated_at: Timestamp
 
@@ -175,10 +198,25 @@ class Knowledge:
             "state": row["state"],
             "generation": row["generation"],
             "model": row["model_fingerprint"],
+            "embedding_model": row["embedding_model"],
             "dimension": row["dimension"],
             "documents": row["documents"],
             "chunks": row["chunks"],
             "intents": row["intents"],
+            "retained": None
+            if row["retained_generation"] is None
+            else {
+                "generation": row["retained_generation"],
+                "model": row["retained_model"],
+                "until": timestamp(row["keep_until"]),
+            },
+            "rebuild": None
+            if row["filling_generation"] is None
+            else {
+                "generation": row["filling_generation"],
+                "model": row["filling_model"],
+                "task_uid": row["filling_task_uid"],
+            },
             "consistency": _consistency(row),
             "updated_at": timestamp(row["updated_at"]),
         }

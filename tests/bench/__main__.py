@@ -17,23 +17,12 @@ from pathlib import Path
 from devstack.progress import DevstackError
 
 BENCHMARKS = (
-    *(
-        "batch",
-        "devstack",
-        "document",
-        "gateway",
-        "gateway_live",
-        "operator",
-        "pipeline",
-        "projection",
-        "quality",
-        "store_limits",
-    ),
-    "vectors",
+    *("batch", "devstack", "document", "gateway", "gateway_live", "operator", "pipeline", "projection", "quality", "rebuild"),
+    *("store_limits", "vectors"),
 )
 NAMED_ONLY = ("store_limits",)
 """Takes half an hour, and is left out where all are run."""
-PARTED = ("gateway", "gateway_live", "operator", "pipeline", "quality", "store_limits", "vectors")
+PARTED = ("gateway", "gateway_live", "operator", "pipeline", "quality", "rebuild", "store_limits", "vectors")
 """Have parts."""
 RESULTS = Path(__file__).resolve().parents[2] / "build/bench"
 
@@ -58,7 +47,7 @@ def main(arguments: list[str]) -> int:
         "names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHMARKS)}; none: all but store_limits"
     )
     parser.add_argument("--only", metavar="PART", help=f"parts of the benchmark {' or '.join(PARTED)}, comma separated")
-    parser.add_argument("--most", type=int, metavar="COUNT", help="knowledge bases of store_limits, rows of vectors")
+    parser.add_argument("--most", type=int, metavar="COUNT", help="knowledge bases of store_limits, rows of the others")
     given = parser.parse_args(arguments)
     names = given.names or [name for name in BENCHMARKS if name not in NAMED_ONLY]
     parts = [part for part in (given.only or "").split(",") if part]
@@ -69,8 +58,8 @@ def main(arguments: list[str]) -> int:
         print(f"cannot run parts of these: --only is for the benchmark {' or '.join(PARTED)}", file=sys.stderr)
         return 1
     options = {} if given.most is None else {"most": given.most}
-    if options and names not in (["store_limits"], ["vectors"]):
-        print("cannot run these with --most: it is for the benchmark store_limits or vectors", file=sys.stderr)
+    if options and names not in (["rebuild"], ["store_limits"], ["vectors"]):
+        print("cannot run these with --most: it is for the benchmark rebuild, store_limits or vectors", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: databases and servers go with it
     RESULTS.mkdir(parents=True, exist_ok=True)

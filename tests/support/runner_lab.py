@@ -169,7 +169,7 @@ async def run_watched(task: ProcessingTask, settings: Settings, embedder: Any, r
         settings=settings,
         ledger=cast("Any", Watched(ledger, "ledger", reached)),
         progress=SilentProgress(),
-        make_embedder=lambda name, *, threads: embedder,
+        make_embedder=lambda name, *, threads: embedder[name] if isinstance(embedder, dict) else embedder,
     )
     try:
         if task.spec.type is TaskType.VECTOR_STORAGE:

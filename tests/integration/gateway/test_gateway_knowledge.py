@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -325,15 +326,40 @@ async def test_the_state_of_a_knowledge_base_is_that_of_the_ledger(
         "state": "degraded",
         "generation": 3,
         "model": "usem3",
+        "embedding_model": None,
         "dimension": 256,
         "documents": 6,
         "chunks": 60,
         "intents": 0,
+        "retained": None,
+        "rebuild": None,
     }
     assert (consistency["missing"], consistency["extra"]) == (4, 0)
     for path in ("/api/v1/knowledge/none", "/api/v1/knowledge/none/documents", "/api/v1/knowledge/%00%ff/documents"):
         status, problem = await trusting.ask("GET", path)
         assert (status, problem["type"].rpartition("/")[2]) == (404, "not-found")
+
+
+async def test_generations_beside_the_one_that_serves_are_told(
+    trusting: GatewayProcess, filled: str, place: Place, sql: "asyncpg.Connection[Any]"
+) -> None:
+    task = uuid.uuid4()
+    for number, state, name, keep in (
+        (2, "retained", None, "1 day"),
+        (3, "serving", "other", None),
+        (4, "filling", "b", None),
+    ):
+        await sql.execute(
+            "INSERT INTO generations (namespace, kb_id, generation, model_fingerprint, dimension, state, embedding_model, "
+            "keep_until, task_uid) VALUES ($1, $2, $3, $4, 256, $5, $6, now() + $7::text::interval, $8)",
+            *(place.namespace, filled, number, f"model-{number}", state, name, keep, task),
+        )
+    told = await trusting.do("GET", f"/api/v1/knowledge/{filled}")
+    assert (told["generation"], told["embedding_model"]) == (3, "other")
+    until = datetime.fromisoformat(told["retained"].pop("until")) - datetime.now(UTC)
+    assert timedelta(hours=23) < until <= timedelta(days=1)
+    assert told["retained"] == {"generation": 2, "model": "model-2"}
+    assert told["rebuild"] == {"generation": 4, "model": "model-4", "task_uid": str(task)}
 
 
 async def test_documents_come_in_pages(trusting: GatewayProcess, filled: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import uuid
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -214,3 +215,70 @@ async def test_one_task_at_a_time_works_on_a_knowledge_base(own: Lab) -> None:
         await succeeded(own, task)
     finally:
         await ledger.aclose()
+
+
+async def rows_of(lab: Lab, document: str) -> list[str]:
+    """Return the ids of version 1 of a document, in order."""
+    generation = Generation(NAMESPACE, lab.kb_id, 1)
+    return [generation.chunk_id(lab.document_id(document), 1, ordinal) for ordinal in range(9)]
+
+
+async def test_a_repair_makes_ledger_and_stores_alike_again(own: Lab) -> None:
+    for file, count in (("a.txt", 5), ("b.txt", 3), ("c.txt", 4)):
+        await publish(own, file, count)
+    ids = await rows_of(own, "a.txt")
+    stores = own.generation(1)
+    try:
+        await stores.open_existing()
+        nothing = await succeeded(own, own.indexing(action="repair"))
+        assert (nothing.repaired, nothing.documents, nothing.chunks) == (0, 3, 12)
+        # Each store has lost other rows; one has rows of a version that nobody knows; the ledger has lost a document.
+        await stores.texts.delete(ids[:2])
+        await stores.vectors.delete(ids[3:5])
+        known = [row async for part in stores.texts.read(own.document_id("b.txt"), 1) for row in part]
+        strays = [replace(row, id=f"{row.ordinal}" * 32, version=7) for row in known]
+        await stores.texts.write(strays)
+        await own.fetch("DELETE FROM documents WHERE kb_id = $1 AND document_id = $2", own.kb_id, own.document_id("c.txt"))
+        before = own.embedded
+        result = await succeeded(own, own.indexing(action="repair"))
+        assert (result.repaired, result.documents, result.chunks) == (2 + 2 + 3 + 1, 3, 12)
+        assert (result.embedded, own.embedded - before) == (2, 2)
+        assert await consistent(own, 1) == (3, 12)
+        # The next task of that document does not take the number of rows that were removed.
+        assert (await publish(own, "b.txt", 3, at=1, mark="new")).version == 8
+        # What both have lost is named, and everything else is repaired all the same.
+        await stores.texts.delete(ids[:3])
+        await stores.vectors.delete(ids[:1])
+        lost = await failed(own, own.indexing(action="repair"))
+        assert lost.reason == "ChunksLost"
+        assert lost.error is not None
+        assert own.document_id("a.txt") in lost.error.message
+        state = "SELECT state || missing FROM knowledge_base_states WHERE kb_id = $1"
+        assert await own.fetch(state, own.kb_id) == "degraded2", "one chunk in each store"
+        assert len(await stores.texts.stored(own.document_id("a.txt"), 1)) == 4
+        assert (await succeeded(own, own.task("a.txt", at=2))).chunks == 5
+        assert await own.fetch(state, own.kb_id) == "ready0"
+    finally:
+        await stores.aclose()
+
+
+async def test_a_repair_leads_aliases_back(own: Lab) -> None:
+    await publish(own, "a.txt", 2)
+    await succeeded(own, own.indexing(rebuildIndex=True))
+    old = own.generation(1)
+    await old.vectors.serve()
+    await old.aclose()
+    assert await aliases(own) == (1, 2)
+    assert (await succeeded(own, own.indexing(action="repair"))).repaired == 1
+    assert await aliases(own) == (2, 2)
+
+
+async def test_a_rebuild_with_an_analysis_writes_to_the_new_generation(own: Lab) -> None:
+    await publish(own, "a.txt", 3)
+    task = own.indexing(rebuildIndex=True, enhancementType="semantic_analysis")
+    result = await succeeded(own, task)
+    assert (result.generation, result.enhanced, result.chunks) == (2, 3, 3)
+    assert (await succeeded(own, own.indexing(enhancementType="semantic_analysis"))).enhanced == 0
+    # Rows are copied with what an analysis has written to them.
+    again = await succeeded(own, own.indexing(rebuildIndex=True, enhancementType="semantic_analysis"))
+    assert (again.generation, again.enhanced) == (3, 0)
