@@ -78,6 +78,9 @@ def run(provider: Provider) -> None:
     english_about_chinese = next(one for one in questions if one["question"].isascii() and ".zh." in one["document"])
     problems += _ask_both(installed, kb_id=kb_id, question=english_about_chinese)
 
+    _heading("The knowledge base beside itself: kubectl apply -f manifests/examples/knowledge")
+    problems += _rebuild(kubectl, kb_id=kb_id)
+
     if endpoints.host_urls:  # elsewhere PostgreSQL is for pods alone
         _heading("The rows in PostgreSQL")
         problems += asyncio.run(_show_rows(installed, tasks))
@@ -209,6 +212,18 @@ def _check(tasks: dict[str, dict[str, Any]]) -> Iterator[str]:
         yield f"library has {counted} documents that are published, failed and there"
     if (attempts := tasks["broken"]["status"]["attempt"]) != 1:
         yield f"broken was tried {attempts} times"
+
+
+def _rebuild(kubectl: _Kubectl, *, kb_id: str) -> Iterator[str]:
+    """Rebuild the knowledge base while it serves, repair what needs no repair, and go back to what served before."""
+    for name, generation in (("rebuild", 2), ("repair", 2), ("rollback", 1)):
+        kubectl("apply", "-f", "-", stdin=yaml.safe_dump(_manifest(f"knowledge/{name}.yaml", kb_id=kb_id)))
+        status = _wait(kubectl, [name])[name]["status"]
+        result = status.get("result") or {}
+        told = ("generation", "documents", "chunks", "embedded", "recallBefore", "recallAfter", "repaired")
+        _show(f"{name:<10} {status['phase']} " + json.dumps({field: result[field] for field in told if field in result}))
+        if (status["phase"], result.get("generation")) != ("Completed", generation):
+            yield f"{name} is {status['phase']} with generation {result.get('generation')} ({status.get('error')})"
 
 
 def _over_rest(kubectl: _Kubectl, *, kb_id: str) -> Iterator[str]:

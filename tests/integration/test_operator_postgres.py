@@ -365,7 +365,71 @@ async def test_the_deletion_of_a_knowledge_base_that_came_first_wins(
     assert (await database.raise_fence(UID, reason="Canceled")).state is FenceState.COMMITTED
 
 
+LONG_AGO = "now() - interval '2 minutes'"
+
+
+async def _generation(sql: "asyncpg.Connection[Any]", state: str, **columns: str) -> None:
+    """Enter a knowledge base with one generation of a task; a column is given by an expression."""
+    await sql.execute(
+        "INSERT INTO knowledge_bases (namespace, kb_id, model_fingerprint, dimension) VALUES ('knowledge', 'kb-42', 'm', 8)"
+    )
+    names = "".join(f", {name}" for name in columns)
+    values = "".join(f", {value}" for value in columns.values())
+    await sql.execute(
+        "INSERT INTO generations (namespace, kb_id, generation, model_fingerprint, dimension, state, task_uid"
+        f"{names}) VALUES ('knowledge', 'kb-42', 1, 'm', 8, $1, $2{values})",
+        state,
+        UID,
+    )
+
+
+@pytest.mark.parametrize(("switched", "expected"), [("now()", FenceState.COMMITTED), ("NULL", FenceState.RAISED)])
+async def test_a_rebuild_that_has_switched_has_committed(
+    database: Database, sql: "asyncpg.Connection[Any]", switched: str, expected: FenceState
+) -> None:
+    await _generation(sql, "serving" if expected is FenceState.COMMITTED else "filling", switched_at=switched)
+    assert (await database.raise_fence(UID, reason="Canceled")).state is expected
+
+
+async def test_the_lease_of_a_knowledge_base_is_taken_from_a_pod_that_does_not_stop(
+    database: Database, sql: "asyncpg.Connection[Any]"
+) -> None:
+    await _generation(sql, "filling")
+    await sql.execute(
+        "INSERT INTO knowledge_base_leases (namespace, kb_id, task_uid, holder) VALUES ('knowledge', 'kb-42', $1, 'pod')",
+        UID,
+    )
+    await database.release(UID)
+    row = await sql.fetchrow("SELECT task_uid::text, holder, epoch FROM knowledge_base_leases")
+    assert row is not None
+    assert tuple(row) == (UID, "", 2)
+
+
 # ------------------------------------------------------------------------------------------------------------- sweeping
+
+
+@pytest.mark.parametrize(
+    ("state", "columns", "dirty"),
+    [
+        pytest.param("serving", {}, False, id="never rebuilt"),
+        pytest.param(
+            "serving", {"switched_at": "now() - interval '2 minutes'", "aliases_at": "now()"}, False, id="switched"
+        ),
+        pytest.param("serving", {"switched_at": "now()"}, False, id="being switched"),
+        pytest.param("serving", {"switched_at": LONG_AGO}, True, id="stopped before the aliases"),
+        pytest.param("retained", {"keep_until": "now() + interval '1 hour'"}, False, id="kept"),
+        pytest.param("retained", {"keep_until": "now() - interval '1 hour'"}, True, id="kept no longer"),
+        pytest.param("filling", {}, False, id="being filled"),
+    ],
+)
+async def test_what_a_rebuild_leaves_makes_a_namespace_dirty(
+    database: Database, sql: "asyncpg.Connection[Any]", state: str, columns: dict[str, str], dirty: bool
+) -> None:
+    await _generation(sql, state, **columns)
+    assert [one.dirty for one in await database.swept(namespaces=[])] == [dirty]
+    if state == "filling":
+        await database.raise_fence(UID, reason="Canceled")
+        assert [one.dirty for one in await database.swept(namespaces=[])] == [True], "nobody fills it any more"
 
 
 async def test_intents_are_told_with_whether_their_task_was_ever_one_of_the_cluster(
