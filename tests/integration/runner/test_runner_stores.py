@@ -121,6 +121,9 @@ async def check_chunk_store(store: VectorIndex | TextIndex) -> None:
         await write(data)
     assert await store.stored(ODD_ID, 1) == {row.id: row.content_hash for row in first}
     assert await store.stored(ODD_ID, 2) == {row.id: row.content_hash for row in second}
+    for window in (slice(0, 500), slice(500, 700), slice(699, None), slice(700, None)):
+        found = await store.stored(ODD_ID, 1, first=window.start, below=window.stop)
+        assert found == {row.id: row.content_hash for row in first[window]}
 
     # Writing again replaces.
     await write([replace(row, content_hash="d" * 32) for row in second[:1]])
