@@ -13,7 +13,7 @@ import trustme
 from aiohttp import web
 
 from job_runner.embed import PackagedEmbedder
-from job_runner.remote import download
+from job_runner.remote import download, list_objects
 from job_runner.settings import Settings
 from task_contract.errors import DocumentNotFound, DocumentRefused, SourceUnavailable, TaskError
 from task_contract.lifecycle import ExitCode
@@ -123,6 +123,45 @@ async def test_what_cannot_be_read_has_a_reason(
 )
 async def test_buckets_are_listed_whole_or_by_prefix(store: ObjectStore, entry: str) -> None:
     assert await fetched(store, s3_buckets=entry) == b"of team a"
+
+
+def _at(store: ObjectStore, **changes: Any) -> Settings:
+    return Settings.model_validate({"postgres_url": "postgresql://unused", **store.settings(**changes)})
+
+
+async def test_a_prefix_lists_the_objects_below_it_by_names_that_can_be_fetched(store: ObjectStore) -> None:
+    before = os.environ.get("SSL_CERT_FILE")
+    found = await list_objects("s3://manuals/team-a/", settings=_at(store), most=10)
+    assert found == [LOCATION]
+    assert await fetched(store, found[0]) == b"of team a"
+    whole = await list_objects("s3://manuals/", settings=_at(store), most=10)
+    assert {LOCATION, "s3://manuals/team-ab/other.txt"} <= set(whole)
+    assert await list_objects("s3://manuals/nothing/", settings=_at(store), most=10) == []
+    assert os.environ.get("SSL_CERT_FILE") == before
+
+
+LISTINGS: list[tuple[str, str, dict[str, Any], type[TaskError], str]] = [
+    ("no bucket", "s3://nowhere/", {"s3_buckets": "nowhere"}, DocumentNotFound, "no such bucket"),
+    ("no bucket is listed", "s3://manuals/", {"s3_buckets": ""}, DocumentRefused, "name it in TASKS_S3_BUCKETS"),
+    ("above what may be read", "s3://manuals/", {"s3_buckets": "manuals/team-a"}, DocumentRefused, "may not read"),
+    ("wrong secret", "s3://manuals/", {"s3_secret_access_key": "x"}, SourceUnavailable, "403 SignatureDoesNotMatch"),
+    ("no account", "s3://manuals/", {"s3_access_key_id": None}, SourceUnavailable, "are not set"),
+    ("not trusted", "s3://manuals/", {"source_ca": None}, SourceUnavailable, "does not answer"),
+    ("nobody there", "s3://manuals/", {"s3_endpoint": "http://127.0.0.1:1"}, SourceUnavailable, "does not answer"),
+]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "changes", "error", "message"), [case[1:] for case in LISTINGS], ids=[case[0] for case in LISTINGS]
+)
+async def test_what_cannot_be_listed_has_a_reason(
+    store: ObjectStore, prefix: str, changes: dict[str, Any], error: type[TaskError], message: str
+) -> None:
+    with pytest.raises(error) as failure:
+        await list_objects(prefix, settings=_at(store, **changes), most=10)
+    assert type(failure.value) is error
+    assert message in failure.value.message
+    assert not any(secret in repr(failure.value) for secret in ("X-Amz", "secret-of", "<Error>"))
 
 
 async def test_the_account_is_that_of_the_settings_whatever_the_environment_says(
