@@ -20,7 +20,7 @@ single columns. This is safe:
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
@@ -60,6 +60,10 @@ _SEED: Final = 42
 _LOCK_SECONDS: Final = 10.0
 """How long both stores may take for a batch while the document is locked: a commit waits 15 seconds for it at most."""
 
+_PHRASE: Final = 3
+"""Words of a keyword in languages that have words apart."""
+_BREAK: Final = re.compile(r"[^\w\s'’-]+|\n")
+_WORD: Final = re.compile(r"[^\W_][\w'’-]*")
 _SENTENCE_END: Final = re.compile(r"[。！？；]|[.!?](?=\s|$)")
 _PROGRESS_SHARE: Final = 2
 """Every document is gone over twice: once to compare it with all others, once to write what has changed."""
@@ -79,6 +83,9 @@ class Enhancement:
 class Analyzer:
     """The libraries, loaded when they are needed: half a second and 60 MB."""
 
+    def __init__(self) -> None:
+        self._stops: dict[str, frozenset[str]] = {}
+
     def enhance(self, text: str, heading_path: str) -> Enhancement:
         """Return language, keywords and summary line of a chunk."""
         titles = heading_path.split("\n") if heading_path else []
@@ -94,7 +101,7 @@ class Analyzer:
         return str(language) if probability >= _SURE else by_script
 
     def _keywords(self, text: str, language: str) -> tuple[str, ...]:
-        found = self._chinese_words(text) if language == "zh" else self._phrases(text, language)
+        found = self._chinese_words(text) if language == "zh" else phrases(text, self._stop_words(language))
         plain = (" ".join(keyword.lower().split()) for keyword in found)
         fitting = (keyword for keyword in plain if 2 <= len(keyword) <= _KEYWORD_CHARACTERS and not keyword.isdigit())
         return tuple(dict.fromkeys(fitting))[:_KEYWORDS]
@@ -105,12 +112,13 @@ class Analyzer:
         counts = Counter(words)
         return sorted(counts, key=lambda word: (-counts[word], -len(word), words.index(word)))
 
-    def _phrases(self, text: str, language: str) -> list[str]:
-        """Return phrases of up to three words by TextRank."""
-        from rapid_textrank import BaseTextRank, TextRankConfig
+    def _stop_words(self, language: str) -> frozenset[str]:
+        if language not in self._stops:
+            import stopwordsiso
 
-        settings = TextRankConfig(max_phrase_length=3, language=language, top_n=2 * _KEYWORDS)
-        return [phrase.text for phrase in BaseTextRank(config=settings).extract_keywords(text).phrases]
+            known = stopwordsiso.has_lang(language)
+            self._stops[language] = frozenset(stopwordsiso.stopwords(language) if known else ())
+        return self._stops[language]
 
     @cached_property
     def _jieba(self) -> Any:
@@ -123,6 +131,27 @@ class Analyzer:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
         return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def phrases(text: str, stops: Collection[str]) -> list[str]:
+    """Return words and phrases of up to three, the best first: what stands between stop words and punctuation.
+
+    As in RAKE (Rose, Engel, Cramer and Cowley, 2010), with the sum of the frequencies of its words for a score, so that a
+    phrase of words that come again and again is before one of words that come once.
+    """
+    found: list[tuple[str, ...]] = []
+    for piece in _BREAK.split(text.lower()):
+        run: list[str] = []
+        for word in (*_WORD.findall(piece), ""):
+            if len(word) > 1 and word not in stops and not word.isdigit():
+                run.append(word)
+            else:
+                found += [tuple(run[start : start + _PHRASE]) for start in range(0, len(run), _PHRASE)]
+                run = []
+    counts = Counter(word for phrase in found for word in phrase)
+    again = [(word,) for word, count in counts.items() if count > 1]
+    scored = {phrase: sum(counts[word] for word in phrase) for phrase in (*found, *again)}
+    return [" ".join(phrase) for phrase in sorted(scored, key=lambda phrase: -scored[phrase])]
 
 
 def summary_line(text: str, titles: Sequence[str]) -> str:

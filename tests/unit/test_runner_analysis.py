@@ -2,7 +2,7 @@
 
 import pytest
 
-from job_runner.analysis import Analyzer, Duplicates, fingerprint, summary_line
+from job_runner.analysis import Analyzer, Duplicates, fingerprint, phrases, summary_line
 from job_runner.index import Row
 from task_contract.names import digest
 
@@ -50,6 +50,21 @@ def test_keywords(analyzer: Analyzer, text: str, some: set[str], none: set[str])
     assert not none & set(found)
     assert len(found) <= 8
     assert all(keyword == keyword.lower() and 2 <= len(keyword) <= 64 for keyword in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("the retry limit, the retry", ["retry limit", "retry"]),
+        ("one two three four five", ["one two three", "four five"]),
+        ("Full-text index\nof the owner's documents", ["full-text index", "owner's documents"]),
+        ("42 x 7th the", ["7th"]),
+        ("the", []),
+        ("", []),
+    ],
+)
+def test_phrases_stand_between_stop_words_and_punctuation(text: str, found: list[str]) -> None:
+    assert phrases(text, {"the", "of"}) == found
 
 
 def test_keywords_are_the_same_each_time(analyzer: Analyzer) -> None:

@@ -86,3 +86,8 @@ job_runner.parse_child.read(io.BytesIO(b"a"), kind=Kind.TEXT, name="a")
     assert "job_runner.readers.text" in found
     assert not {f"job_runner.readers.{name}" for name in ("docx", "xlsx", "html", "pdf", "mail")} & found
     assert not {"numpy", "pymilvus", "elasticsearch", "pandas"} & found
+
+
+def test_the_libraries_of_an_analysis_are_imported_by_an_analysis_alone() -> None:
+    found = imported("import job_runner.attempt, job_runner.analysis, job_runner.search_command")
+    assert not {"rjieba", "rensa", "py3langid", "stopwordsiso", "numpy", "pymilvus", "elasticsearch"} & found
