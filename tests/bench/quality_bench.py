@@ -49,7 +49,7 @@ def table(found: Mapping[str, _ByMode]) -> str:
 def _found(backend: str, urls: dict[str, str]) -> _ByMode:
     python = sys.executable if backend == "packaged" else str(TORCH.python())
     command = [python, "-m", "tests.bench.quality_run", backend]
-    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "crds"))
+    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "crds", "operator"))
     environment = os.environ | urls | {"PYTHONPATH": paths}
     ended = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if ended.returncode != 0:

@@ -231,11 +231,13 @@ async def test_readers_find_every_row_once_while_it_is_written(own: Lab) -> None
             assert seen[-1] == (len(hits), len(words)), "no row twice"
 
     reader = asyncio.create_task(read())
-    for _ in range(5):
-        assert await run_analysis(own) == 60
-        await forget(own)
-    stop.set()
-    await reader
+    try:
+        for _ in range(5):
+            assert await run_analysis(own) == 60
+            await forget(own)
+    finally:
+        stop.set()
+        await reader
     assert len(seen) > 5
     assert set(seen) == {(60, 60)}
 
