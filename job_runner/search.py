@@ -71,16 +71,17 @@ class Answers:
 
 
 def fuse(milvus: Sequence[Hit], elasticsearch: Sequence[Hit]) -> list[Fused]:
-    """Make one ranking of two; rows of equal score stand in the order of their ids, so that it is always the same."""
+    """Make one ranking of two. Of equal scores the better one by meaning is first: ids differ between knowledge bases."""
     by_meaning, by_words = _places(milvus), _places(elasticsearch)
-    rows = {hit.id: hit for hit in (*elasticsearch, *milvus)}
+    rows = {hit.id: hit for hit in (*milvus, *elasticsearch)}
 
     def fused(key: str) -> Fused:
         places = by_meaning.get(key), by_words.get(key)
         score = sum(1 / (K + place.rank) for place in places if place is not None)
         return Fused(rows[key].scored(score), *places)
 
-    return sorted(map(fused, rows), key=lambda one: (-one.hit.score, one.hit.id))
+    # The rows of Milvus in their order, then those that Elasticsearch alone has: sorting leaves equal ones as they stand.
+    return sorted(map(fused, rows), key=lambda one: -one.hit.score)
 
 
 def _places(hits: Sequence[Hit]) -> Mapping[str, Place]:

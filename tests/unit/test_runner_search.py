@@ -42,7 +42,7 @@ def ids(keys: Sequence[str]) -> list[Hit]:
         pytest.param("", "cba", "cba", id="the other one too"),
         pytest.param("abc", "cba", "acb", id="first and third beat two second places by a hair"),
         pytest.param("axb", "cxd", "xacbd", id="what both have comes before what one has first"),
-        pytest.param("ab", "ba", "ab", id="equal scores stand in the order of ids"),
+        pytest.param("ba", "ab", "ba", id="of equal scores the better one by meaning is first"),
     ],
 )
 def test_fusion(milvus: str, elasticsearch: str, fused: str) -> None:
@@ -64,7 +64,8 @@ def test_fusion_keeps_what_there_is_and_prefers_what_stands_higher_in_both(left:
     fused = fuse(left, right)
     order = [one.hit.id for one in fused]
     assert sorted(order) == sorted({one.id for one in (*left, *right)}), "each row once, none lost, none made up"
-    assert order == [one.hit.id for one in fuse(right, left)], "no store counts more than the other"
+    scores = [one.hit.score for one in fused]
+    assert scores == pytest.approx([one.hit.score for one in fuse(right, left)]), "no store counts more than the other"
     places = {one.hit.id: (one.milvus, one.elasticsearch) for one in fused}
 
     def rank(place: Place | None) -> float:
