@@ -150,20 +150,33 @@ async def test_a_rollback_brings_what_was_published_since(own: Lab) -> None:
 
 async def test_a_generation_that_finds_less_does_not_serve(own: Lab) -> None:
     await publish(own, "a.txt", 4)
-    (own.documents / "golden.jsonl").write_text(
-        "".join(
-            json.dumps({"question": f"a.txt sentence {number}", "documentId": own.document_id("a.txt"), "contains": "tence"})
-            + "\n"
-            for number in range(3)
-        )
-    )
+    lines = [
+        {"question": f"a.txt sentence {number}", "documentId": own.document_id("a.txt"), "contains": "." * 70}
+        for number in range(3)
+    ]
+    (own.documents / "golden.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (own.documents / "bad.jsonl").write_text('{"question": "x"}\n')
     bad = await failed(own, own.indexing(rebuildIndex=True, goldenPath="bad.jsonl"))
     assert bad.reason == "InvalidTask"
     assert bad.error is not None
     assert "goldenPath bad.jsonl: cannot read line 1" in bad.error.message
-    result = await succeeded(own, own.indexing(rebuildIndex=True, goldenPath="golden.jsonl"))
-    assert (result.recall_before, result.recall_after) == (1.0, 1.0)
+    # No chunk of the new size holds a piece that answers.
+    cut: dict[str, Any] = {"rebuildIndex": True, "goldenPath": "golden.jsonl", "chunkSize": 50, "chunkOverlap": 0}
+    less = await failed(own, own.indexing(**cut))
+    assert less.reason == "RecallDropped"
+    assert less.error is not None
+    assert "generation 1 answers 100.0%" in less.error.message
+    assert "the new one 0.0%" in less.error.message
+    assert await generations(own) == {1: "serving"}
+    assert await aliases(own) == (1, 1)
+    await swept(own)
+    stores = own.generation(2)
+    assert not await stores.vectors.exists()
+    assert not await stores.texts.exists()
+    await stores.aclose()
+    result = await succeeded(own, own.indexing(**cut, maxRecallDrop=100))
+    assert (result.generation, result.recall_before, result.recall_after) == (3, 1.0, 0.0)
+    assert await consistent(own, 3) == (1, 8)
 
 
 async def test_what_a_task_left_half_done_is_cleared_up(own: Lab) -> None:

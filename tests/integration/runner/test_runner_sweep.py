@@ -213,7 +213,7 @@ async def test_what_is_left_of_a_deleted_knowledge_base_goes_and_what_was_filled
 
 def _row(document: str = "late", version: int = 9) -> Row:
     known: dict[str, Any] = {name: "0" if column.type is str else 0 for name, column in Row.__dataclass_fields__.items()}
-    known["metadata"] = {}
+    known |= {"metadata": {}, "keywords": ()}
     return Row(**known | {"id": f"{document}-{version}", "document_id": document, "version": version})
 
 
