@@ -205,8 +205,8 @@ async def _rebuild_ledger(options: argparse.Namespace, loaded: "Settings") -> in
     from job_runner.embed import make_embedder
     from job_runner.index import Label
     from job_runner.ledger import Ledger
-    from job_runner.rebuild import rebuild
-    from job_runner.stores import labels, opener
+    from job_runner.rebuild import rebuild, serving
+    from job_runner.stores import labelled_opener, labels, opener
 
     if options.kb_id and not options.namespace:
         raise InvalidTask("cannot tell which knowledge base is meant: give --namespace with --kb-id")
@@ -222,7 +222,7 @@ async def _rebuild_ledger(options: argparse.Namespace, loaded: "Settings") -> in
     async with contextlib.AsyncExitStack() as stack:
         ledger = Ledger(loaded.postgres_url.get_secret_value())
         stack.push_async_callback(ledger.aclose)
-        for label in wanted:
+        for label in await serving(wanted, labelled_opener(loaded)):
             open_stores = opener(loaded, dimension=label.dimension, model_fingerprint=label.model_fingerprint)
             stores = open_stores(label.names)
             stack.push_async_callback(stores.aclose)

@@ -10,12 +10,12 @@ only given the numbers that it must not allot again.
 """
 
 import asyncio
-from collections.abc import AsyncIterable, Mapping
+from collections.abc import AsyncIterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from job_runner.index import Generation, Label, Stored
 from job_runner.ledger import Ledger, Published, RebuiltDocument
-from job_runner.stores import Stores
+from job_runner.stores import OpenLabelled, Stores
 
 _Key = tuple[str, int]
 """(document id, version)."""
@@ -123,3 +123,24 @@ async def rebuild(label: Label, *, ledger: Ledger, stores: Stores, dry_run: bool
     if not dry_run:
         entered = await ledger.restore(label, documents)
     return Rebuilt(documents=tuple(documents), entered=entered)
+
+
+async def serving(labels: Sequence[Label], open_labelled: OpenLabelled) -> list[Label]:
+    """Return of each knowledge base the generation that serves: that of the alias, of those that rebuilds have left.
+
+    Where no alias leads to any of them it is the youngest. Raises StoreUnavailable.
+    """
+    found: dict[tuple[str, str], Label] = {}
+    for label in sorted(labels, key=lambda one: one.generation):
+        key = label.namespace, label.kb_id
+        if key not in found or await _is_served(label, open_labelled) or not await _is_served(found[key], open_labelled):
+            found[key] = label
+    return list(found.values())
+
+
+async def _is_served(label: Label, open_labelled: OpenLabelled) -> bool:
+    stores = open_labelled(label)
+    try:
+        return await stores.texts.serves()
+    finally:
+        await stores.aclose()

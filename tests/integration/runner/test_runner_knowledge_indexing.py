@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from job_runner.consistency import verify
-from job_runner.index import Generation
+from job_runner.index import Generation, Label
 from job_runner.ledger import Ledger
-from job_runner.stores import opener
+from job_runner.rebuild import serving
+from job_runner.stores import labelled_opener, opener
 from job_runner.sweep import sweep
 from task_contract.lifecycle import ExitCode
 from task_contract.messages import AttemptOutcome
@@ -295,3 +296,15 @@ async def test_a_rebuild_with_an_analysis_writes_to_the_new_generation(own: Lab)
     # Rows are copied with what an analysis has written to them.
     again = await succeeded(own, own.indexing(rebuildIndex=True, enhancementType="semantic_analysis"))
     assert (again.generation, again.enhanced) == (3, 0)
+
+
+async def test_a_lost_ledger_is_restored_from_the_generation_that_serves(own: Lab) -> None:
+    await publish(own, "a.txt", 2)
+    await succeeded(own, own.indexing(rebuildIndex=True))
+    found = [Label(NAMESPACE, own.kb_id, number, "hash-1", 16) for number in (2, 1)]
+    open_labelled = labelled_opener(own.settings())
+    assert await serving(found, open_labelled) == found[:1]
+    old = own.generation(1)
+    await old.texts.serve()
+    await old.aclose()
+    assert await serving(found, open_labelled) == found[1:]
