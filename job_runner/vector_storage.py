@@ -341,7 +341,7 @@ class VectorStorage:
         if found.spec.get("type") != TaskType.EMBEDDING_GENERATION:
             raise InvalidTask(f"{what}: it is of type {found.spec.get('type')}; payload.fromTask takes embedding_generation")
         if not found.phase.finished:
-            raise TaskUnfinished(f"{what}: it is {found.phase}; it is looked at again with the next attempt")
+            raise TaskUnfinished(f"{what}: it is {found.phase}; this task waits for it")
         if found.phase is not Phase.COMPLETED:
             raise InvalidTask(f"{what}: it is {found.phase}; run it again under another name, and correct payload.fromTask")
         return found.uid, Payload.model_validate(found.spec.get("payload") or {})

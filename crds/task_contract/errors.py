@@ -22,14 +22,15 @@
     │   ├── AttemptTimeout
     │   ├── AttemptStalled        no progress for spec.stallTimeout
     │   ├── ParserCrashed         killed for memory or time, or a crash of the child process
-    │   ├── KnowledgeBaseBusy     another task rebuilds, repairs or analyzes it
     │   ├── StoresDisagree        read-back of the two stores did not find the expected chunks
     │   ├── DocumentChanged       the file was written to while it was read
-    │   ├── TaskUnfinished        the task whose vectors are to be stored has not ended yet
     │   └── Unhealthy             a health check found a component that does not work
-    ├── StoreUnavailable          not the task's fault: given back, not counted
-    │   └── SourceUnavailable     the server that has the document is down, or how to reach it is not configured
-    ├── HandedBack                SIGTERM: given back, not counted
+    ├── GivenBack                 not the task's fault: it waits, and nothing is counted
+    │   ├── StoreUnavailable
+    │   │   └── SourceUnavailable the server that has the document is down, or how to reach it is not configured
+    │   ├── KnowledgeBaseBusy     another task rebuilds, repairs or analyzes it
+    │   ├── TaskUnfinished        the task whose vectors are to be stored has not ended yet
+    │   └── HandedBack            SIGTERM
     └── Fenced                    canceled, or another pod holds the attempt: this one must not write
 
 Each class has a ``reason`` that is part of the API: it stands in conditions, in ``status.error`` and in metrics. A message
@@ -167,12 +168,6 @@ class ParserCrashed(RetryableError):
     reason = "ParserCrashed"
 
 
-class KnowledgeBaseBusy(RetryableError):
-    """Another task rebuilds, rolls back, repairs or analyzes the knowledge base: one at a time does."""
-
-    reason = "KnowledgeBaseBusy"
-
-
 class StoresDisagree(RetryableError):
     """After writing, a store did not hold exactly the expected chunk ids."""
 
@@ -185,20 +180,18 @@ class DocumentChanged(RetryableError):
     reason = "DocumentChanged"
 
 
-class TaskUnfinished(RetryableError):
-    """The task that ``payload.fromTask`` names is not Completed yet."""
-
-    reason = "TaskUnfinished"
-
-
 class Unhealthy(RetryableError):
     """A health check found a component that does not work; ``result.components`` says which."""
 
     reason = "Unhealthy"
 
 
-class StoreUnavailable(TaskError):
-    """PostgreSQL, Milvus or Elasticsearch cannot be reached; waiting, not counting, is the cure."""
+class GivenBack(TaskError):
+    """Waiting is the cure: the attempt is not counted, and the task looks again until its deadline."""
+
+
+class StoreUnavailable(GivenBack):
+    """PostgreSQL, Milvus or Elasticsearch cannot be reached."""
 
     reason = "StoreUnavailable"
 
@@ -209,7 +202,19 @@ class SourceUnavailable(StoreUnavailable):
     reason = "SourceUnavailable"
 
 
-class HandedBack(TaskError):
+class KnowledgeBaseBusy(GivenBack):
+    """Another task rebuilds, rolls back, repairs or analyzes the knowledge base: one at a time does."""
+
+    reason = "KnowledgeBaseBusy"
+
+
+class TaskUnfinished(GivenBack):
+    """The task that ``payload.fromTask`` names is not Completed yet."""
+
+    reason = "TaskUnfinished"
+
+
+class HandedBack(GivenBack):
     """The process was asked to stop and gives the attempt back."""
 
     reason = "HandedBack"

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from enum import IntEnum
 from typing import Final, Literal
 
-from task_contract.errors import ChunksLost, Fenced, HandedBack, StoresDisagree, StoreUnavailable, TaskError
+from task_contract.errors import ChunksLost, Fenced, GivenBack, HandedBack, StoresDisagree, TaskError
 from task_contract.models import Condition, Failure, Phase, Result, RetryPolicy
 
 ARROWS: Final[dict[Phase, frozenset[Phase]]] = {
@@ -38,7 +38,7 @@ def exit_code(error: TaskError) -> ExitCode:
     """Return the exit code that tells the operator what ``error`` means for the attempt."""
     if isinstance(error, HandedBack):
         return ExitCode.HANDED_BACK
-    if isinstance(error, StoreUnavailable):
+    if isinstance(error, GivenBack):
         return ExitCode.STORE_UNAVAILABLE
     if isinstance(error, Fenced):
         return ExitCode.FENCED

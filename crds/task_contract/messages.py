@@ -7,7 +7,7 @@ from typing import Annotated, Final
 
 from pydantic import Field, ValidationError
 
-from task_contract.errors import Fenced, HandedBack, StoreUnavailable, TaskError
+from task_contract.errors import Fenced, GivenBack, TaskError
 from task_contract.models import Failure, Model, Result, Stage, Timestamp
 
 TERMINATION_LIMIT: Final = 3072
@@ -69,7 +69,7 @@ class AttemptOutcome(Model):
     def of_error(cls, error: TaskError, *, attempt: int) -> "AttemptOutcome":
         """Return what an error means for the attempt. Long messages are cut to the bounds of the schema."""
         outcome = Outcome.FAILED
-        if isinstance(error, (StoreUnavailable, HandedBack)):
+        if isinstance(error, GivenBack):
             outcome = Outcome.GIVEN_BACK
         elif isinstance(error, Fenced):
             outcome = Outcome.FENCED

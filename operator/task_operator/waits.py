@@ -35,6 +35,8 @@ _WANTED: Final = frozenset(Limit) | {
     "HandedBack",
     "StoreUnavailable",
     "SourceUnavailable",
+    "KnowledgeBaseBusy",
+    "TaskUnfinished",
     "Evicted",
     "NodeLost",
 }

@@ -262,7 +262,7 @@ async def test_vectors_of_a_task_are_stored_with_its_texts(lab: Lab, output: str
     [
         (None, None, "InvalidTask", ExitCode.PERMANENT),
         ("embedding", "Failed", "InvalidTask", ExitCode.PERMANENT),
-        ("embedding", "Processing", "TaskUnfinished", ExitCode.RETRYABLE),
+        ("embedding", "Processing", "TaskUnfinished", ExitCode.STORE_UNAVAILABLE),
         ("embedding", "Completed", "DocumentNotFound", ExitCode.PERMANENT),
         ("storage", "Completed", "InvalidTask", ExitCode.PERMANENT),
     ],
