@@ -7,7 +7,7 @@ import uuid
 
 import pytest
 
-from job_runner import elasticsearch, ledger, milvus
+from job_runner import elasticsearch, milvus, postgres
 from task_contract.lifecycle import ExitCode
 from task_contract.messages import AttemptOutcome, Outcome, hung
 from task_contract.models import Stage
@@ -54,7 +54,7 @@ async def test_an_attempt_that_holds_the_interpreters_lock_ends_with_its_stacks_
 async def test_a_store_that_is_silent_for_longer_than_that_gives_the_attempt_back(
     lab: Lab, variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for store in (ledger, milvus, elasticsearch):
+    for store in (postgres, milvus, elasticsearch):
         monkeypatch.setattr(store, "TIMEOUT", 4.0)  # as the proportion is by default: a test is not to wait a minute
     lab.write(["one", "two"])
 
