@@ -68,7 +68,7 @@ async def test_a_document_is_found_by_meaning_and_other_models_are_kept_apart(la
         assert (code, json.loads(output)["reason"]) == (65, reason), output
     assert await lab.published("handbook.pdf") == 1
     code, _, errors = await call("search", *where, model="universal-sentence-encoder-multilingual-v3")
-    assert (code, "it was filled with model st-" in errors) == (65, True), errors
+    assert (code, "with the fingerprint st-" in errors, "TASKS_EMBEDDING_MODELS" in errors) == (65, True, True), errors
 
     # The other way round: a knowledge base that ONNX Runtime has filled is for neither of the other two.
     lab.take_own_knowledge_base()
