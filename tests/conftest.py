@@ -27,7 +27,14 @@ FIXTURES = {"cluster": ["cluster"], "node": ["cluster", "node"], "stores": ["sto
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of those folders, and all that need the node; of others the marker stands where they do."""
+    """Mark the tests of those folders, and all that need the node; of others the marker stands where they do.
+
+    The installation is removed by the last test that uses it, whatever the files are called.
+    """
+    installed = [place for place, item in enumerate(items) if item.path.is_relative_to(HERE / "e2e")]
+    if installed:
+        part = slice(installed[0], installed[-1] + 1)
+        items[part] = sorted(items[part], key=lambda item: item.path.name == "test_uninstall.py")
     for item in items:
         if item.path.relative_to(HERE).parts[0] in ALONE or item.get_closest_marker("e2e"):
             item.add_marker("alone")
