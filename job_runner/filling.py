@@ -28,7 +28,7 @@ import structlog
 
 from job_runner.embed import Embedder, batches, embedded
 from job_runner.generations import Differing, Filled, Lease
-from job_runner.index import Generation, Row, Stale
+from job_runner.index import Generation, Row, Stale, rows_of_chunks
 from job_runner.ledger import Ledger
 from job_runner.made import Made, rehashed, with_model
 from job_runner.reassembly import reassembled
@@ -37,7 +37,6 @@ from job_runner.stores import Stores
 from job_runner.watchdog import beat
 from task_contract.errors import StoresDisagree
 from task_contract.models import ProcessingMode
-from task_contract.names import digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +49,7 @@ else:
 GROUP: Final = 512
 """Rows that are embedded and written together: 16 MB of the longest texts."""
 _DOCUMENTS: Final = 200
-"""Documents of a group at most, and of one question about what differs."""
+"""Documents of a group at most."""
 _AHEAD: Final = 4
 """Parts of 256 rows that are read ahead."""
 
@@ -270,31 +269,18 @@ class Filling:
         for chunk in split(document, settings, embed=partial(embedded, embedder=self._embedder)):
             beat()
             chunks.append(chunk)
-        content_hash = self._rehashed(first, made.text)
-        return [
-            Row(
-                id=self._target.generation.chunk_id(first.document_id, first.version, chunk.ordinal),
-                document_id=first.document_id,
-                version=first.version,
-                ordinal=chunk.ordinal,
-                text=chunk.text,
-                text_hash=digest(chunk.text),
-                page_start=chunk.page_start if document.paged else 0,
-                page_end=chunk.page_end if document.paged else 0,
-                heading_path="\n".join(chunk.heading_path),
-                char_start=chunk.start,
-                char_end=chunk.end,
-                language=chunk.language,
-                metadata=first.metadata,
-                source_sha256=first.source_sha256,
-                content_hash=content_hash,
-                task_uid=first.task_uid,
-                chunk_count=len(chunks),
-                tokens=chunk.tokens,
-                pipeline=made.text,
-            )
-            for chunk in chunks
-        ]
+        return rows_of_chunks(
+            chunks,
+            generation=self._target.generation,
+            document_id=first.document_id,
+            version=first.version,
+            paged=document.paged,
+            metadata=first.metadata,
+            source_sha256=first.source_sha256,
+            content_hash=self._rehashed(first, made.text),
+            task_uid=first.task_uid,
+            pipeline=made.text,
+        )
 
     def _with_model(self, rows: Sequence[Row]) -> list[Row]:
         """Return rows with what another model changes beside the vectors."""

@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from job_runner.document import Chunk
 from task_contract.errors import InvalidTask
-from task_contract.names import chunk_id, generation_name, knowledge_base_name
+from task_contract.names import chunk_id, digest, generation_name, knowledge_base_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,6 +118,46 @@ class Row:
         """Build a row from the columns of a store's answer; one that the collection lacks has its value of ADDED."""
         found = {name: columns.get(name, ADDED.get(name)) for name in FIELDS}
         return cls(id=id, **{**found, "keywords": tuple(found["keywords"])})
+
+
+def rows_of_chunks(
+    chunks: Sequence[Chunk],
+    *,
+    generation: Generation,
+    document_id: str,
+    version: int,
+    paged: bool,
+    metadata: Mapping[str, str],
+    source_sha256: str,
+    content_hash: str,
+    task_uid: str,
+    pipeline: str,
+) -> list[Row]:
+    """Return the rows of all chunks of a version, in their order; ``paged``: whether page numbers mean anything."""
+    return [
+        Row(
+            id=generation.chunk_id(document_id, version, chunk.ordinal),
+            document_id=document_id,
+            version=version,
+            ordinal=chunk.ordinal,
+            text=chunk.text,
+            text_hash=digest(chunk.text),
+            page_start=chunk.page_start if paged else 0,
+            page_end=chunk.page_end if paged else 0,
+            heading_path="\n".join(chunk.heading_path),
+            char_start=chunk.start,
+            char_end=chunk.end,
+            language=chunk.language,
+            metadata=metadata,
+            source_sha256=source_sha256,
+            content_hash=content_hash,
+            task_uid=task_uid,
+            chunk_count=len(chunks),
+            tokens=chunk.tokens,
+            pipeline=pipeline,
+        )
+        for chunk in chunks
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import structlog
 from job_runner.document import Chunk, ParsedDocument, language_of_most
 from job_runner.embed import Embedder, batches, embedded
 from job_runner.fetch import Source, inspected, open_document
-from job_runner.index import Row, check_metadata
+from job_runner.index import Row, check_metadata, rows_of_chunks
 from job_runner.ledger import Claim, Intent
 from job_runner.made import Made
 from job_runner.parse import parse, parser_limits
@@ -30,7 +30,6 @@ from job_runner.watchdog import beat
 from job_runner.work import Done, Work
 from task_contract.errors import DocumentRefused, InvalidTask
 from task_contract.models import ProcessingMode, Stage
-from task_contract.names import digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,7 +110,7 @@ class DocumentPipeline:
             async def write(intent: Intent, stores: Stores) -> Written:
                 nonlocal read
                 read = read or await self._read(source)
-                rows = [self._row(chunk, intent, read, source) for chunk in read.chunks]
+                rows = self._rows(intent, read, source)
                 embedded = await self._write(intent, rows, stores)
                 return Written(chunks=len(rows), embedded=embedded, facts=_facts(read))
 
@@ -159,27 +158,17 @@ class DocumentPipeline:
 
     # ------------------------------------------------------------------------------------------------------- writing
 
-    def _row(self, chunk: Chunk, intent: Intent, read: _Read, source: Source) -> Row:
-        document = read.document
-        return Row(
-            id=generation_of(intent).chunk_id(self._document_id, intent.version, chunk.ordinal),
+    def _rows(self, intent: Intent, read: _Read, source: Source) -> list[Row]:
+        return rows_of_chunks(
+            read.chunks,
+            generation=generation_of(intent),
             document_id=self._document_id,
             version=intent.version,
-            ordinal=chunk.ordinal,
-            text=chunk.text,
-            text_hash=digest(chunk.text),
-            page_start=chunk.page_start if document.paged else 0,
-            page_end=chunk.page_end if document.paged else 0,
-            heading_path="\n".join(chunk.heading_path),
-            char_start=chunk.start,
-            char_end=chunk.end,
-            language=chunk.language,
+            paged=read.document.paged,
             metadata=self._payload.metadata or {},
             source_sha256=source.sha256,
             content_hash=intent.claim.content_hash,
             task_uid=str(self._uid),
-            chunk_count=len(read.chunks),
-            tokens=chunk.tokens,
             pipeline=self._made(source).text,
         )
 
