@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Final
+from typing import Any, Final
 
 import structlog
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -35,7 +35,7 @@ from job_runner.progress import Progress
 from job_runner.settings import Settings
 from job_runner.watchdog import beat
 from job_runner.work import Done, Work
-from task_contract.batches import MOST_DOCUMENTS, read_shards, shard_count
+from task_contract.batches import COUNTS, MOST_DOCUMENTS, read_shards, shard_count
 from task_contract.errors import (
     DocumentNotFound,
     DocumentUnreadable,
@@ -302,16 +302,10 @@ class _Table:
                 *values,
             )
 
-    async def counts(self) -> Mapping[str, int]:
-        """Return how many documents have ended, how many of these have failed, and what the others hold."""
+    async def counts(self) -> Mapping[str, Any]:
+        """Return what has become of the documents, as :data:`task_contract.batches.COUNTS` has it."""
         async with self._ledger.connection("count the documents") as connection:
-            row: Mapping[str, int] = await connection.fetchrow(
-                "SELECT count(*) AS total, count(*) FILTER (WHERE state <> 'pending') AS ended, "
-                "count(*) FILTER (WHERE state = 'failed') AS failed, "
-                "count(*) FILTER (WHERE state = 'done' AND reason NOT IN ('Superseded', 'Duplicate')) AS published, "
-                "coalesce(sum(chunks), 0) AS chunks FROM batch_documents WHERE task_uid = $1",
-                self._uid,
-            )
+            row: Mapping[str, Any] = await connection.fetchrow(COUNTS, self._uid)
             return row
 
 
@@ -411,7 +405,7 @@ class Batch:
 
     async def _count(self) -> Mapping[str, int]:
         counts = await self._table.counts()
-        self._progress.count(counts["ended"], counts["total"])
+        self._progress.count(counts["total"] - counts["pending"], counts["total"])
         return counts
 
 

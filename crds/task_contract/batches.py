@@ -16,6 +16,15 @@ DOCUMENTS_A_SHARD: Final = 50
 """Of a list in the payload: a pod that is lost takes up to so many documents with it into the next attempt."""
 SHARDS_A_POD: Final = 2
 """Of a folder or a manifest, whose documents nobody has counted: who is early takes another shard, and few are empty."""
+COUNTS: Final = (
+    "SELECT count(*) AS total, count(*) FILTER (WHERE state = 'pending') AS pending, "
+    "count(*) FILTER (WHERE state = 'failed') AS failed, "
+    "count(*) FILTER (WHERE state = 'done' AND reason NOT IN ('Superseded', 'Duplicate')) AS published, "
+    "coalesce(sum(chunks), 0) AS chunks, coalesce(sum(embedded), 0) AS embedded, coalesce(sum(reused), 0) AS reused, "
+    "coalesce(array_agg(DISTINCT shard ORDER BY shard) FILTER (WHERE state = 'pending'), '{}') AS shards "
+    "FROM batch_documents WHERE task_uid = $1"
+)
+"""What has become of the documents of task $1; shards: those with documents that have not ended, in ascending order."""
 MOST_DOCUMENTS: Final = 10_000
 """Documents of a batch: all are counted after each one, for the progress."""
 

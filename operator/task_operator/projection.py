@@ -27,6 +27,7 @@ import orjson
 import structlog
 from pydantic import ValidationError
 
+from task_contract.batches import COUNTS
 from task_contract.callbacks import CALLBACKS_CHANNEL, callback_body, callback_id, fill_url, host_of
 from task_contract.location import check_callback_url
 from task_contract.messages import AttemptOutcome
@@ -225,14 +226,6 @@ _SWEPT: Final = (
 )
 
 
-_BATCH: Final = (
-    "SELECT count(*) AS total, count(*) FILTER (WHERE state = 'pending') AS pending, "
-    "count(*) FILTER (WHERE state = 'failed') AS failed, "
-    "count(*) FILTER (WHERE state = 'done' AND reason NOT IN ('Superseded', 'Duplicate')) AS published, "
-    "coalesce(sum(chunks), 0) AS chunks, coalesce(sum(embedded), 0) AS embedded, coalesce(sum(reused), 0) AS reused, "
-    "coalesce(array_agg(DISTINCT shard ORDER BY shard) FILTER (WHERE state = 'pending'), '{}') AS shards "
-    "FROM batch_documents WHERE task_uid = $1"
-)
 _FAILURES: Final = (
     "SELECT reason, count(*) AS documents, (array_agg(file_path ORDER BY ordinal))[1] AS path, "
     "(array_agg(message ORDER BY ordinal))[1] AS message FROM batch_documents WHERE task_uid = $1 AND state = 'failed' "
@@ -748,7 +741,7 @@ async def _bar(connection: "asyncpg.Connection[asyncpg.Record]", uid: str, reaso
 
 
 async def _batch(connection: "asyncpg.Connection[asyncpg.Record]", uid: str) -> Batch:
-    row = await connection.fetchrow(_BATCH, uid)
+    row = await connection.fetchrow(COUNTS, uid)
     if row is None or not row["total"]:
         return Batch()
     reasons = await connection.fetch(_FAILURES, uid)
