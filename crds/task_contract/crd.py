@@ -56,9 +56,10 @@ _MUTABLE: Final = frozenset({"cancel", "suspend", "priority", "ttlSecondsAfterFi
 Rule = dict[str, str]
 
 
-def _rule(rule: str, message: str, *, field: str | None = None, reason: str = "FieldValueInvalid") -> Rule:
+def rule(expression: str, message: str, *, field: str | None = None, reason: str = "FieldValueInvalid") -> Rule:
+    """Return a rule of a schema: an expression in CEL, and what a violation is answered with."""
     where = {} if field is None else {"fieldPath": field}
-    return {"rule": rule, "message": message, "reason": reason, **where}
+    return {"rule": expression, "message": message, "reason": reason, **where}
 
 
 def _exactly_one(*fields: str) -> str:
@@ -67,13 +68,13 @@ def _exactly_one(*fields: str) -> str:
 
 def _type_rules() -> list[Rule]:
     rules = [
-        _rule(
+        rule(
             "self.type in ['health_check', 'embedding_generation'] || has(self.kbId)",
             "spec.kbId: required: name the knowledge base",
             field=".kbId",
             reason="FieldValueRequired",
         ),
-        _rule(
+        rule(
             "self.type != 'document_processing' || (has(self.payload) && (has(self.payload.filePath)"
             " || has(self.payload.action) && self.payload.action != 'upsert'))",
             "spec.payload.filePath: required for document_processing: give a path below the document volume or a URL",
@@ -81,7 +82,7 @@ def _type_rules() -> list[Rule]:
             reason="FieldValueRequired",
         ),
         *(
-            _rule(
+            rule(
                 f"self.type != '{kind}' || (has(self.payload) && {_exactly_one(*fields)})",
                 f"spec.payload: {kind} takes exactly one of {', '.join(fields)}",
                 field=".payload",
@@ -89,7 +90,7 @@ def _type_rules() -> list[Rule]:
             )
             for kind, fields in _INPUTS.items()
         ),
-        _rule(
+        rule(
             "self.type != 'knowledge_indexing' || has(self.payload) && (has(self.payload.action)"
             " && self.payload.action != 'index' || has(self.payload.rebuildIndex) && self.payload.rebuildIndex"
             " || has(self.payload.enhancementType) && self.payload.enhancementType != 'none')",
@@ -98,7 +99,7 @@ def _type_rules() -> list[Rule]:
             reason="FieldValueRequired",
         ),
         *(
-            _rule(
+            rule(
                 f"self.type != '{kind}' || !has(self.payload) || !has(self.payload.action)"
                 f" || self.payload.action in {[str(action) for action in actions]}",
                 f"spec.payload.action: {kind} has {', '.join(actions)}",
@@ -106,18 +107,18 @@ def _type_rules() -> list[Rule]:
             )
             for kind, actions in _ACTIONS.items()
         ),
-        _rule(
+        rule(
             "!has(self.payload) || !has(self.payload.action) || !(self.payload.action in ['delete_knowledge_base', 'purge'])"
             " || has(self.kbId) && has(self.payload.confirm) && self.payload.confirm == self.kbId",
             "spec.payload.confirm: this action removes every document: give the kbId once more to confirm it",
             field=".payload",
         ),
-        _rule(
-            "self.executor != 'pool'",
-            "spec.executor: pool is not available in this version; use auto or job",
+        rule(
+            "self.executor != 'pool' || self.type != 'batch_processing'",
+            "spec.executor: batch_processing has Jobs of its own; use auto or job",
             field=".executor",
         ),
-        _rule(
+        rule(
             f"!has(self.callback) || self.callback.url.matches(r'{CALLBACK_PATTERN}')",
             f"spec.callback.url: {CALLBACK_MESSAGE}",
             field=".callback",
@@ -128,7 +129,7 @@ def _type_rules() -> list[Rule]:
         types = [kind for kind, fitting in PAYLOAD_FIELDS.items() if field in fitting]
         fits = f"self.type in {[str(kind) for kind in types]}"
         rules.append(
-            _rule(
+            rule(
                 f"!has(self.payload) || !has(self.payload.{field}) || {fits}",
                 f"spec.payload.{field}: only for type {', '.join(types)}; leave it out",
                 field=".payload",
@@ -141,7 +142,7 @@ def _type_rules() -> list[Rule]:
 def _duration_rules() -> list[Rule]:
     def between(field: str, low: str, high: str, *, optional: bool) -> Rule:
         guard = f"!has(self.{field}) || " if optional else ""
-        return _rule(
+        return rule(
             f"{guard}(duration(self.{field}) >= duration('{low}') && duration(self.{field}) <= duration('{high}'))",
             f"spec.{field}: must be between {low} and {high}",
             field=f".{field}",
@@ -153,7 +154,7 @@ def _duration_rules() -> list[Rule]:
         between("deadline", "1s", "8760h", optional=True),
         between("retry.initialDelay", "0s", "24h", optional=False),
         between("retry.maxDelay", "0s", "24h", optional=False),
-        _rule(
+        rule(
             "duration(self.retry.initialDelay) <= duration(self.retry.maxDelay)",
             "spec.retry.initialDelay: must not be longer than spec.retry.maxDelay",
             field=".retry",
@@ -169,13 +170,13 @@ def _immutable_rules(spec: Schema) -> list[Rule]:
         always = field in spec.get("required", ()) or "default" in schema
         same = f"self.{field} == oldSelf.{field}"
         rules.append(
-            _rule(
+            rule(
                 same if always else f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || {same})",
                 f"spec.{field}: immutable; create a new task",
                 field=f".{field}",
             )
         )
-    rules.append(_rule("!oldSelf.cancel || self.cancel", "spec.cancel: one way; create a new task", field=".cancel"))
+    rules.append(rule("!oldSelf.cancel || self.cancel", "spec.cancel: one way; create a new task", field=".cancel"))
     return rules
 
 
@@ -189,16 +190,16 @@ def _document_rules(field: str) -> list[Rule]:
     """Return the rules of one field that names a document."""
     absent, value = f"!has(self.{field})", f"self.{field}"
     return [
-        _rule(f"{absent} || {rule}", f"spec.payload.{field}: {message}", field=f".{field}")
-        for rule, message in _of_document(value, climbs=f"{value}.split('/').exists(part, part == '..')")
+        rule(f"{absent} || {test}", f"spec.payload.{field}: {message}", field=f".{field}")
+        for test, message in _of_document(value, climbs=f"{value}.split('/').exists(part, part == '..')")
     ]
 
 
 def _all_documents(field: str) -> list[Rule]:
     """Return the same for a field that lists documents."""
     return [
-        _rule(f"!has(self.{field}) || self.{field}.all(one, {rule})", f"spec.payload.{field}: {message}", field=f".{field}")
-        for rule, message in _of_document("one", climbs="one.matches('(^|/)[.][.](/|$)')")  # split costs too much in a list
+        rule(f"!has(self.{field}) || self.{field}.all(one, {test})", f"spec.payload.{field}: {message}", field=f".{field}")
+        for test, message in _of_document("one", climbs="one.matches('(^|/)[.][.](/|$)')")  # split costs too much in a list
     ]
 
 
@@ -218,83 +219,83 @@ def _of_document(value: str, *, climbs: str) -> list[tuple[str, str]]:
 
 
 _PAYLOAD_RULES: Final = [
-    _rule(
+    rule(
         "!has(self.action) || self.action != 'delete' || has(self.filePath) || has(self.documentId)",
         "spec.payload.documentId: delete needs it, or the filePath under which the document was processed",
         field=".action",
         reason="FieldValueRequired",
     ),
-    _rule(
+    rule(
         "!has(self.action) || self.action != 'delete_knowledge_base' || !(has(self.filePath) || has(self.documentId))",
         "spec.payload.action: delete_knowledge_base removes all documents; delete is for the one that a field names",
         field=".action",
     ),
-    _rule(
+    rule(
         "!has(self.action) || !(self.action in ['delete', 'delete_knowledge_base'])"
         f" || !({' || '.join(f'has(self.{name})' for name in _UPSERT_ONLY)})",
         f"spec.payload.action: only upsert takes {', '.join(_UPSERT_ONLY)}; leave them out",
         field=".action",
         reason="FieldValueForbidden",
     ),
-    _rule(
+    rule(
         "!has(self.confirm) || has(self.action) && self.action in ['delete_knowledge_base', 'purge']",
         "spec.payload.confirm: only for actions delete_knowledge_base and purge; leave it out",
         field=".confirm",
         reason="FieldValueForbidden",
     ),
-    *(rule for field in ("filePath", "manifestPath", "goldenPath", "inputPath") for rule in _document_rules(field)),
+    *(one for field in ("filePath", "manifestPath", "goldenPath", "inputPath") for one in _document_rules(field)),
     *_all_documents("filePaths"),
-    _rule(
+    rule(
         f"!has(self.prefix) || (self.prefix.contains('://') ? self.prefix.matches(r'{S3_PREFIX_PATTERN}')"
         f" : (!self.prefix.startsWith('/') || (self.prefix + '/').startsWith('{DOCUMENT_ROOT}/'))"
         " && !self.prefix.split('/').exists(part, part == '..'))",
         f"spec.payload.prefix: {PREFIX_MESSAGE}; an absolute path lies below {DOCUMENT_ROOT}/",
         field=".prefix",
     ),
-    _rule(
+    rule(
         "!has(self.glob) || has(self.prefix)",
         "spec.payload.glob: only with prefix; leave it out",
         field=".glob",
         reason="FieldValueForbidden",
     ),
-    _rule(
+    rule(
         f"!has(self.outputPath) || self.outputPath.matches(r'{OUTPUT_PATTERN}')",
         f"spec.payload.outputPath: {OUTPUT_MESSAGE}",
         field=".outputPath",
     ),
     *(
-        _rule(
+        rule(
             f"!has(self.{field}) || self.{field}.map(one, bytes(one).size()).sum() <= {INLINE_BYTES}",
             f"spec.payload.{field}: at most {INLINE_BYTES} bytes in all; {remedy}",
             field=f".{field}",
         )
         for field, remedy in (("filePaths", "use prefix or manifestPath"), ("texts", "use inputPath"))
     ),
-    _rule(
+    rule(
         "!has(self.action) || !(self.action in ['rollback', 'repair', 'purge'])"
         f" || !({' || '.join(f'has(self.{name})' for name in _INDEX_ONLY)})",
         f"spec.payload.action: only index takes {', '.join(_INDEX_ONLY)}; leave them out",
         field=".action",
         reason="FieldValueForbidden",
     ),
-    _rule(
+    rule(
         f"(has(self.rebuildIndex) && self.rebuildIndex) || !({' || '.join(f'has(self.{name})' for name in _REBUILD_ONLY)})",
         f"spec.payload.rebuildIndex: only a rebuild takes {', '.join(_REBUILD_ONLY)}; leave them out",
         field=".rebuildIndex",
         reason="FieldValueForbidden",
     ),
-    _rule(
+    rule(
         "!has(self.chunkOverlap) || self.chunkOverlap < (has(self.chunkSize) ? self.chunkSize : 1000)",
         "spec.payload.chunkOverlap: must be smaller than chunkSize (default 1000)",
         field=".chunkOverlap",
     ),
     # With the bound of a key and of a value alone a map could have 35,000 characters, over the 64 KiB of a spec in Chinese.
-    _rule(
+    rule(
         "!has(self.metadata) || self.metadata.map(key, key.size() + self.metadata[key].size()).sum() <= 12000",
         "spec.payload.metadata: at most 12000 characters in all; store large texts beside the document",
         field=".metadata",
     ),
-    _rule(
+    rule(
         "!has(self.components) || self.components.all(one, self.components.exists_one(other, other == one))",
         "spec.payload.components: name each component once",
         field=".components",
@@ -331,9 +332,22 @@ def _status_schema() -> Schema:
     return status
 
 
-def _column(name: str, path: str, *, kind: str = "string", wide: bool = False, description: str = "") -> dict[str, Any]:
-    column: dict[str, Any] = {"name": name, "type": kind, "jsonPath": path, "priority": 1 if wide else 0}
-    return column | ({"description": description} if description else {})
+def column(name: str, path: str, *, kind: str = "string", wide: bool = False, description: str = "") -> dict[str, Any]:
+    """Return a printer column; wide ones are shown by ``kubectl get -o wide``."""
+    shown: dict[str, Any] = {"name": name, "type": kind, "jsonPath": path, "priority": 1 if wide else 0}
+    return shown | ({"description": description} if description else {})
+
+
+def metadata_of(plural: str) -> dict[str, Any]:
+    """Return the metadata of a CRD of ours."""
+    return {
+        "name": f"{plural}.{GROUP}",
+        "labels": {
+            "app.kubernetes.io/name": "processing-tasks",
+            "app.kubernetes.io/component": "api",
+            "app.kubernetes.io/part-of": PART_OF,
+        },
+    }
 
 
 def custom_resource_definition() -> dict[str, Any]:
@@ -341,14 +355,7 @@ def custom_resource_definition() -> dict[str, Any]:
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {
-            "name": f"{PLURAL}.{GROUP}",
-            "labels": {
-                "app.kubernetes.io/name": "processing-tasks",
-                "app.kubernetes.io/component": "api",
-                "app.kubernetes.io/part-of": PART_OF,
-            },
-        },
+        "metadata": metadata_of(PLURAL),
         "spec": {
             "group": GROUP,
             "scope": "Namespaced",
@@ -370,19 +377,19 @@ def custom_resource_definition() -> dict[str, Any]:
                         {"jsonPath": path} for path in (".spec.type", ".spec.kbId", ".spec.priority", ".status.phase")
                     ],
                     "additionalPrinterColumns": [
-                        _column("Type", ".spec.type"),
-                        _column("KB", ".spec.kbId", description="Knowledge base"),
-                        _column("Priority", ".spec.priority"),
-                        _column("Phase", ".status.phase"),
-                        _column("Stage", ".status.stage"),
-                        _column("Progress", ".status.progress", kind="integer", description="Percent of the attempt"),
-                        _column("Attempt", ".status.attempt", kind="integer"),
-                        _column("Waiting", ".status.queue.reason", description="Why it does not run"),
-                        _column("Age", ".metadata.creationTimestamp", kind="date"),
-                        _column("Position", ".status.queue.position", kind="integer", wide=True, description="In line"),
-                        _column("Chunks", ".status.result.chunks", kind="integer", wide=True),
-                        _column("Reason", '.status.conditions[?(@.type=="Ready")].reason', wide=True),
-                        _column("Job", ".status.job", wide=True),
+                        column("Type", ".spec.type"),
+                        column("KB", ".spec.kbId", description="Knowledge base"),
+                        column("Priority", ".spec.priority"),
+                        column("Phase", ".status.phase"),
+                        column("Stage", ".status.stage"),
+                        column("Progress", ".status.progress", kind="integer", description="Percent of the attempt"),
+                        column("Attempt", ".status.attempt", kind="integer"),
+                        column("Waiting", ".status.queue.reason", description="Why it does not run"),
+                        column("Age", ".metadata.creationTimestamp", kind="date"),
+                        column("Position", ".status.queue.position", kind="integer", wide=True, description="In line"),
+                        column("Chunks", ".status.result.chunks", kind="integer", wide=True),
+                        column("Reason", '.status.conditions[?(@.type=="Ready")].reason', wide=True),
+                        column("Job", ".status.job", wide=True),
                     ],
                     "schema": {
                         "openAPIV3Schema": {
@@ -397,7 +404,7 @@ def custom_resource_definition() -> dict[str, Any]:
                                 "status": _status_schema(),
                             },
                             "x-kubernetes-validations": [
-                                _rule(
+                                rule(
                                     "self.spec.priority == oldSelf.spec.priority || oldSelf.status.phase == 'Queued'",
                                     "spec.priority: can be changed only while the task is Queued",
                                     field=".spec.priority",

@@ -124,6 +124,8 @@ Timestamp = Annotated[
     datetime, PlainSerializer(lambda at: at.strftime("%Y-%m-%dT%H:%M:%SZ"), return_type=str, when_used="json")
 ]
 Text = Annotated[str, Field(max_length=1024)]
+Resource = Annotated[str, Field(max_length=32, pattern=r"^[0-9]+([.][0-9]+)?(m|[kMGTPE]i?)?$")]
+"""A quantity of CPU or memory, such as ``250m`` or ``2Gi``."""
 
 
 class Model(BaseModel):

@@ -14,6 +14,9 @@ API_VERSION: Final = f"{GROUP}/{VERSION}"
 KIND: Final = "ProcessingTask"
 PLURAL: Final = "processingtasks"
 SHORT_NAME: Final = "ptask"
+POOL_KIND: Final = "WorkerPool"
+POOL_PLURAL: Final = "workerpools"
+POOL_SHORT_NAME: Final = "wpool"
 
 PART_OF: Final = "processing-tasks"
 """Value of the label ``app.kubernetes.io/part-of`` on everything that the product makes."""
@@ -25,6 +28,10 @@ TASK_UID_LABEL: Final = f"{GROUP}/task-uid"
 ATTEMPT_LABEL: Final = f"{GROUP}/attempt"
 TYPE_LABEL: Final = f"{GROUP}/type"
 RESOURCE_CLASS_LABEL: Final = f"{GROUP}/resource-class"
+POOL_LABEL: Final = f"{GROUP}/pool"
+"""On the Job and the pod of a worker: the name of its pool."""
+SLOT_LABEL: Final = f"{GROUP}/slot"
+REVISION_LABEL: Final = f"{GROUP}/revision"
 TASK_NAME_ANNOTATION: Final = f"{GROUP}/task-name"
 """An annotation, not a label: task names may have 253 characters, label values 63."""
 TASK_ANNOTATION: Final = f"{GROUP}/task"
@@ -75,6 +82,17 @@ def job_name(*, task_name: str, task_uid: str, attempt: int) -> str:
     suffix = f"-{digest(task_uid, length=8)}-{attempt}"
     prefix = re.sub(r"[^a-z0-9-]", "-", task_name.lower())[: _NAME_LIMIT - len(suffix)].strip("-")
     return f"{prefix or 'task'}{suffix}"
+
+
+def worker_job_name(*, pool_name: str, pool_uid: str, slot: int, revision: str, number: int) -> str:
+    """Return the name of the Job of a worker: ``number`` counts those that the slot has had with this revision.
+
+    >>> worker_job_name(pool_name="texts", pool_uid="0d9f8a52-1b1c-4c7e-9d53-0d5a0a4bd1a7", slot=3, revision="5f", number=1)
+    'texts-1a667239-3-5f-1'
+    """
+    suffix = f"-{digest(pool_uid, length=8)}-{slot}-{revision}-{number}"
+    prefix = re.sub(r"[^a-z0-9-]", "-", pool_name.lower())[: _NAME_LIMIT - len(suffix)].strip("-")
+    return f"{prefix or 'pool'}{suffix}"
 
 
 def knowledge_base_name(*, namespace: str, kb_id: str) -> str:

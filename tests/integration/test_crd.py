@@ -209,7 +209,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("stall timeout of a second", spec(stallTimeout="1s"), "spec.stallTimeout: must be between 10s and 168h"),
     ("stall timeout of a month", spec(stallTimeout="720h"), "spec.stallTimeout: must be between 10s and 168h"),
     ("deadline of zero", spec(deadline="0s"), "spec.deadline: must be between 1s and 8760h"),
-    ("executor pool", spec(executor="pool"), "spec.executor: pool is not available"),
+    (
+        "batch in a pool",
+        spec(type="batch_processing", executor="pool", payload={"prefix": "a"}),
+        "spec.executor: batch_processing has Jobs of its own",
+    ),
     ("unknown executor", spec(executor="cloud"), "spec.executor: Unsupported value"),
     ("callback without scheme", spec(callback={"url": "a/b"}), "spec.callback.url"),
     ("callback of another scheme", spec(callback={"url": "ftp://a/b"}), "spec.callback.url"),
