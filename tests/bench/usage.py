@@ -53,7 +53,8 @@ def used_by(
         output.seek(0)
         errors.seek(0)
         if process.returncode != 0:
-            raise DevstackError(f"cannot measure {' '.join(map(str, command[-4:]))}:\n{errors.read()[-3000:]}")
+            said = errors.read()[-3000:] + output.read()[-1000:]
+            raise DevstackError(f"cannot measure {' '.join(map(str, command[-4:]))}:\n{said}")
         return Used(output=output.read(), wall=wall, cpu=usage.ru_utime + usage.ru_stime, memory=max(most))
 
 
