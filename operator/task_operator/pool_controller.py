@@ -23,6 +23,11 @@ class PoolController:
     def on_worker_job(self, kind: str, manifest: Mapping[str, Any]) -> None:
         """Take an event of the watch on Jobs; those that are no worker's are ignored."""
 
+    @property
+    def synced(self) -> bool:
+        """Whether all pools have been listed once: before that nobody can say of a task that no pool serves it."""
+        return True
+
     def pools(self) -> Sequence[Pool]:
         """Return the pools of all namespaces, also those on their way out."""
         return ()
