@@ -4,6 +4,10 @@ A task holds a *place* from the moment its Job is to be made until that Job has 
 namespace, of a knowledge base, of a type. Who gets none waits; a place that becomes free goes to the first in line whom
 every limit allows, so a knowledge base at its limit holds up nobody but itself.
 
+A task for a worker pool needs no Job, and its place is one in the pool's window: so many tasks of a priority as may be
+offered to the workers at once. It does not count in all, since the size of a pool is its own, but like any other of its
+namespace, knowledge base and type. A window may grow and shrink at any time.
+
 The line is in the order of creation, with a head start by priority (:data:`HEAD_START`). Since that is a fixed time, nobody
 starves: a task of low priority waits for no task that is created more than an hour after it.
 
@@ -30,7 +34,8 @@ HEAD_START: Final[Mapping[str, timedelta]] = {
 _CLOSE: Final = 10  # positions in which every step forward is told
 
 _Rank: TypeAlias = tuple[float, Key]
-_Group: TypeAlias = tuple[str, str | None, str]
+_Pool: TypeAlias = tuple[str, str]  # namespace and name
+_Group: TypeAlias = tuple[str, str | None, str, _Pool | None, str]
 
 
 class Limit(StrEnum):
@@ -40,6 +45,7 @@ class Limit(StrEnum):
     NAMESPACE = "NamespaceLimit"
     TYPE = "TypeLimit"
     KNOWLEDGE_BASE = "KnowledgeBaseLimit"
+    POOL = "PoolLimit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +63,7 @@ class Limits:
         return bool(self.total or self.namespace or self.knowledge_base or any(self.types.values()))
 
     def most(self, limit: Limit, kind: str) -> int:
-        """Return how many places there are; of types those of ``kind``. 0: any number."""
+        """Return how many places there are; of types those of ``kind``. 0: any number; of a pool see its window."""
         match limit:
             case Limit.TOTAL:
                 return self.total
@@ -67,6 +73,8 @@ class Limits:
                 return self.types.get(kind, 0)
             case Limit.KNOWLEDGE_BASE:
                 return self.knowledge_base
+            case Limit.POOL:
+                return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +86,8 @@ class Claim:
     type: str
     priority: str
     created_at: datetime
+    pool: _Pool | None = None
+    """Namespace and name of the worker pool that is to carry it out; None: it gets a Job."""
 
     @property
     def rank(self) -> float:
@@ -118,10 +128,21 @@ def worth_telling(told: int | None, position: int) -> bool:
 class Dispatch:
     """Places and the line."""
 
-    def __init__(self, limits: Limits, *, wake: Callable[[Key], None]) -> None:
-        """``wake`` is called with each task that is given a place while it waits: it is to ask again."""
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        wake: Callable[[Key], None],
+        window: Callable[[_Pool, str], int] = lambda _pool, _priority: 0,
+    ) -> None:
+        """``wake`` is called with each task that is given a place while it waits: it is to ask again.
+
+        ``window`` tells how many tasks of a priority may be with the workers of a pool; when it may have become more,
+        :meth:`grown` is to be called.
+        """
         self._limits = limits
         self._wake = wake
+        self._window = window
         self._holders: dict[Key, Claim] = {}
         self._held: Counter[tuple[Limit, tuple[str, ...]]] = Counter()
         self._waiting: dict[Key, Claim] = {}
@@ -138,9 +159,15 @@ class Dispatch:
         return len(self._holders)
 
     def ask(self, key: Key, claim: Claim) -> Place:
-        """Give a task a place if the limits allow it, else have it wait. Who has one already is told so."""
-        if key in self._holders:
-            return GRANTED
+        """Give a task a place if the limits allow it, else have it wait. Who has one already is told so.
+
+        One that goes elsewhere than where it has its place, from a pool to a Job, gives that place up.
+        """
+        held = self._holders.get(key)
+        if held is not None:
+            if held.pool == claim.pool:
+                return GRANTED
+            self.release(key)
         known = self._waiting.get(key)
         full = self._full(claim)
         if full is None:
@@ -157,7 +184,10 @@ class Dispatch:
         return Place(position=position, reason=full[0], message=full[1])
 
     def hold(self, key: Key, claim: Claim) -> None:
-        """Note that a task has a Job, whether it was given a place or not: limits may have been lowered since."""
+        """Note that a task has a Job, or is with a pool, whether it was given a place or not: limits may be lower now."""
+        held = self._holders.get(key)
+        if held is not None and held.pool != claim.pool:
+            self.release(key)
         if key not in self._holders:
             self._leave(key)
             self._take(key, claim)
@@ -169,6 +199,10 @@ class Dispatch:
         if claim is None:
             return
         self._held.subtract(_counted(claim))
+        self.grown()
+
+    def grown(self) -> None:
+        """Give places that there are to who waits for them: a window may have grown."""
         while (first := self._first()) is not None:
             waiting = self._waiting[first]
             self._leave(first)
@@ -198,25 +232,28 @@ class Dispatch:
 
     def _first(self) -> Key | None:
         """Return the first in line whom all limits allow; of each group only its first is looked at."""
-        if self._limits.total and len(self._holders) >= self._limits.total:
-            return None
         heads = [group[0] for group in self._groups.values() if self._full(self._waiting[group[0][1]]) is None]
         return min(heads)[1] if heads else None
 
     def _full(self, claim: Claim) -> tuple[str, str] | None:
         """Return which limit allows no more, and in words; None: all do. The widest limit comes first."""
         for limit, whose in _counted(claim):
+            if limit is Limit.POOL and claim.pool is not None:
+                window = max(self._window(claim.pool, claim.priority), 0)
+                if self._held[limit, whose] >= window:
+                    return limit, f"as many {claim.priority} tasks are with pool {claim.pool[1]} as may be: {window}"
+                continue
             most = self._limits.most(limit, claim.type)
             if most and self._held[limit, whose] >= most:
                 of = f" of {whose[-1]}" if whose else ""
-                return limit, f"as many tasks{of} have a Job as may: {most}"
+                return limit, f"as many tasks{of} run as may: {most}"
         return None
 
 
 def _counted(claim: Claim) -> list[tuple[Limit, tuple[str, ...]]]:
     """Return what a place counts against, and whose."""
     counted: list[tuple[Limit, tuple[str, ...]]] = [
-        (Limit.TOTAL, ()),
+        (Limit.TOTAL, ()) if claim.pool is None else (Limit.POOL, (*claim.pool, claim.priority)),
         (Limit.NAMESPACE, (claim.namespace,)),
         (Limit.TYPE, (claim.type,)),
     ]
@@ -224,4 +261,4 @@ def _counted(claim: Claim) -> list[tuple[Limit, tuple[str, ...]]]:
 
 
 def _group(claim: Claim) -> _Group:
-    return claim.namespace, claim.kb_id, claim.type
+    return claim.namespace, claim.kb_id, claim.type, claim.pool, "" if claim.pool is None else claim.priority

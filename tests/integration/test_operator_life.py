@@ -46,11 +46,11 @@ async def test_tasks_wait_in_line_for_their_knowledge_base_and_say_where(
         first = await place.wait_for("Queued", name="first-in-line", reason="KnowledgeBaseLimit")
         second = await place.wait_for("Queued", name="second-in-line", reason="KnowledgeBaseLimit")
         assert (first["queue"]["position"], second["queue"]["position"]) == (1, 2)
-        assert first["queue"]["message"] == "as many tasks of kb-42 have a Job as may: 1"
+        assert first["queue"]["message"] == "as many tasks of kb-42 run as may: 1"
         await place.wait_for("Processing", name="elsewhere")
         kubectl = Kubectl(cluster, place.namespace)
         described = await asyncio.to_thread(kubectl, "describe", "ptask", "second-in-line")
-        for text in ("KnowledgeBaseLimit", "Position:  2", "as many tasks of kb-42 have a Job as may: 1"):
+        for text in ("KnowledgeBaseLimit", "Position:  2", "as many tasks of kb-42 run as may: 1"):
             assert text in described
 
         operator.kill()  # the line is not written down anywhere: the next process finds it in tasks and Jobs

@@ -21,9 +21,10 @@ def claim(created: float = 0, **fields: str | None) -> Claim:
 class Line:
     """A dispatch whose tasks are named by a word."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, window: int = 0) -> None:
         self.woken: list[str] = []
-        self.dispatch = Dispatch(limits, wake=lambda key: self.woken.append(key[1]))
+        self.window = window
+        self.dispatch = Dispatch(limits, wake=lambda key: self.woken.append(key[1]), window=lambda *_: self.window)
 
     def ask(self, name: str, wanted: Claim) -> tuple[int, str]:
         place = self.dispatch.ask((wanted.namespace, name), wanted)
@@ -140,6 +141,54 @@ def test_jobs_that_are_found_count_whatever_the_limits_say() -> None:
     assert line.woken == []
     line.release("two")
     assert line.woken == ["asking"]
+
+
+def warm(created: float = 0, *, pool: str = "p", priority: str = "normal", kb_id: str = "kb") -> Claim:
+    return replace(claim(created, kb_id=kb_id, priority=priority), pool=("a", pool))
+
+
+def test_a_pool_has_places_of_its_own_for_each_priority() -> None:
+    line = Line(Limits(total=1), window=1)
+    line.ask("job", claim())
+    assert line.ask("one", warm()) == (0, ""), "the limit in all is for Jobs"
+    assert line.ask("two", warm(1)) == (1, "PoolLimit")
+    assert line.ask("high", warm(2, priority="high")) == (0, "")
+    assert line.ask("elsewhere", warm(3, pool="q")) == (0, "")
+    assert line.ask("another job", claim(4))[1] == "TotalLimit", "what is with a pool does not count for Jobs"
+    line.release("one")
+    assert line.woken == ["two"]
+
+
+def test_limits_of_a_knowledge_base_hold_in_a_pool_too() -> None:
+    line = Line(Limits(knowledge_base=1), window=10)
+    line.ask("job", claim())
+    assert line.ask("same base", warm(1)) == (1, "KnowledgeBaseLimit")
+    assert line.ask("other base", warm(2, kb_id="other")) == (0, "")
+
+
+def test_a_window_that_grows_lets_more_through_and_one_of_none_nobody() -> None:
+    line = Line(Limits(), window=0)
+    for number in range(3):
+        assert line.ask(f"waiting-{number}", warm(number)) == (number + 1, "PoolLimit")
+    line.window = 2
+    assert line.ask("waiting-0", warm(0)) == (0, "")
+    line.dispatch.grown()
+    assert line.woken == ["waiting-1"]
+    line.window = 1
+    line.release("waiting-0")
+    assert line.woken == ["waiting-1"], "a window that shrinks takes no place away, and gives none"
+    line.release("waiting-1")
+    assert line.woken == ["waiting-1", "waiting-2"]
+
+
+def test_who_goes_from_a_pool_to_a_job_leaves_its_place_there() -> None:
+    line = Line(Limits(total=1), window=1)
+    line.ask("moves", warm(0))
+    line.ask("next", warm(1))
+    assert line.ask("moves", claim(0)) == (0, "")
+    assert line.woken == ["next"]
+    line.dispatch.hold(("a", "next"), claim(1))
+    assert line.ask("third", warm(2)) == (0, "")
 
 
 @pytest.mark.parametrize(

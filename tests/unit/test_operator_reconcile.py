@@ -80,7 +80,7 @@ def waits_since(reason: str, since: float) -> ProcessingTask:
 
 QUEUED = task()
 PLACE = frozenset({Need.PLACE})
-THIRD = Place(3, "KnowledgeBaseLimit", "as many tasks of kb-42 have a Job as may: 4")
+THIRD = Place(3, "KnowledgeBaseLimit", "as many tasks of kb-42 run as may: 4")
 STOPPING = pod(running=True, stop_by=at(70))
 STUCK = 131  # seconds: a minute after the grace of that pod
 CANCEL = {"cancel": True}
@@ -192,7 +192,7 @@ ROWS = [
             "queue": {
                 "position": 3,
                 "reason": "KnowledgeBaseLimit",
-                "message": "as many tasks of kb-42 have a Job as may: 4",
+                "message": "as many tasks of kb-42 run as may: 4",
                 "since": stamp(NOW),
             },
             "conditions.Ready": "False/KnowledgeBaseLimit",
