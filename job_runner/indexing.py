@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from job_runner.embed import Embedder
 from job_runner.pipeline import DocumentPipeline
-from job_runner.stores import SharedStores, opener
+from job_runner.stores import SharedStores, import_clients, opener
 from job_runner.work import Done, Work
 from task_contract.errors import ModelMismatch
 
@@ -46,7 +46,12 @@ class Indexing:
 
 
 async def _open(work: Work) -> _Opened:
-    embedder = await work.embedder_of_knowledge_base()
-    fingerprint: str = await asyncio.to_thread(getattr, embedder, "fingerprint")  # reads all weights
+    # The clients of the stores are imported while the database is asked and all weights are read, which leaves a CPU idle.
+    importing = asyncio.create_task(asyncio.to_thread(import_clients))
+    try:
+        embedder = await work.embedder_of_knowledge_base()
+        fingerprint: str = await asyncio.to_thread(getattr, embedder, "fingerprint")
+    finally:
+        await importing
     open_stores = opener(work.settings, dimension=embedder.dimension, model_fingerprint=fingerprint)
     return _Opened(embedder, fingerprint, SharedStores(open_stores))

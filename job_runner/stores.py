@@ -128,6 +128,14 @@ async def labels(settings: Settings) -> list[Label]:
     return sorted({*in_milvus, *in_elasticsearch}, key=lambda label: (label.namespace, label.kb_id, label.generation))
 
 
+def import_clients() -> None:
+    """Import the clients of both stores, the most expensive imports of the runner; blocks for half a second."""
+    from job_runner import elasticsearch, milvus
+
+    milvus.load()
+    elasticsearch.load()
+
+
 def opener(settings: Settings, *, dimension: int, model_fingerprint: str = "") -> OpenStores:
     """Return what opens the configured stores; what they create is labelled with the model.
 
@@ -136,7 +144,6 @@ def opener(settings: Settings, *, dimension: int, model_fingerprint: str = "") -
     _check_configured(settings)
 
     def open_stores(generation: Generation) -> Stores:
-        # Imported here: the clients of the stores are the most expensive imports of the runner.
         from job_runner.elasticsearch import ElasticsearchIndex
         from job_runner.milvus import MilvusIndex
 
