@@ -263,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     image.set_defaults(command=_images)
     install = commands.add_parser("install", help="bring all up, build the images and install or upgrade the chart")
     install.set_defaults(command=_install)
-    uninstall = commands.add_parser("uninstall", help="remove the chart's release, its CRD and with it every task")
+    uninstall = commands.add_parser("uninstall", help="remove the chart's release, its CRDs and with them every task")
     uninstall.set_defaults(command=_uninstall)
     demo = commands.add_parser("demo", help="real documents end to end, with questions answered from them")
     demo.set_defaults(command=_demo)

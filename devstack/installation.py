@@ -142,7 +142,7 @@ def install(endpoints: Endpoints, provider: Provider = _EMBEDDED) -> Installatio
     write_private(file, chosen)  # it may hold passwords of the stores
     files = [*([provider.values] if provider.values is not None else []), file]  # what a later one says counts
     with step(f"installing the chart as release {place.release} in {place.namespace}"):
-        # Tests put the CRD into a cluster of ours by hand; the release takes it over.
+        # Tests put the CRDs into a cluster of ours by hand; the release takes them over.
         options = [f"--values={path}" for path in files] + (["--take-ownership"] if provider.ours else [])
         # Not --wait: it would wait for claims too, and some storage classes bind only when the first task runs.
         helm(endpoints, place, "upgrade", "--install", place.release, str(_CHART), *options, "--description", made_of)
@@ -160,7 +160,7 @@ def install(endpoints: Endpoints, provider: Provider = _EMBEDDED) -> Installatio
 
 
 def uninstall(endpoints: Endpoints, provider: Provider = _EMBEDDED) -> None:
-    """Uninstall the release; with it goes, in a cluster of ours, the CRD and every task, elsewhere the namespace we made."""
+    """Uninstall the release; with it go, in a cluster of ours, CRDs and every task, elsewhere the namespace we made."""
     place = provider.place
     reach = Kubectl(endpoints.kubectl, endpoints.kubeconfig)
     with step(f"uninstalling release {place.release}"):
@@ -220,7 +220,7 @@ def _available(deployment: dict[str, Any]) -> bool:
 def _clear_interrupted(endpoints: Endpoints, place: Place) -> dict[str, Any] | None:
     """Let an install that was interrupted be repeated: helm refuses while a release is pending.
 
-    A first install that never ended is uninstalled (the CRD and the tasks stay); a pending upgrade is rolled back.
+    A first install that never ended is uninstalled (the CRDs and the tasks stay); a pending upgrade is rolled back.
     Returns the release as `helm status` shows it, None when there is none, or none any more.
     """
     try:

@@ -8,7 +8,7 @@
 - `embedded`: the one-node Kubernetes and the stores of this package, on this machine; needs root.
 - `kind`: a cluster in Docker, made by pytest-kind's KindCluster, with the stores in it; needs Docker and no root.
 - `current`: a cluster in hand, by the current context of kubectl, and stores in hand. It is never chosen by itself, and
-  what is made there is one namespace, one release named after it, and the CRD where there is none.
+  what is made there is one namespace, one release named after it, and the CRDs where there are none.
 """
 
 import os
@@ -22,6 +22,7 @@ from devstack.progress import DevstackError
 
 NAMES: Final = ("embedded", "kind", "current")
 CRD: Final = "processingtasks.tasks.zzdsj.io"
+CRDS: Final = (CRD, "workerpools.tasks.zzdsj.io")
 RESTRICTED: Final = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn", "audit")}
 """Labels of a namespace under Pod Security `restricted`."""
 
@@ -52,7 +53,7 @@ class Provider(Protocol):
     values: Path | None
     """The user's values for the chart."""
     ours: bool
-    """Whether the whole cluster is ours: what stands in the way of the release (a CRD made by hand) may be taken over."""
+    """Whether the whole cluster is ours: what stands in the way of the release (CRDs made by hand) may be taken over."""
 
     def up(self) -> Endpoints:
         """Bring up the cluster and, where they come with it, the stores, or make sure of them."""

@@ -1,8 +1,8 @@
 """A cluster in hand: the current context of kubectl, with stores and a registry in hand.
 
 What it is gets fixed at the beginning of each command, as a private copy of that context alone: a switch of the context
-meanwhile changes nothing. What we make is one namespace with our label, a release of its name in it, and the CRD where
-the cluster has none; `down` removes the namespace and the release. The CRD stays, as it does on any `helm uninstall`:
+meanwhile changes nothing. What we make is one namespace with our label, a release of its name in it, and the CRDs where
+the cluster has none; `down` removes the namespace and the release. The CRDs stay, as they do on any `helm uninstall`:
 with it go all tasks of the cluster.
 """
 
@@ -19,12 +19,12 @@ from devstack.cache import state_dir
 from devstack.kubectl import Kubectl
 from devstack.process import run
 from devstack.progress import DevstackError, say
-from devstack.providers import CRD, RESTRICTED, Place, Prepared
+from devstack.providers import CRDS, RESTRICTED, Place, Prepared
 from devstack.stores.common import write_private
 
 LABEL: Final = "tasks.zzdsj.io/devstack"
 """On the namespace that we made: its value is the release's name."""
-_CRD_FILE: Final = Path(__file__).resolve().parents[2] / "crds/processingtasks.yaml"
+_CRD_FILES: Final = Path(__file__).resolve().parents[2] / "crds"
 _NAMESPACE: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?")
 """At most 40 characters, as the chart's prefix of names."""
 _IMAGES: Final = ("operator.image.repository", "runner.image.repository")
@@ -79,7 +79,7 @@ class Current:
         )
 
     def prepare(self, endpoints: Endpoints) -> Prepared:
-        """Refuse what is missing of images, stores and CRD; everything else is the user's."""
+        """Refuse what is missing of images, stores and CRDs; everything else is the user's."""
         given = self._given()
         if missing := [key for key in _IMAGES if not _at(given, key)]:
             raise DevstackError(
@@ -97,20 +97,22 @@ class Current:
                 f"cannot install: there is no Secret {secret}, which stores.existingSecret names; make it with `kubectl -n "
                 f"{self.place.namespace} create secret generic {secret} --from-env-file=FILE`"
             )
+        brings = [self._brings(crd) for crd in CRDS]  # each is looked at, for what it may refuse
         chosen = {
             "fullnameOverride": self.place.release,
             "taskNamespaces": [{"name": self.place.task_namespace}],
-            "crds": {"enabled": self._brings_crd()},
+            "crds": {"enabled": all(brings)},
             "operator": {"clusterWide": False},  # tasks of others are none of ours
         }
         return Prepared(chosen, documents=None)
 
     def clear(self, endpoints: Endpoints) -> None:
-        """Remove the namespace, if it is one that we made; the CRD stays."""
+        """Remove the namespace, if it is one that we made; the CRDs stay."""
         if self._made():
             gone = ["delete", "namespace", self.place.namespace, "--ignore-not-found", "--wait", "--timeout=180s"]
             self._kubectl(*gone, doing=f"delete the namespace {self.place.namespace}")
-        say(f"The CRD {CRD} stays in the cluster, with the tasks of other namespaces (docs/install.md, Remove the CRD).")
+        names = " and ".join(CRDS)
+        say(f"The CRDs {names} stay in the cluster, with the tasks of other namespaces (docs/install.md, Remove the CRDs).")
 
     def down(self) -> None:
         """Remove the release and the namespace that we made, and nothing else; the cluster goes on."""
@@ -150,24 +152,24 @@ class Current:
             raise DevstackError(f"cannot read the values {self.values}: at its top has to be a map")
         return given or {}
 
-    def _brings_crd(self) -> bool:
-        """Whether the CRD is for our release to bring and keep up to date; DevstackError when another one differs."""
-        found = self._kubectl.find("crd", CRD)
+    def _brings(self, crd: str) -> bool:
+        """Whether a CRD is for our release to bring and keep up to date; DevstackError when another one differs."""
+        found = self._kubectl.find("crd", crd)
         if found is None:
             return True
         notes = found["metadata"].get("annotations", {})
         owner = (notes.get("meta.helm.sh/release-name"), notes.get("meta.helm.sh/release-namespace"))
         if owner == (self.place.release, self.place.namespace):
             return True
-        if self._kubectl.differs(_CRD_FILE.read_text(), field_manager="helm") is False:
+        if self._kubectl.differs((_CRD_FILES / f"{crd.partition('.')[0]}.yaml").read_text(), field_manager="helm") is False:
             return False
         whose = f"belongs to release {owner[0]} in namespace {owner[1]}" if owner[0] else "was not made by helm"
         version = found["metadata"].get("labels", {}).get("app.kubernetes.io/version", "unknown")
         raise DevstackError(
-            f"cannot install beside the CRD {CRD} of this cluster: it {whose}, is of version {version} and differs from "
+            f"cannot install beside the CRD {crd} of this cluster: it {whose}, is of version {version} and differs from "
             "the one here; install the same version of the product, upgrade that release first, or hand the CRD over "
-            f"to this one: `kubectl label crd {CRD} app.kubernetes.io/managed-by=Helm --overwrite && kubectl annotate crd "
-            f"{CRD} --overwrite meta.helm.sh/release-name={self.place.release} "
+            f"to this one: `kubectl label crd {crd} app.kubernetes.io/managed-by=Helm --overwrite && kubectl annotate crd "
+            f"{crd} --overwrite meta.helm.sh/release-name={self.place.release} "
             f"meta.helm.sh/release-namespace={self.place.namespace}`"
         )
 

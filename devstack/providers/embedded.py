@@ -7,7 +7,7 @@ from typing import Any
 import devstack
 from devstack import Endpoints, cluster, images
 from devstack.kubectl import Kubectl
-from devstack.providers import CRD, RESTRICTED, Place, Prepared
+from devstack.providers import CRDS, RESTRICTED, Place, Prepared
 
 
 class Embedded:
@@ -31,7 +31,7 @@ class Embedded:
         return Prepared(chosen, documents)
 
     def clear(self, endpoints: Endpoints) -> None:
-        """Remove the CRD, and with it every task, and the release's namespace."""
+        """Remove the CRDs, and with them every task and pool, and the release's namespace."""
         clear(Kubectl(endpoints.kubectl, endpoints.kubeconfig), self.place)
 
     def down(self) -> None:
@@ -45,8 +45,8 @@ def apply_namespace(kubectl: Kubectl, name: str) -> None:
 
 
 def clear(kubectl: Kubectl, place: Place) -> None:
-    """Remove the CRD, and with it every task, and the release's namespace."""
-    for target in (["crd", CRD], ["namespace", place.namespace]):
+    """Remove the CRDs, and with them every task and pool, and the release's namespace."""
+    for target in (["crd", *CRDS], ["namespace", place.namespace]):
         kubectl("delete", "--ignore-not-found", "--wait", "--timeout=120s", *target, doing=f"delete {' '.join(target)}")
 
 

@@ -83,7 +83,7 @@ class Kind:
         return Prepared(chosen, documents)
 
     def clear(self, endpoints: Endpoints) -> None:
-        """Remove the CRD, and with it every task, and the release's namespace."""
+        """Remove the CRDs, and with them every task and pool, and the release's namespace."""
         embedded.clear(Kubectl(endpoints.kubectl, endpoints.kubeconfig), self.place)
 
     def down(self) -> None:

@@ -34,9 +34,9 @@ def outcomes(request: pytest.FixtureRequest) -> list[Outcome]:
 
 @pytest.fixture
 async def world(cluster: Endpoints, stores: Endpoints, tmp_path: Path) -> AsyncIterator[World]:
-    """All servers, with the CRD as it is now and a fresh database."""
+    """All servers, with the CRDs as they are now and a fresh database."""
     kubectl = Kubectl(cluster)
-    kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds/processingtasks.yaml"))
+    kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
     # Progress is what may be lost, and would make the number of writes a matter of speed.
     urls = {key: value for key, value in stores.host_urls.items() if key != "TASKS_REDIS_URL"}
     async with World.fresh(cluster.kubeconfig, urls, folder=tmp_path) as world:

@@ -130,7 +130,7 @@ async def rows(world: World) -> dict[str, list[dict[str, Any]]]:
 
 async def freeze(release: Path) -> None:
     endpoints = up(["cluster", "stores"])
-    Kubectl(endpoints)("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds/processingtasks.yaml"))
+    Kubectl(endpoints)("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
     seen: dict[str, dict[str, Any]] = {}
     statements: set[str] = set()
     with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +168,8 @@ def write(
     empty = [table for table, found in written.items() if not found]
     assert not empty, f"cannot freeze {release.name}: no row in {', '.join(empty)}; add a life that writes one"
     release.mkdir(parents=True)
-    shutil.copy(ROOT / "crds/processingtasks.yaml", release)
+    for crd in sorted((ROOT / "crds").glob("*.yaml")):
+        shutil.copy(crd, release)
     shutil.copytree(ROOT / "manifests/examples", release / "examples", ignore=shutil.ignore_patterns("kustomization*"))
     shutil.copytree(MIGRATIONS, release / "migrations", ignore=shutil.ignore_patterns("__pycache__"))
     (release / "stored").mkdir()

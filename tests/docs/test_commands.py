@@ -146,8 +146,9 @@ def test_install(bare_cluster: Kubectl, desk: Desk) -> None:
         lines = [f"{key}={value}" for key, value in variables.items()]
         (desk.folder / f"{name}-stores.env").write_text("\n".join(lines))
     desk.follow("docs/install.md")
-    gone = bare_cluster.attempt("get", "crd", "processingtasks.tasks.zzdsj.io")
-    assert "NotFound" in gone.stderr
+    for plural in ("processingtasks", "workerpools"):
+        gone = bare_cluster.attempt("get", "crd", f"{plural}.tasks.zzdsj.io")
+        assert "NotFound" in gone.stderr
 
 
 @pytest.fixture(scope="module")

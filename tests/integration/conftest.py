@@ -22,10 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def kubectl(cluster: Endpoints) -> Kubectl:
-    """kubectl on a cluster that has the CRD as it is generated now."""
+    """kubectl on a cluster that has the CRDs as they are generated now."""
     run = Kubectl(cluster)
-    run("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds/processingtasks.yaml"))
-    run("wait", "--for=condition=Established", "--timeout=30s", f"crd/{names.PLURAL}.{names.GROUP}")
+    run("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
+    crds = [f"crd/{plural}.{names.GROUP}" for plural in (names.PLURAL, names.POOL_PLURAL)]
+    run("wait", "--for=condition=Established", "--timeout=30s", *crds)
     return run
 
 

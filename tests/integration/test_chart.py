@@ -297,10 +297,11 @@ def test_long_release_names_give_names_that_fit(helm: Helm) -> None:
 # --------------------------------------------------------------------------------------------------------------------- CRD
 
 
-def test_crd_is_the_generated_one_and_stays_when_the_release_goes(helm: Helm) -> None:
+@pytest.mark.parametrize("plural", ["processingtasks", "workerpools"])
+def test_a_crd_is_the_generated_one_and_stays_when_the_release_goes(helm: Helm, plural: str) -> None:
     documents = render(helm, "--set", POSTGRES)
-    found = next(document for document in documents if document["kind"] == "CustomResourceDefinition")
-    expected = yaml.safe_load((ROOT / "crds/processingtasks.yaml").read_text(encoding="utf-8"))
+    found = next(document for document in documents if document["metadata"]["name"] == f"{plural}.tasks.zzdsj.io")
+    expected = yaml.safe_load((ROOT / "crds" / f"{plural}.yaml").read_text(encoding="utf-8"))
     assert found["spec"] == expected["spec"]
     assert found["metadata"]["name"] == expected["metadata"]["name"]
     assert found["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
@@ -314,11 +315,11 @@ def test_only_crd_and_wanted_documents_stay_on_uninstall(rendered: tuple[str, di
         for identity, document in documents.items()
         if document["metadata"].get("annotations", {}).get("helm.sh/resource-policy") == "keep"
     }
-    crd = "CustomResourceDefinition -/processingtasks.tasks.zzdsj.io"
+    crds = {f"CustomResourceDefinition -/{plural}.tasks.zzdsj.io" for plural in ("processingtasks", "workerpools")}
     expected = {
-        "minimal": {crd},
+        "minimal": crds,
         # The claim of the other namespace, research, says keep: false.
-        "full": {crd, "Namespace -/knowledge", "PersistentVolumeClaim knowledge/processing-task-documents"},
+        "full": crds | {"Namespace -/knowledge", "PersistentVolumeClaim knowledge/processing-task-documents"},
         "existing": set(),
     }
     assert kept == expected[name]

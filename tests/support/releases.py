@@ -3,7 +3,7 @@
 ::
 
     tests/data/releases/0.1.0/
-    ├── processingtasks.yaml   the CRD
+    ├── processingtasks.yaml   the CRD; from 0.2.0 on also workerpools.yaml
     ├── examples/              the manifests it was documented with
     ├── stored/                tasks in every phase, as its operator and runner wrote them
     ├── migrations/            its SQL files

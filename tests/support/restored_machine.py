@@ -96,8 +96,9 @@ async def main() -> None:
     await migrate(url)
     sql = await asyncpg.connect(url)
     kubectl = Kubectl(endpoints)
-    kubectl("apply", "--server-side", "-f", str(ROOT / "crds/processingtasks.yaml"))
-    kubectl("wait", "--for=condition=Established", "--timeout=30s", "crd/processingtasks.tasks.zzdsj.io")
+    kubectl("apply", "--server-side", "-f", str(ROOT / "crds"))
+    crds = ("crd/processingtasks.tasks.zzdsj.io", "crd/workerpools.tasks.zzdsj.io")
+    kubectl("wait", "--for=condition=Established", "--timeout=30s", *crds)
     kube = Kube(Access.from_kubeconfig(endpoints.kubeconfig))
     with tempfile.TemporaryDirectory() as folder:
         async with Place.fresh(kube) as place:

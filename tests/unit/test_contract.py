@@ -38,6 +38,7 @@ from task_contract.models import (
     parse_duration,
     parse_manifest,
 )
+from task_contract.pool_crd import pool_definition
 from tests.support.locations import BAD_URLS, GOOD_PATHS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -337,9 +338,11 @@ def test_chunk_ids_do_not_mix_up_their_parts() -> None:
 # ------------------------------------------------------------------------------------------------------------ generated
 
 
-def test_the_generated_crd_is_in_sync_with_the_models() -> None:
-    for path in ("crds/processingtasks.yaml", "helm/processing-tasks/files/crds/processingtasks.yaml"):
-        assert yaml.safe_load((ROOT / path).read_text()) == json.loads(json.dumps(custom_resource_definition())), path
+def test_the_generated_crds_are_in_sync_with_the_models() -> None:
+    for definition in (custom_resource_definition(), pool_definition()):
+        file = f"{definition['spec']['names']['plural']}.yaml"
+        for folder in ("crds", "helm/processing-tasks/files/crds"):
+            assert yaml.safe_load((ROOT / folder / file).read_text()) == json.loads(json.dumps(definition)), (folder, file)
 
 
 def test_migrations_are_numbered_without_gaps() -> None:
