@@ -14,7 +14,7 @@ PACKAGES := crds operator job_runner client devstack tests
 given = $(if $(filter command,$(firstword $(origin $(1)))),$(2) $($(1)))
 CHOICE = $(call given,CLUSTER,--cluster) $(call given,NAMESPACE,--namespace) $(call given,VALUES,--values)
 
-.PHONY: help demo test test-unit test-integration test-e2e test-torch test-ocr crash freeze-release bench lint format generate lock images sbom up down status logs clean
+.PHONY: help demo test test-unit test-integration test-e2e test-torch test-ocr crash freeze-release bench docs lint format generate lock images sbom up down status logs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[1m%-17s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,12 @@ test-ocr: $(READY) ## Tests of scanned pages and pictures, in an environment of 
 bench: $(READY) ## Measure; writes build/bench/NAME.json (make bench NAME=operator for one, ONLY=restart for a part of it)
 	@$(BIN)/python -m tests.bench $(NAME) $(if $(ONLY),--only $(ONLY))
 
+docs: $(READY) ## The documentation site: build/site/index.html; a link or an anchor that leads nowhere fails
+	@$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python build/docs
+	@$(BIN)/uv pip sync --quiet --python build/docs/bin/python requirements/docs.txt
+	@build/docs/bin/python -m sphinx -q -W --keep-going -b html -c docs -d build/doctrees . build/site
+	@echo "docs: build/site/index.html"
+
 lint: $(READY) ## ruff, mypy strict, import-linter, generated files in sync
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet . || { echo "cannot accept the formatting: run make format"; exit 1; }
@@ -101,6 +107,9 @@ lock: $(READY) ## Pin what pyproject.toml has new; with UPGRADE=1 the newest of 
 	@echo "locking bench"
 	@$(BIN)/uv pip compile --quiet $(LOCK_UPGRADE) --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-header --group bench -o requirements/bench.txt
+	@echo "locking docs"
+	@$(BIN)/uv pip compile --quiet $(LOCK_UPGRADE) --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-header --group docs -o requirements/docs.txt
 	@echo hatchling | $(BIN)/uv pip compile --quiet $(LOCK_UPGRADE) --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-header --no-annotate - -o requirements/build.txt
 

@@ -1,7 +1,9 @@
 """What the pages say is so: the files and functions that they name exist, and every reason is explained."""
 
 import ast
+import itertools
 import re
+import runpy
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -74,11 +76,36 @@ def test_every_file_and_function_that_is_named_exists(page: Path) -> None:
     assert not wrong, f"{page.name} names what is not there: {', '.join(wrong)}; correct the page"
 
 
+def anchors(page: Path) -> frozenset[str]:
+    """Return the anchors of a page's headings, as a code host and the site make them."""
+    found: list[str] = []
+    for heading, text in itertools.pairwise(tokens(page)):
+        if heading.type == "heading_open":
+            words = "".join(part.content for part in text.children or [])
+            found.append(re.sub(r"[^\w\- ]", "", words.lower()).replace(" ", "-"))
+    return frozenset(f"{name}-{count}" if (count := found[:at].count(name)) else name for at, name in enumerate(found))
+
+
 @pages
-def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
+def test_every_link_leads_somewhere(page: Path) -> None:
     links = {str(token.attrs["href"]) for token in tokens(page) if token.type == "link_open"}
-    files = {link.partition("#")[0] for link in links if not re.match(r"[a-z]+:", link) and not link.startswith("#")}
-    assert not (missing := [file for file in files if not (page.parent / file).exists()]), missing
+    wrong = []
+    for link in sorted(link for link in links if not re.match(r"[a-z]+:", link)):
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            wrong.append(link)
+    assert not wrong, f"{page.relative_to(ROOT)} has links that lead nowhere: {', '.join(wrong)}"
+
+
+def test_every_page_is_in_the_navigation_of_the_site_once() -> None:
+    navigation = runpy.run_path(str(ROOT / "docs/conf.py"))["NAVIGATION"]
+    named = [page for under in navigation.values() for page in under]
+    pages = {str(page.relative_to(ROOT).with_suffix("")) for page in PAGES}
+    missing = {page for page in pages - {"README"} if not page.startswith(("docs/adr/0", "examples/documents/"))} - {*named}
+    assert not missing, f"add to NAVIGATION in docs/conf.py: {', '.join(sorted(missing))}"
+    assert len(named) == len({*named})
+    assert all((ROOT / f"{page}.md").exists() for page in named)
 
 
 def test_the_walkthrough_goes_through_every_part() -> None:
