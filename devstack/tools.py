@@ -18,6 +18,8 @@ GO_MINIMUM = (1, 24)
 PARTS = ("etcd", "kubectl", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "dns")
 
 _KUBE = Path(__file__).parent / "kube"
+_PROMETHEUS = Path(__file__).parent / "prometheus"
+"""A module of two tools: `go install` refuses the published one, whose go.mod excludes versions of others."""
 # The machine's own C compiler must not matter, nor where the sources lie.
 _GO_ENV = {"CGO_ENABLED": "0", "GOFLAGS": "-trimpath -buildvcs=false -mod=readonly", "GOWORK": "off"}
 
@@ -91,6 +93,19 @@ def kind() -> Path:
             _go("install", f"sigs.k8s.io/kind@{KIND}", doing="build kind", cwd=folder, env={"GOBIN": str(folder)})
 
     return cached("kind", [KIND.encode()], build, keep=2) / "kind"
+
+
+def prometheus() -> Path:
+    """Return the folder with `prometheus` and `promtool`; built once, in 5 minutes. The server shows no pages."""
+
+    def build(folder: Path) -> None:
+        _require_go()
+        folder.mkdir()
+        packages = [f"github.com/prometheus/prometheus/cmd/{name}" for name in ("prometheus", "promtool")]
+        with step("building Prometheus from its Go module (the first time: 5 minutes on two cores)"):
+            _go("build", "-ldflags", "-s -w", "-o", f"{folder}/", *packages, doing="build Prometheus", cwd=_PROMETHEUS)
+
+    return cached("prometheus", [_PROMETHEUS, " ".join(_GO_ENV.values()).encode()], build, keep=2)
 
 
 def kubernetes_version() -> str:

@@ -22,7 +22,7 @@ NAVIGATION: Final = {
         *("docs/tasks", "docs/client", "docs/gateway", "docs/callbacks", "docs/api-routing"),
         *("docs/sources", "docs/quality"),
     ],
-    "Operate": ["docs/troubleshooting", "docs/performance", "SECURITY", "manifests/argocd/README"],
+    "Operate": ["docs/troubleshooting", "docs/metrics", "docs/performance", "SECURITY", "manifests/argocd/README"],
     "Understand": ["docs/operator", "docs/pipeline", "docs/walkthrough", "docs/adr/README", "examples/documents/README"],
     "Project": ["CONTRIBUTING", "CHANGELOG"],
 }

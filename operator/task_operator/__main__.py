@@ -53,7 +53,7 @@ async def run(settings: Settings) -> int:
     access = Access.from_environment()
     metrics = Metrics()
     watches = Watches(expected=2 * max(1, len(settings.namespaces)))  # tasks and Jobs
-    cluster = Cluster(access)
+    cluster = Cluster(access, observe=metrics.requested)
     database = None
     if settings.postgres_url is not None:
         database = Database(settings.postgres_url, metrics=metrics, default_callback=settings.default_callback())

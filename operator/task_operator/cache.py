@@ -48,6 +48,10 @@ class CachedTask:
     """It has ended because another one of its idempotency key came first."""
     created: str = ""
     """Creation time as the API server writes it: compares as the times do."""
+    waits_since: float | None = None
+    """Seconds since the epoch at which it came into the queue; None: it is not in it, or was taken out by spec.suspend."""
+    waits_for: str | None = None
+    """What it waits for while it is in the queue, as ``status.queue`` says it."""
 
     @property
     def finished(self) -> bool:
@@ -266,7 +270,18 @@ def _cached(manifest: Mapping[str, Any], version: int) -> CachedTask:
         idempotency_key=None if spec.get("idempotencyKey") is None else str(spec["idempotencyKey"]),
         duplicate="duplicateOf" in status,
         created=sys.intern(str(metadata.get("creationTimestamp") or "")),
+        waits_since=None if phase != Phase.QUEUED or spec.get("suspend") else _queued_at(metadata, status),
+        waits_for=None if phase != Phase.QUEUED else sys.intern(_reason(status)),
     )
+
+
+def _reason(status: Mapping[str, Any]) -> str:
+    return str(_mapping(status.get("queue")).get("reason") or Phase.QUEUED)
+
+
+def _queued_at(metadata: Mapping[str, Any], status: Mapping[str, Any]) -> float | None:
+    at = parse_time(status.get("queuedAt")) or parse_time(metadata.get("creationTimestamp"))
+    return None if at is None else at.timestamp()
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

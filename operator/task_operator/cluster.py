@@ -24,6 +24,7 @@ from task_platform.kubernetes import (
     Invalid,
     Kubernetes,
     Manifest,
+    Observe,
     Page,
     open_session,
     path_of,
@@ -195,8 +196,8 @@ class _PodLists:
 class Cluster(Kubernetes):
     """Requests of the operator."""
 
-    def __init__(self, access: Access) -> None:
-        super().__init__(access, user_agent=USER_AGENT)
+    def __init__(self, access: Access, *, observe: Observe = lambda *_: None) -> None:
+        super().__init__(access, user_agent=USER_AGENT, observe=observe)
         self._pod_lists: dict[str, _PodLists] = {}
 
     async def check_access(self, namespace: str | None) -> None:

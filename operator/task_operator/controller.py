@@ -38,7 +38,6 @@ import asyncio
 import contextlib
 import random as random_module
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -62,7 +61,7 @@ from task_operator.jobs import (
     parse_time,
     pod_report,
 )
-from task_operator.metrics import Metrics
+from task_operator.metrics import Metrics, Waiting
 from task_operator.observation import Batch, Decision, Fence, Need, Observed, Policy, Refusal, Store, StoredOutcome, view_of
 from task_operator.projection import Database, DatabaseUnavailable, Held
 from task_operator.reconcile import decide, refuse
@@ -121,6 +120,8 @@ class _Facts:
 
     insist: bool = False
     """Earlier looks in the same row ended in conflicts: write unless spec or status have changed, whatever else has."""
+    news: float | None = None
+    """Since when what has changed waits to be told, on the clock of time.perf_counter; None: nothing has but the time."""
     answered: frozenset[Need] = frozenset()
     pods: tuple[PodReport, ...] = ()
     pod_refusal: str | None = None
@@ -194,6 +195,8 @@ class Controller:
         self._crowded: set[str] = set()
         self._crowd = asyncio.Event()
         self._live: dict[str, _Live] = {}
+        self._news: dict[Key, float] = {}
+        """Since when news of a task wait for a look, on the clock of time.perf_counter."""
         self._synced = False
         self._resync_now = asyncio.Event()
         self._reopened = asyncio.Event()
@@ -270,24 +273,32 @@ class Controller:
         while True:
             key = await self._queue.get()
             started = time.perf_counter()
+            news = self._news.pop(key, None)
             try:
-                await self._look(key)
+                await self._look(key, news=news)
             except (asyncio.CancelledError, VersionsWentBack):
                 raise
             except ClusterError as error:
+                self._keep_news(key, news)
                 self._count(key, error, self._queue.failed(key, at_least=error.retry_after or 0.0))
             except Exception as error:  # noqa: BLE001 - one task that trips over a bug must not end the others
                 _log.exception("cannot look after a task", namespace=key[0], task=key[1])
+                self._keep_news(key, news)
                 self._count(key, error, self._queue.failed(key))
             else:
                 self._queue.done(key)
             self._metrics.reconcile_seconds.observe(time.perf_counter() - started)
             self._metrics.queue_depth.set(len(self._queue))
 
-    async def _look(self, key: Key) -> None:
+    def _keep_news(self, key: Key, since: float | None) -> None:
+        """What a look that failed should have told is not told yet."""
+        if since is not None and self._cache.task(key) is not None:
+            self._news[key] = since
+
+    async def _look(self, key: Key, *, news: float | None = None) -> None:
         for left in reversed(range(_CONFLICTS)):
             try:
-                return await self._reconcile(key, insist=not left)
+                return await self._reconcile(key, insist=not left, news=news)
             except Conflict as error:
                 # Somebody has written since: decide upon what is there now. Who writes labels all the time could win every
                 # race for the resourceVersion, so the last look does without it.
@@ -313,8 +324,17 @@ class Controller:
         except ClusterError as error:
             _log.warning("cannot read a task again", namespace=key[0], task=key[1], error=error.message)
 
-    def _waiting(self) -> Mapping[str, int]:
-        return Counter(task.priority for _, task in self._cache.tasks() if task.phase in {"Queued", "Retrying"})
+    def _waiting(self) -> Waiting:
+        now, waiting = self._clock().timestamp(), Waiting()
+        for _, task in self._cache.tasks():
+            if task.phase not in {"Queued", "Retrying"}:
+                continue
+            waiting.sizes[task.priority] += 1
+            waiting.reasons[task.waits_for or task.phase] += 1
+            if task.waits_since is not None:
+                age = max(0.0, now - task.waits_since)
+                waiting.oldest[task.priority] = max(age, waiting.oldest.get(task.priority, 0.0))
+        return waiting
 
     # ------------------------------------------------------------------------------------------------------- events
 
@@ -327,6 +347,7 @@ class Controller:
             return
         if self._cache.put_task(manifest):
             self._project(manifest)
+            self._news.setdefault(key, time.perf_counter())
             self._queue.add(key)
             for other in self._cache.same_key(key):
                 self._queue.add(other)  # which of them is the first may have changed
@@ -345,6 +366,7 @@ class Controller:
             if self._cache.task(key) is None:
                 self._queue.add_after(key, _ORPHAN_PATIENCE)  # its task's event may be on its way
             else:
+                self._news.setdefault(key, time.perf_counter())
                 self._queue.add(key)
 
     def on_progress(self, event: ProgressEvent) -> None:
@@ -372,6 +394,7 @@ class Controller:
         if self._cache.drop_task(key, uid=uid) and self._dispatch is not None:
             self._dispatch.release(key)
         self._live.pop(uid, None)
+        self._news.pop(key, None)
         if self._database is not None:
             if manifest is not None:
                 self._database.submit(manifest, deleted=True)
@@ -559,8 +582,8 @@ class Controller:
 
     # ---------------------------------------------------------------------------------------- gather, decide, apply
 
-    async def _reconcile(self, key: Key, *, insist: bool) -> None:
-        facts = _Facts(insist=insist)
+    async def _reconcile(self, key: Key, *, insist: bool, news: float | None) -> None:
+        facts = _Facts(insist=insist, news=news)
         try:
             await self._act(key, facts)
         finally:
@@ -578,7 +601,7 @@ class Controller:
         decision = await self._decide(task, facts)
         changed = False
         if decision.status is not None:
-            changed = await self._write_status(task, decision.status, insist=facts.insist)
+            changed = await self._write_status(task, decision.status, facts)
         for job in decision.delete_jobs:
             await self._api.delete_job(job.namespace, job.name, uid=job.uid)
             self._cache.mark_deleting(job)
@@ -593,7 +616,7 @@ class Controller:
                 task = _read(key, cached)
                 decision = await self._decide(task, facts)
                 if decision.status is not None:
-                    await self._write_status(task, decision.status, insist=facts.insist)
+                    await self._write_status(task, decision.status, facts)
                 changed = False
         if decision.delete_task:
             _log.info("deleting a task after its TTL", namespace=key[0], task=key[1])
@@ -694,13 +717,13 @@ class Controller:
                 why = decision.settle
                 facts.batch = await database.settle_batch(uid, reason=why.reason, message=why.message)
 
-    async def _write_status(self, task: _Task, status: Status, *, insist: bool) -> bool:
+    async def _write_status(self, task: _Task, status: Status, facts: _Facts) -> bool:
         """Write what differs; return whether anything did."""
         patch = merge_patch(task.status.manifest(), status.manifest())
         if not patch:
             return False
         try:
-            if insist and not task.cached.finished:
+            if facts.insist and not task.cached.finished:
                 before = task.cached.manifest()
                 generation, stored = before["metadata"]["generation"], before.get("status") or {}
                 answer = await self._api.replace_status(
@@ -721,6 +744,8 @@ class Controller:
         else:
             self._live.setdefault(task.cached.uid, _Live()).written = self._clock()
         if status.phase is not task.status.phase:
+            if facts.news is not None:
+                self._metrics.status_lag.labels(str(status.phase)).observe(time.perf_counter() - facts.news)
             _log.info(
                 "task",
                 namespace=task.key[0],

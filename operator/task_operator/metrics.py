@@ -1,26 +1,74 @@
 """Prometheus metrics of the operator. Labels have few values; no task, no knowledge base, no user is named."""
 
-from collections.abc import Callable, Iterable, Mapping
+import collections
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from task_contract.models import Phase, Priority, Status
+from task_contract.models import Phase, Priority, Status, TaskType
 
-_MINUTES = (0.5, 1, 2.5, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600)
+_MINUTES: Final = (0.5, 1, 2.5, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600)
+_REQUEST_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30)
+_MOST_REASONS: Final = 64
+"""Values of a label ``reason``. Reasons come from runners of other releases too: the rest is counted as OTHER."""
+OTHER: Final = "Other"
 
 
-class _QueueSize(Collector):
-    def __init__(self, count: Callable[[], Mapping[str, int]]) -> None:
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Tasks that wait to run."""
+
+    sizes: collections.Counter[str] = field(default_factory=collections.Counter)
+    """By priority, with those that wait for their next attempt."""
+    oldest: dict[str, float] = field(default_factory=dict)
+    """Seconds that the oldest has been in the queue, by priority."""
+    reasons: collections.Counter[str] = field(default_factory=collections.Counter)
+    """By what they wait for."""
+
+
+class Bounded:
+    """Values of a label, of which the first so many are taken as they are and all others are one."""
+
+    def __init__(self, most: int = _MOST_REASONS) -> None:
+        self._most = most
+        self._known: set[str] = set()
+
+    def __call__(self, value: str) -> str:
+        """Return the value, or OTHER for one too many."""
+        if value not in self._known:
+            if len(self._known) >= self._most:
+                return OTHER
+            self._known.add(value)
+        return value
+
+
+class _Queue(Collector):
+    """Counted when somebody asks: one walk over the tasks that are known."""
+
+    def __init__(self, count: Callable[[], Waiting]) -> None:
         self._count = count
+        self._reason = Bounded()
 
     def collect(self) -> Iterable[Metric]:
-        family = GaugeMetricFamily("task_queue_size", "Tasks that wait to run.", labels=["priority"])
-        counts = self._count()
-        for priority in Priority:
-            family.add_metric([str(priority)], counts.get(str(priority), 0))
-        yield family
+        waiting = self._count()
+        size = GaugeMetricFamily("task_queue_size", "Tasks that wait to run.", labels=["priority"])
+        oldest = GaugeMetricFamily(
+            "task_queue_oldest_seconds", "Age in the queue of the task that came first.", labels=["priority"]
+        )
+        for priority in map(str, Priority):
+            size.add_metric([priority], waiting.sizes[priority])
+            oldest.add_metric([priority], waiting.oldest.get(priority, 0.0))
+        counts: collections.Counter[str] = collections.Counter()
+        for reason, number in waiting.reasons.items():
+            counts[self._reason(reason)] += number
+        reasons = GaugeMetricFamily("task_queue_waiting", "Tasks that wait to run, by what for.", labels=["reason"])
+        for reason, number in counts.items():
+            reasons.add_metric([reason], number)
+        yield from (size, oldest, reasons)
 
 
 class Metrics:
@@ -36,7 +84,35 @@ class Metrics:
             registry=self.registry,
         )
         self.succeeded = Counter("task_success", "Tasks that completed.", ["type"], registry=self.registry)
-        self.failed = Counter("task_failure", "Tasks that failed.", ["type", "reason"], registry=self.registry)
+        self.failed = Counter("task_failure", "Tasks that failed.", ["type"], registry=self.registry)
+        self.failure_reasons = Counter(
+            "task_failure_reasons", "Tasks that failed, by why.", ["reason"], registry=self.registry
+        )
+        self._reason = Bounded()
+        for kind in map(str, TaskType):  # from the start on: the first of a kind is an increase too, not a beginning
+            self.duration.labels(kind)
+            self.succeeded.labels(kind)
+            self.failed.labels(kind)
+        self.status_lag = Histogram(
+            "task_operator_status_lag_seconds",
+            "From the news of a change to the written phase that tells of it.",
+            ["phase"],
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+            registry=self.registry,
+        )
+        self.requests = Counter(
+            "task_operator_api_requests",
+            "Requests to the Kubernetes API but for the watches; code none: no answer came.",
+            ["verb", "resource", "code"],
+            registry=self.registry,
+        )
+        self.request_seconds = Histogram(
+            "task_operator_api_request_seconds",
+            "One such request.",
+            ["verb", "resource"],
+            buckets=_REQUEST_SECONDS,
+            registry=self.registry,
+        )
         self.reconcile_seconds = Histogram(
             "task_operator_reconcile_seconds",
             "One look at one task.",
@@ -91,16 +167,31 @@ class Metrics:
         self.projection_lag = Gauge(
             "task_operator_projection_lag_seconds", "Age of the oldest of them.", registry=self.registry
         )
+        self.database_down = Gauge(
+            "task_operator_postgres_down_seconds",
+            "For how long PostgreSQL has not answered.",
+            registry=self.registry,
+        )
         self.watch_age = Gauge(
             "task_operator_watch_age_seconds", "Since the quietest watch brought a byte.", registry=self.registry
         )
 
-    def watch_queue(self, count: Callable[[], Mapping[str, int]]) -> None:
-        """Have ``task_queue_size`` counted when somebody asks."""
-        self.registry.register(_QueueSize(count))
+        ProcessCollector(registry=self.registry)
 
-    def watch_projection(self, *, pending: Callable[[], float], size: Callable[[], float], lag: Callable[[], float]) -> None:
+    def requested(self, verb: str, resource: str, code: str, seconds: float) -> None:
+        """Count a request to the Kubernetes API."""
+        self.requests.labels(verb, resource, code).inc()
+        self.request_seconds.labels(verb, resource).observe(seconds)
+
+    def watch_queue(self, count: Callable[[], Waiting]) -> None:
+        """Have the gauges of the queue counted when somebody asks."""
+        self.registry.register(_Queue(count))
+
+    def watch_projection(
+        self, *, pending: Callable[[], float], size: Callable[[], float], lag: Callable[[], float], down: Callable[[], float]
+    ) -> None:
         """Have the gauges of the projection read when somebody asks: they matter most while nothing is written."""
+        self.database_down.set_function(down)
         self.projection_pending.set_function(pending)
         self.projection_bytes.set_function(size)
         self.projection_lag.set_function(lag)
@@ -111,7 +202,8 @@ class Metrics:
             case Phase.COMPLETED:
                 self.succeeded.labels(type_).inc()
             case Phase.FAILED:
-                self.failed.labels(type_, "Unknown" if status.error is None else status.error.reason).inc()
+                self.failed.labels(type_).inc()
+                self.failure_reasons.labels(self._reason("Unknown" if status.error is None else status.error.reason)).inc()
             case _:
                 return
         if status.started_at is not None and status.finished_at is not None:

@@ -272,7 +272,12 @@ class Database:
         self._down_since: datetime | None = None
         self.on_incomplete: Callable[[], None] = lambda: None
         """Called when PostgreSQL is back after rows were dropped: all tasks are to be listed anew."""
-        metrics.watch_projection(pending=lambda: len(self._backlog), size=lambda: self._backlog.size, lag=self._lag)
+        metrics.watch_projection(
+            pending=lambda: len(self._backlog),
+            size=lambda: self._backlog.size,
+            lag=self._lag,
+            down=lambda: 0.0 if self._down_since is None else (self._clock() - self._down_since).total_seconds(),
+        )
 
     def _lag(self) -> float:
         oldest = self._backlog.oldest()

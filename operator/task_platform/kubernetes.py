@@ -21,7 +21,7 @@ import os
 import ssl
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +33,9 @@ import yaml
 from task_contract.names import GROUP, VERSION
 
 Manifest = dict[str, Any]
+Observe = Callable[[str, str, str, float], None]
+"""Is told of each request: verb and resource as in RBAC (``patch``, ``processingtasks/status``), the status of the answer or
+``none``, and seconds."""
 
 _SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _TOKEN_AGE: Final = 60.0  # seconds; the kubelet renews a projected token long before it ends
@@ -230,9 +233,10 @@ class Page:
 class Kubernetes:
     """Requests to the API server. Objects go in and out as manifests; an answer is the object as stored."""
 
-    def __init__(self, access: Access, *, user_agent: str) -> None:
+    def __init__(self, access: Access, *, user_agent: str, observe: Observe = lambda *_: None) -> None:
         self._access = access
         self._user_agent = user_agent
+        self._observe = observe
         self._session: aiohttp.ClientSession | None = None
 
     async def warm_up(self) -> None:
@@ -314,6 +318,7 @@ class Kubernetes:
         """Make a request and return the body of the answer. Raises a :class:`ClusterError`."""
         if self._session is None:
             raise RuntimeError("the client is used before warm_up()")
+        began, code = time.perf_counter(), "none"
         try:
             async with self._session.request(
                 method,
@@ -322,9 +327,12 @@ class Kubernetes:
                 data=None if body is None else orjson.dumps(body),
                 headers={"Content-Type": content_type, "Accept": "application/json"},
             ) as response:
+                code = str(response.status)
                 data = await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise _unreachable(method, path, error) from error
+        finally:
+            self._observe(*verb_of(method, path), code, time.perf_counter() - began)
         if response.status < 300:
             return data
         raise _error(method, path, response.status, data, response.headers.get("Retry-After"))
@@ -346,6 +354,23 @@ def path_of(group: str, namespace: str | None, plural: str, name: str | None = N
     """Return the path of a collection, or of an object in it. ``group`` is one of the constants ``…_API``."""
     scope = "" if namespace is None else f"/namespaces/{namespace}"
     return f"{group}{scope}/{plural}" + ("" if name is None else f"/{name}")
+
+
+def verb_of(method: str, path: str) -> tuple[str, str]:
+    """Return verb and resource of a request, as RBAC names them; never the name of an object.
+
+    >>> verb_of("PATCH", "/apis/tasks.zzdsj.io/v1/namespaces/team-a/processingtasks/handbook/status")
+    ('patch', 'processingtasks/status')
+    >>> verb_of("GET", "/api/v1/namespaces/team-a/pods"), verb_of("GET", "/api/v1/namespaces/team-a")
+    (('list', 'pods'), ('get', 'namespaces'))
+    """
+    parts = path.strip("/").split("/")
+    inside = parts[2:] if parts[0] == "api" else parts[3:]
+    if inside[:1] == ["namespaces"] and len(inside) > 2:
+        inside = inside[2:]
+    resource, named = "/".join(inside[:1] + inside[2:3]), len(inside) > 1
+    verb = {"GET": "get" if named else "list", "POST": "create", "PUT": "update"}.get(method, method.lower())
+    return verb, resource
 
 
 _KINDS: Final[dict[int, type[ClusterError]]] = {

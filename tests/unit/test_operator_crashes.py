@@ -12,7 +12,7 @@ from task_contract.messages import ProgressEvent
 from task_contract.models import Phase, Stage
 from task_platform.kubernetes import Unavailable
 from tests.support.operator_values import UID, failure, name_of, success
-from tests.support.operator_world import OUTCOMES, Crash, Operator, World
+from tests.support.operator_world import KEY, OUTCOMES, Crash, Operator, World
 
 STEPS = st.one_of(
     st.tuples(st.just("look"), st.integers(0, 7)),
@@ -277,6 +277,42 @@ async def test_progress_costs_one_look_a_second_however_often_it_is_told() -> No
     assert looks <= 6, "a look for each write, and one after it"
     assert (world.status["stage"], world.status["progress"]) == ("embed", 11)
     controller._queue.close()
+
+
+async def test_the_lag_of_a_status_is_told_once_a_change_and_not_for_what_time_brings() -> None:
+    world = World()
+    world.add_task()
+    operator = Operator(world)
+    controller = await operator._start()
+    metrics = controller._metrics
+
+    async def work(until: str) -> None:
+        worker = asyncio.create_task(controller._work())
+        async with asyncio.timeout(10):
+            while world.status.get("phase") != until:
+                operator.deliver()
+                await asyncio.sleep(0)
+        worker.cancel()
+
+    def lags() -> dict[str, float]:
+        found = (one for family in metrics.registry.collect() for one in family.samples)
+        return {one.labels["phase"]: one.value for one in found if one.name == "task_operator_status_lag_seconds_count"}
+
+    operator.deliver()
+    controller._queue.add(KEY)
+    assert lags() == {}
+    while not world.jobs:
+        await operator.look()
+    world.run_pod()
+    await work("Processing")
+    assert lags() == {"Processing": 1}
+    world.end_pod(failure())
+    await work("Retrying")
+    assert lags() == {"Processing": 1, "Retrying": 1}
+    world.now += timedelta(minutes=1)  # the time of the next attempt comes: no news
+    controller._queue.add(KEY)
+    await operator.look()
+    assert lags() == {"Processing": 1, "Retrying": 1}
 
 
 async def test_a_task_that_ends_before_anyone_looks_costs_two() -> None:

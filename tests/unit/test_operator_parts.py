@@ -1,6 +1,7 @@
 """The operator's smaller parts: queue, cache, settings, health, metrics, patches."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,9 +23,10 @@ from task_operator.controller import merge_patch
 from task_operator.dispatch import Limits
 from task_operator.handlers import kopf_settings
 from task_operator.health import Health
-from task_operator.metrics import Metrics
+from task_operator.metrics import Bounded, Metrics, Waiting
 from task_operator.settings import Settings
 from task_operator.workqueue import WorkQueue
+from task_platform.kubernetes import verb_of
 from task_platform.settings import SettingsError, load_settings
 from tests.support.operator_values import at, complete, finished, job, manifest, name_of, processing, stamp
 from tests.support.servers import free_port
@@ -382,14 +384,71 @@ async def test_liveness_is_the_age_of_the_watches_and_readiness_the_first_list()
 
 def test_ends_are_counted_by_type_and_reason() -> None:
     metrics = Metrics()
-    metrics.watch_queue(lambda: {"high": 2})
+    waiting = Waiting(Counter(high=2), {"high": 7.5}, Counter(StoreUnavailable=1, Queued=1))
+    metrics.watch_queue(lambda: waiting)
     metrics.finished(type_="health_check", status=Status.model_validate(finished()))
     broken = finished("Failed", error={"reason": "OOMKilled", "retryable": True})
     metrics.finished(type_="health_check", status=Status.model_validate(broken))
     metrics.finished(type_="health_check", status=Status.model_validate(finished("Canceled")))
     text = generate_latest(metrics.registry).decode()
     assert 'task_success_total{type="health_check"} 1.0' in text
-    assert 'task_failure_total{reason="OOMKilled",type="health_check"} 1.0' in text
+    assert 'task_failure_total{type="health_check"} 1.0' in text
+    assert 'task_failure_total{type="batch_processing"} 0.0' in text
+    assert 'task_failure_reasons_total{reason="OOMKilled"} 1.0' in text
     assert 'task_processing_duration_seconds_sum{type="health_check"} 110.0' in text
     assert 'task_queue_size{priority="high"} 2.0' in text
     assert 'task_queue_size{priority="low"} 0.0' in text
+    assert 'task_queue_oldest_seconds{priority="high"} 7.5' in text
+    assert 'task_queue_waiting{reason="StoreUnavailable"} 1.0' in text
+
+
+def test_reasons_that_a_metric_tells_apart_are_bounded() -> None:
+    bounded = Bounded(2)
+    assert [bounded(reason) for reason in ("A", "B", "A", "C", "B")] == ["A", "B", "A", "Other", "B"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "verb"),
+    [
+        ("GET", "/apis/batch/v1/jobs", ("list", "jobs")),
+        ("GET", "/apis/batch/v1/namespaces/a/jobs", ("list", "jobs")),
+        ("GET", "/apis/batch/v1/namespaces/a/jobs/one", ("get", "jobs")),
+        ("POST", "/apis/batch/v1/namespaces/a/jobs", ("create", "jobs")),
+        ("DELETE", "/apis/tasks.zzdsj.io/v1/namespaces/a/processingtasks/one", ("delete", "processingtasks")),
+        ("PATCH", "/apis/tasks.zzdsj.io/v1/namespaces/a/processingtasks/one/status", ("patch", "processingtasks/status")),
+        ("GET", "/api/v1/namespaces/a/pods", ("list", "pods")),
+        ("GET", "/api/v1/namespaces/a", ("get", "namespaces")),
+        ("GET", "/api/v1/namespaces", ("list", "namespaces")),
+        ("PUT", "/apis/coordination.k8s.io/v1/namespaces/a/leases/leader", ("update", "leases")),
+    ],
+)
+def test_requests_are_counted_by_verb_and_resource_and_no_name(method: str, path: str, verb: tuple[str, str]) -> None:
+    assert verb_of(method, path) == verb
+
+
+@pytest.mark.parametrize(
+    ("why", "spec", "status", "since", "reason"),
+    [
+        ("new", {}, {"phase": "Queued"}, 1_767_225_600, "Queued"),
+        ("back in line", {}, {"phase": "Queued", "queuedAt": "2026-01-01T00:01:00Z"}, 1_767_225_660, "Queued"),
+        ("it says why", {}, {"phase": "Queued", "queue": {"reason": "PodPending"}}, 1_767_225_600, "PodPending"),
+        ("taken out", {"suspend": True}, {"phase": "Queued", "queue": {"reason": "Suspended"}}, None, "Suspended"),
+        ("its time will come", {}, {"phase": "Retrying"}, None, None),
+        ("it runs", {}, {"phase": "Processing", "queuedAt": "2026-01-01T00:01:00Z"}, None, None),
+    ],
+)
+def test_how_long_a_task_has_been_in_the_queue_and_what_for(
+    why: str, spec: dict[str, Any], status: dict[str, Any], since: float | None, reason: str | None
+) -> None:
+    cache = Cache()
+    metadata = {
+        "name": "one",
+        "namespace": "a",
+        "uid": "u",
+        "resourceVersion": "1",
+        "creationTimestamp": "2026-01-01T00:00:00Z",
+    }
+    cache.put_task({"metadata": metadata, "spec": {"type": "health_check"} | spec, "status": status})
+    task = cache.task(("a", "one"))
+    assert task is not None
+    assert (task.waits_since, task.waits_for) == (since, reason), why
