@@ -17,12 +17,12 @@ from pathlib import Path
 from devstack.progress import DevstackError
 
 BENCHMARKS = (
-    *("batch", "devstack", "document", "gateway", "gateway_live", "operator", "pipeline", "projection", "quality"),
+    *("batch", "devstack", "document", "gateway", "gateway_live", "operator", "pipeline", "pools", "projection", "quality"),
     *("rebuild", "store_limits", "vectors"),
 )
 NAMED_ONLY = ("store_limits",)
 """Takes half an hour, and is left out where all are run."""
-PARTED = ("gateway", "gateway_live", "operator", "pipeline", "quality", "rebuild", "store_limits", "vectors")
+PARTED = ("gateway", "gateway_live", "operator", "pipeline", "pools", "quality", "rebuild", "store_limits", "vectors")
 """Have parts."""
 RESULTS = Path(__file__).resolve().parents[2] / "build/bench"
 

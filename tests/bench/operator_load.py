@@ -183,6 +183,10 @@ class Load:
     namespace: str
     hand: Hand
     type: str = "document_processing"
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    """What the specification of each task has besides."""
+    payloads: Sequence[str] = ()
+    """Texts, one for each task in order; for embedding_generation."""
     records: dict[str, Record] = field(default_factory=dict)
     completed: int = 0
 
@@ -195,7 +199,7 @@ class Load:
             if rate is not None and (wait := began + number / rate - time.monotonic()) > 0:
                 await asyncio.sleep(wait)
             await slots.acquire()
-            creating.add(one := asyncio.create_task(self._create(f"{name}-{number:05d}")))
+            creating.add(one := asyncio.create_task(self._create(f"{name}-{number:05d}", number)))
             one.add_done_callback(creating.discard)
             one.add_done_callback(lambda _: slots.release())
         deadline = time.monotonic() + patience
@@ -210,15 +214,20 @@ class Load:
     async def follow(self) -> None:
         """Watch tasks and Jobs, and end the Jobs, until cancelled."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._follow_tasks())
+            group.create_task(self.follow_tasks())
             group.create_task(self._follow_jobs())
             group.create_task(self.hand.run())
 
-    async def _create(self, name: str) -> None:
+    async def _create(self, name: str, number: int) -> None:
+        made = task(name, self.type)
+        made["spec"] |= self.spec
+        if self.payloads:
+            made["spec"]["payload"] = {"texts": [self.payloads[number]]}
         self.records[name] = Record(posted=time.monotonic())
-        await self.server.send("POST", f"{TASKS}/namespaces/{self.namespace}/processingtasks", task(name, self.type))
+        await self.server.send("POST", f"{TASKS}/namespaces/{self.namespace}/processingtasks", made)
 
-    async def _follow_tasks(self) -> None:
+    async def follow_tasks(self) -> None:
+        """Watch tasks, until cancelled."""
         async for event in self.server.watch(f"{TASKS}/namespaces/{self.namespace}/processingtasks"):
             record = self.records.get(event["object"]["metadata"]["name"])
             if record is not None and record.completed is None and event["object"]["status"].get("phase") == "Completed":

@@ -447,10 +447,10 @@ async def _lab(scenario: Scenario, name: str, *, python: Path, folder: Path) -> 
     admin = Server(Access.from_kubeconfig(endpoints.kubeconfig))
     database = await asyncpg.create_pool(url, min_size=1, max_size=4)
     cluster.apply([custom_resource_definition()])
-    kubeconfig = await _account(admin, folder, endpoints.kubeconfig)
+    kubeconfig = await account(admin, folder, endpoints.kubeconfig)
     await admin.send("POST", "/api/v1/namespaces", {"metadata": {"name": NAMESPACE, "labels": RESTRICTED}})
-    account = {"metadata": {"name": "processing-task-runner"}}
-    await admin.send("POST", f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts", account)
+    runner = {"metadata": {"name": "processing-task-runner"}}
+    await admin.send("POST", f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts", runner)
     results = Results(database)
     hand: Hand = StatusHand(admin, NAMESPACE, results)
     if scenario.real_jobs:
@@ -474,7 +474,7 @@ async def _lab(scenario: Scenario, name: str, *, python: Path, folder: Path) -> 
         await database.close()
 
 
-async def _account(admin: Server, folder: Path, kubeconfig: Path) -> Path:
+async def account(admin: Server, folder: Path, kubeconfig: Path) -> Path:
     """Return a kubeconfig with the token of a service account: unlike an administrator it queues with others."""
     accounts = "/api/v1/namespaces/default/serviceaccounts"
     await admin.send("POST", accounts, {"metadata": {"name": "operator"}})

@@ -1,0 +1,401 @@
+"""One round of the pools' benchmark, on a machine of its own: ``python -m tests.bench.pool_rounds SCENARIO FOLDER PYTHON``.
+
+Runs inside the network and process namespace that :mod:`tests.bench.pools_bench` makes: there etcd, API server, PostgreSQL
+and Redis are started, an operator with a WorkerPool, and workers as plain processes: a kubelet would be measured too. The
+result is FOLDER/round.json.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import asyncpg
+import orjson
+import psutil
+import uvloop
+
+import devstack
+from devstack import DevstackError, cluster, process
+from devstack.stores import postgres, redis
+from task_contract.crd import custom_resource_definition
+from task_contract.pool_crd import pool_definition
+from task_operator.schema import migrate
+from task_platform.kubernetes import Access
+from tests.bench import corpus
+from tests.bench.operator_load import Load, Server, own_cpu, task
+from tests.bench.operator_rounds import NAMESPACE, account, cpu_seconds, peak_memory, percentile
+from tests.support.operator_lab import MERGE, RESTRICTED, ROOT, TASKS, OperatorProcess, until
+
+POOL: Final = "warm"
+WORKERS: Final = 2
+LEASE: Final = 5.0
+QUEUED: Final = 10_000
+TEXTS: Final = 600
+TEXT: Final = 120
+"""Characters of the one text of an embedding task: a question, or a line of a form."""
+_SERVERS: Final = ("apiserver", "etcd", "postgres", "redis")
+_TASKS: Final = f"{TASKS}/namespaces/{NAMESPACE}/processingtasks"
+_POOLS: Final = f"{TASKS}/namespaces/{NAMESPACE}/workerpools"
+
+
+@dataclass
+class Worker:
+    """A worker of the pool as a process."""
+
+    environment: Mapping[str, str]
+    log: Path
+    process: "subprocess.Popen[bytes] | None" = None
+    spent: float = 0.0
+    """CPU seconds of those that were killed."""
+
+    def start(self, **changes: str) -> None:
+        """Start it, as another pod than before."""
+        name = f"worker-{uuid.uuid4().hex[:8]}"
+        names = dict.fromkeys(("TASKS_WORKER", "TASKS_WORKER_JOB", "TASKS_HOLDER"), name)
+        with self.log.open("ab") as log:
+            command = [sys.executable, "-m", "job_runner", "work"]
+            environment = {**self.environment, **names, **changes}
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+    def end(self) -> None:
+        """Kill it, and wait until it has ended."""
+        if self.process is not None:
+            self.spent = self.cpu
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    @property
+    def cpu(self) -> float:
+        """CPU seconds so far."""
+        return self.spent + (0.0 if self.process is None else cpu_seconds(self.process.pid))
+
+
+class NoHand:
+    """Nobody plays the end of a Job: tasks are to have none."""
+
+    def made(self, job: Mapping[str, Any]) -> None:
+        """Refuse."""
+        raise DevstackError(f"a task has a Job of its own: {job['metadata']['name']}")
+
+    async def run(self) -> None:
+        """Do nothing."""
+        await asyncio.Event().wait()
+
+
+@dataclass
+class Lab:
+    """The private machine while a scenario runs."""
+
+    admin: Server
+    operator: OperatorProcess
+    load: Load
+    database: "asyncpg.Pool[asyncpg.Record]"
+    workers: list[Worker] = field(default_factory=list)
+
+    def cpu(self) -> dict[str, float]:
+        """Return the CPU seconds that each part has used so far."""
+        used = {"load": own_cpu(), "workers": sum(worker.cpu for worker in self.workers)}
+        if self.operator.exit_code() is None:
+            used["operator"] = cpu_seconds(self.operator.pid)
+        for name in _SERVERS:
+            if (found := process.find(name)) is not None:
+                used[name] = cpu_seconds(found.pid)
+        if (server := process.find("postgres")) is not None:
+            used["postgres"] += sum(cpu_seconds(child.pid) for child in psutil.Process(server.pid).children())
+        return used
+
+    async def scale(self, count: int, **changes: str) -> None:
+        """Have so many new workers, that take tasks."""
+        for worker in self.workers:
+            worker.end()
+        for worker in self.workers[:count]:
+            worker.start(**changes)
+
+        async def ready() -> bool:
+            status = orjson.loads(await self.admin.send("GET", f"{_POOLS}/{POOL}")).get("status") or {}
+            return bool(status.get("ready") == count)
+
+        await until(f"{count} workers take tasks", ready, seconds=90)
+
+    async def tasks(self, names: str) -> list[dict[str, Any]]:
+        """Return the tasks whose names begin so."""
+        found: list[dict[str, Any]] = []
+        token = ""
+        while True:
+            page = orjson.loads(await self.admin.send("GET", f"{_TASKS}?limit=1000&continue={token}"))
+            found += [one for one in page["items"] if one["metadata"]["name"].startswith(names)]
+            if not (token := page["metadata"].get("continue", "")):
+                return found
+
+    async def compared(self, names: str) -> dict[str, int]:
+        """Compare CRs and PostgreSQL, task by task; return the counts."""
+        found = await self.tasks(names)
+        done = {one["metadata"]["uid"] for one in found if one["status"]["phase"] == "Completed"}
+        rows: set[str] = set()
+        deadline = time.monotonic() + 15
+        while not done <= rows and time.monotonic() < deadline:
+            answer = await self.database.fetch(
+                "SELECT uid::text FROM tasks t WHERE phase = 'Completed' "
+                "AND started_at IS NOT NULL AND finished_at IS NOT NULL "
+                "AND EXISTS (SELECT FROM attempts a WHERE a.task_uid = t.uid AND a.reason = 'Succeeded') "
+                "AND EXISTS (SELECT FROM task_events e WHERE e.task_uid = t.uid AND e.phase = 'Completed')"
+            )
+            rows = {row["uid"] for row in answer}
+            await asyncio.sleep(0.1)
+        return {
+            "tasks": len(found),
+            "completed": len(done),
+            "rows": len(done & rows),
+            "in_pool": sum(one["status"].get("executor") == "pool" for one in found),
+            "second_attempts": sum(one["status"].get("attempt", 0) > 1 for one in found),
+        }
+
+    async def measured(self, name: str, count: int, work: Callable[[], Awaitable[object]]) -> dict[str, Any]:
+        """Do some work; return what it cost a task, and how long tasks took."""
+        before, requests = self.cpu(), await self.admin.requests()
+        began = time.monotonic()
+        await work()
+        seconds = time.monotonic() - began
+        after, requests = self.cpu(), await self.admin.requests() - requests
+        records = self.load.records.values()
+        ends = [(one.completed, (one.completed - one.posted) * 1000) for one in records if one.completed is not None]
+        begun, whole = min((one.posted for one in records), default=began), [took for _, took in ends]
+        patches = sum(
+            number for (verb, what, _), number in requests.items() if (verb, what) == ("PATCH", "processingtasks/status")
+        )
+        return {
+            **await self.compared(name),
+            "seconds": seconds,
+            "rate": len(ends) / (max(end for end, _ in ends) - begun) if ends else 0.0,
+            "p50": percentile(whole, 0.5),
+            "p99": percentile(whole, 0.99),
+            "cpu": {part: (after[part] - before[part]) * 1000 / count for part in after},
+            "status_writes": patches / count,
+            "memory": peak_memory(self.operator.pid),
+        }
+
+
+# ------------------------------------------------------------------------------------------------------------ scenarios
+
+
+async def warm(lab: Lab) -> None:
+    """Have a few tasks completed, so that nothing is done for the first time in what is measured."""
+    await lab.load.run(name="first", count=60, rate=20, patience=60)
+    if lab.load.completed < 60:
+        raise DevstackError(f"cannot warm up: {lab.load.completed} of 60 completed\n{lab.operator.log.read_text()[-3000:]}")
+    lab.load.forget()
+
+
+async def at_rate(lab: Lab, *, rate: float, seconds: float) -> dict[str, Any]:
+    """Run health checks at a rate, through the Kubernetes API."""
+    await lab.scale(WORKERS)
+    await warm(lab)
+    count = int(rate * seconds)
+    return await lab.measured("task", count, lambda: lab.load.run(name="task", count=count, rate=rate, patience=30))
+
+
+async def floor(lab: Lab, *, count: int) -> dict[str, Any]:
+    """Create tasks and write the end of each, by the load itself: what nobody can spare. There is no operator."""
+    lab.operator.kill()
+    status = {"status": {"phase": "Completed", "attempt": 1}}
+
+    async def one(number: int, slots: asyncio.Semaphore) -> None:
+        async with slots:
+            await lab.admin.send("POST", _TASKS, task(f"floor-{number}", "health_check"))
+            await lab.admin.send("PATCH", f"{_TASKS}/floor-{number}/status", status, content_type=MERGE)
+
+    before, began, slots = lab.cpu(), time.monotonic(), asyncio.Semaphore(16)
+    await asyncio.gather(*(one(number, slots) for number in range(count)))
+    after, seconds = lab.cpu(), time.monotonic() - began
+    return {"cpu": {part: (after[part] - before[part]) * 1000 / count for part in after}, "rate": count / seconds}
+
+
+async def queued(lab: Lab, *, count: int) -> dict[str, Any]:
+    """Queue tasks of low priority without a worker, then start one and create tasks of high priority, ten a second."""
+    lab.load.spec = {"priority": "low"}
+    await lab.load.run(name="low", count=count, rate=None, patience=0)
+
+    async def listed() -> bool:
+        found = await lab.database.fetchval("SELECT count(*) FROM tasks WHERE name LIKE 'low-%'")
+        return bool(found == count)
+
+    await until("all wait", listed, seconds=120)
+    memory = peak_memory(lab.operator.pid)
+    lab.load.forget()
+    lab.load.spec = {"priority": "high"}
+    await lab.scale(1)
+    answer = await lab.measured("high", 100, lambda: lab.load.run(name="high", count=100, rate=10, patience=30))
+    waiting = sum(one["status"]["phase"] == "Queued" for one in await lab.tasks("low"))
+    # From its creation to a worker's having it, by the clocks of two processes of one machine, in whole seconds: so the
+    # whole task is told, which is more.
+    return {**answer, "memory_queued": memory, "low_left": waiting}
+
+
+async def killed(lab: Lab, *, rate: float, seconds: float, every: float) -> dict[str, Any]:
+    """Run health checks at a rate while one worker after the other is killed, and started again as another pod."""
+    await lab.scale(WORKERS)
+    await warm(lab)
+    count = int(rate * seconds)
+
+    async def kill() -> int:
+        number = 0
+        while True:
+            await asyncio.sleep(every)
+            worker = lab.workers[number % WORKERS]
+            worker.end()
+            worker.start()
+            number += 1
+
+    killer = asyncio.create_task(kill())
+    try:
+        answer = await lab.measured("task", count, lambda: lab.load.run(name="task", count=count, rate=rate, patience=60))
+    finally:
+        killer.cancel()
+    slow = [one for one in lab.load.records.values() if one.completed is not None and one.completed - one.posted > LEASE]
+    handed_over = [one.completed - one.posted for one in slow if one.completed is not None]
+    results = await lab.database.fetchval(
+        "SELECT count(*) FROM "
+        "(SELECT task_uid FROM task_events WHERE phase = 'Completed' GROUP BY 1 HAVING count(*) > 1) AS twice"
+    )
+    return {**answer, "slowest": max(handed_over, default=0.0), "twice": results, "lost_workers": int(seconds // every)}
+
+
+async def embedding(lab: Lab, *, count: int) -> dict[str, Any]:
+    """Embed one short text a task: many at once in a worker, then one at a time, beside a bare loop over the model."""
+    texts = _texts(count)
+    lab.load.type = "embedding_generation"
+    answers = {}
+    for name, changes in (("joined", {}), ("single", {"TASKS_POOL_CONCURRENCY": "1", "TASKS_POOL_BATCH_SIZE": "1"})):
+        lab.load.payloads = texts
+        await lab.scale(1, **changes)
+        lab.load.forget()
+        await lab.load.run(name=f"first-{name}", count=8, rate=8, patience=60)
+        lab.load.forget()
+        answers[name] = await lab.measured(name, count, lambda name=name: _burst(lab, name, count))  # type: ignore[misc]
+    lab.workers[0].end()
+    answers["bare"] = await asyncio.to_thread(bare_loop, texts)
+    return answers
+
+
+async def _burst(lab: Lab, name: str, count: int) -> None:
+    await lab.load.run(name=name, count=count, rate=None, patience=180)
+
+
+def _texts(count: int) -> list[str]:
+    text = "".join(corpus.chinese(count * TEXT))
+    return [text[start : start + TEXT] for start in range(0, count * TEXT, TEXT)]
+
+
+def bare_loop(texts: list[str]) -> dict[str, float]:
+    """Embed texts in batches, and nothing else; return the CPU seconds of a text and the rate."""
+    from job_runner.embed import PACKAGED_MODEL, embedded, make_embedder
+
+    model = make_embedder(PACKAGED_MODEL)
+    model.warm_up()
+    embedded(texts[:32], model)
+    cpu, began = own_cpu(), time.monotonic()
+    embedded(texts, model)
+    return {"cpu": (own_cpu() - cpu) * 1000 / len(texts), "rate": len(texts) / (time.monotonic() - began)}
+
+
+SCENARIOS: Final[dict[str, Callable[[Lab], Awaitable[dict[str, Any]]]]] = {
+    "steady": lambda lab: at_rate(lab, rate=100, seconds=60),
+    "fast": lambda lab: at_rate(lab, rate=200, seconds=30),
+    "floor": lambda lab: floor(lab, count=2_000),
+    "queued": lambda lab: queued(lab, count=QUEUED),
+    "killed": lambda lab: killed(lab, rate=50, seconds=120, every=5),
+    "embedding": lambda lab: embedding(lab, count=TEXTS),
+    "trial": lambda lab: at_rate(lab, rate=10, seconds=10),
+}
+
+
+# ----------------------------------------------------------------------------------------------------- the private machine
+
+
+@asynccontextmanager
+async def _lab(*, python: Path, folder: Path) -> AsyncIterator[Lab]:
+    endpoints = devstack.up(["cluster"])
+    for name in ("scheduler", "controller-manager"):
+        process.stop(name, kill=True)  # Jobs of the pool's slots get no pods: workers are processes
+    postgres.up()
+    redis.up()
+    url = postgres.create_database("bench")
+    redis_url = redis.environment(f"127.0.0.1:{redis.port()}")["TASKS_REDIS_URL"]
+    await migrate(url)
+    admin = Server(Access.from_kubeconfig(endpoints.kubeconfig))
+    database = await asyncpg.create_pool(url, min_size=1, max_size=4)
+    cluster.apply([custom_resource_definition(), pool_definition()])
+    kubeconfig = await account(admin, folder, endpoints.kubeconfig)
+    await admin.send("POST", "/api/v1/namespaces", {"metadata": {"name": NAMESPACE, "labels": RESTRICTED}})
+    spec = {
+        "types": ["health_check", "embedding_generation"],
+        "min": WORKERS,
+        "max": WORKERS,
+        "concurrency": 16,
+        "lease": f"{int(LEASE)}s",
+    }
+    pool = {"apiVersion": "tasks.zzdsj.io/v1", "kind": "WorkerPool", "metadata": {"name": POOL}, "spec": spec}
+    await admin.send("POST", _POOLS, pool)
+    operator = OperatorProcess(
+        kubeconfig=kubeconfig,
+        namespaces=[NAMESPACE],
+        folder=folder,
+        python=str(python),
+        OPERATOR_POSTGRES_URL=url,
+        OPERATOR_REDIS_URL=redis_url,
+        MALLOC_MMAP_THRESHOLD_="65536",  # as in the image
+    )
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith(("OPERATOR_", "TASKS_"))},
+        "TASKS_POSTGRES_URL": url,
+        "TASKS_REDIS_URL": redis_url,
+        "TASKS_POOL": POOL,
+        "TASKS_POOL_NAMESPACE": NAMESPACE,
+        "TASKS_POOL_REVISION": "bench",
+        "TASKS_POOL_CONCURRENCY": "16",
+        "TASKS_POOL_BATCH_SIZE": "64",
+        "TASKS_POOL_LEASE_SECONDS": str(LEASE),
+        "TASKS_POOL_GRACE_SECONDS": "10",
+        "TASKS_LOG_LEVEL": "warning",
+    }
+    workers = [Worker(environment, folder / f"worker-{number}.log") for number in range(WORKERS)]
+    load = Load(admin, NAMESPACE, NoHand(), type="health_check")
+    operator.start()
+    await operator.ready(interval=0.05)
+    following = asyncio.create_task(load.follow_tasks())
+    try:
+        await asyncio.sleep(2)  # the watch is open
+        yield Lab(admin, operator, load, database, workers)
+        if following.done():
+            following.result()
+    finally:
+        following.cancel()
+        await asyncio.wait([following])
+        for worker in workers:
+            worker.end()
+        operator.kill()
+        await admin.aclose()
+        await database.close()
+
+
+async def run(scenario: str, *, python: Path, folder: Path) -> dict[str, Any]:
+    """Start what is needed, run the scenario, and return what happened."""
+    async with _lab(python=python, folder=folder) as lab:
+        return await SCENARIOS[scenario](lab)
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[2])
+    measured = uvloop.run(run(sys.argv[1], python=Path(sys.argv[3]), folder=place))
+    (place / "round.json").write_text(json.dumps(measured))

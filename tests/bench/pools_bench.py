@@ -1,0 +1,217 @@
+"""Warm pools: 100 tasks a second and more, what a task costs whom, killed workers, priorities, joined texts; beside Celery.
+
+``--only steady`` (or fast, floor, queued, killed, embedding, celery; comma separated) runs one part. Each has a machine of
+its own: network and process namespace, etcd, API server, PostgreSQL and Redis, all started for it
+(:mod:`tests.bench.pool_rounds`).
+The operator signs in with a service account, as in a cluster, and runs in the environment of the image; workers run in that
+of the tests, as plain processes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from devstack import DevstackError, machine, tools
+from devstack.stores import postgres
+from tests.bench import celery_side
+from tests.bench.measurement import Measurement
+from tests.bench.operator_bench import environment
+from tests.bench.pool_rounds import LEASE, QUEUED, SCENARIOS, TEXT, TEXTS, WORKERS
+from tests.support.operator_lab import ROOT
+
+PARTS: Final = ("floor", "steady", "fast", "queued", "killed", "embedding", "celery")
+_LIMIT: Final = 900.0  # seconds for one part
+_CONTROL: Final = ("operator", "apiserver", "etcd", "postgres", "redis")
+Rounds = dict[str, dict[str, Any]]
+
+
+def run(only: Sequence[str] = ()) -> list[Measurement]:
+    """Run all parts, or those named. Raises DevstackError."""
+    if unknown := set(only) - {*PARTS, *SCENARIOS}:
+        raise DevstackError(f"cannot measure {', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
+    machine.require_root()
+    machine.require(["cluster"])
+    tools.kube()  # built here: the private machines reach no network
+    tools.kubectl()
+    postgres.programs_folder()
+    python = environment()
+    rounds: Rounds = {}
+    for part in only or PARTS:
+        print(f"    {part}", flush=True)
+        if part == "celery":
+            rounds[part] = celery_side.measure()
+        else:
+            rounds[part] = _round(part, python=python)
+        print(f"      {json.dumps(rounds[part])}", flush=True)
+    return [one for part in rounds for one in _TABLES.get(part, _steady)(part, rounds)]
+
+
+def _round(scenario: str, *, python: Path) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="pools-bench-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)  # PostgreSQL runs as another user, who has to get to its data
+        command = ["unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        inside = f'"{sys.executable}" -m tests.bench.pool_rounds {scenario} {name} {python}'
+        try:
+            subprocess.run(
+                [*command, "bash", "-c", f"ip link set lo up && {inside}"],
+                cwd=ROOT,
+                env={**os.environ, "DEVSTACK_STATE": f"{name}/state"},
+                timeout=_LIMIT,
+                check=True,
+            )
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            for log in sorted(folder.glob("*.log")):
+                print(f"      {log.name}: {log.read_text()[-1500:]}", flush=True)
+            raise DevstackError(f"cannot measure {scenario}: {error}; see what is printed above") from error
+        answer: dict[str, Any] = json.loads((folder / "round.json").read_text())
+        return answer
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def _row(metric: str, value: float, unit: str, target: float | None = None, **more: Any) -> Measurement:
+    return Measurement(metric=metric, value=value, unit=unit, target=target, **more)
+
+
+def _split(found: Mapping[str, Any]) -> str:
+    return ", ".join(f"{part} {ms:.2f}" for part, ms in sorted(found["cpu"].items()))
+
+
+def _lost(part: str, found: Mapping[str, Any]) -> Measurement:
+    lost = found["tasks"] - min(found["completed"], found["rows"])
+    how = (
+        f"of {found['tasks']}; each looked at in the API server and in PostgreSQL (row, attempt, event); "
+        f"in the pool: {found['in_pool']}"
+    )
+    return _row(f"{part}: tasks lost or late", lost, "", 0, how=how)
+
+
+def _control(found: Mapping[str, Any]) -> float:
+    return float(sum(found["cpu"].get(part, 0.0) for part in _CONTROL))
+
+
+def _steady(part: str, rounds: Rounds) -> list[Measurement]:
+    found, least = rounds[part], rounds.get("floor")
+    wanted = {"steady": "100 health checks a second for 60 s", "fast": "200 a second for 30 s"}.get(part, part)
+    how = f"{wanted}, created through the Kubernetes API; {WORKERS} workers; a machine of {os.cpu_count()} CPUs for all"
+    base = None if least is None else least["cpu"]["apiserver"] + least["cpu"]["etcd"]
+    return [
+        _lost(part, found),
+        _row(f"{part}: rate", found["rate"], "/s", 100 if part == "steady" else 200, better="higher", how=how),
+        _row(f"{part}: created to Completed, p99", found["p99"], "ms", 2000 if part == "steady" else None, how=how),
+        _row(f"{part}: created to Completed, p50", found["p50"], "ms", how=how),
+        _row(f"{part}: CPU of the control plane", _control(found), "ms/task", baseline=base, how=f"{how}; {_split(found)}"),
+        _row(f"{part}: CPU of the operator", found["cpu"]["operator"], "ms/task", how=how),
+        _row(f"{part}: CPU of the workers", found["cpu"]["workers"], "ms/task", 1.0, how=f"{how}; what they check included"),
+        _row(f"{part}: status writes", found["status_writes"], "/task", 1.05, how="counted at the API server"),
+        _row(f"{part}: operator memory, most", found["memory"], "MB", 100, how=how),
+    ]
+
+
+def _floor(part: str, rounds: Rounds) -> list[Measurement]:
+    found = rounds[part]
+    cost = found["cpu"]["apiserver"] + found["cpu"]["etcd"]
+    how = f"2,000 tasks created and ended by one write each, by the load, 16 at once, no operator: {found['rate']:.0f}/s"
+    return [_row("floor: CPU of API server and etcd", cost, "ms/task", how=f"{how}; {_split(found)}")]
+
+
+def _queued(part: str, rounds: Rounds) -> list[Measurement]:
+    found = rounds[part]
+    how = (
+        f"{QUEUED} tasks of low priority wait, one worker starts, high ones come, ten a second; "
+        f"low ones left at the end: {found['low_left']}"
+    )
+    return [
+        _row("queued: high priority, created to Completed, p99", found["p99"], "ms", 1000, how=how),
+        _row("queued: high priority, created to Completed, p50", found["p50"], "ms", how=how),
+        _row(f"queued: operator memory, {QUEUED} waiting", found["memory_queued"], "MB", 100, how=how),
+    ]
+
+
+def _killed(part: str, rounds: Rounds) -> list[Measurement]:
+    found = rounds[part]
+    how = (
+        f"50 health checks a second for two minutes, {found['lost_workers']} workers killed, one every 5 s; "
+        f"tasks with a second attempt: {found['second_attempts']}; lease {LEASE:.0f} s"
+    )
+    return [
+        _lost(part, found),
+        _row("killed: tasks that ended twice", found["twice"], "", 0, how=how),
+        _row("killed: slowest task that lost its worker", found["slowest"], "s", LEASE + 2, how=f"{how}; from its creation"),
+    ]
+
+
+def _embedding(part: str, rounds: Rounds) -> list[Measurement]:
+    found = rounds[part]
+    joined, single, bare = found["joined"], found["single"], found["bare"]
+    # What the CPU that the control plane left over could have embedded in a bare loop.
+    cpus = os.cpu_count() or 1
+    others = sum(ms for name, ms in joined["cpu"].items() if name != "workers") * TEXTS / 1000
+    span = TEXTS / joined["rate"]
+    possible = min(max(cpus * span - others, 0.0) / (bare["cpu"] / 1000), span * bare["rate"])
+    how = f"{TEXTS} tasks of one text of {TEXT} Chinese characters, created at once, one worker, 16 at once in it"
+    return [
+        _lost("embedding", joined),
+        _row(
+            "embedding: tasks",
+            joined["rate"],
+            "/s",
+            baseline=single["rate"],
+            how=f"{how}; baseline: one at a time; bare {bare['rate']:.0f}/s",
+        ),
+        _row(
+            "embedding: share of what is left over",
+            100 * TEXTS / possible if possible else 0.0,
+            "%",
+            80,
+            better="higher",
+            baseline=100,
+            how=how,
+        ),
+        _row(
+            "embedding: CPU of the worker",
+            joined["cpu"]["workers"],
+            "ms/task",
+            baseline=bare["cpu"],
+            how=f"{how}; baseline: a bare loop",
+        ),
+    ]
+
+
+def _celery(part: str, rounds: Rounds) -> list[Measurement]:
+    found, rows = rounds[part], []
+    for name, one in found.items():
+        how = f"{one['what']}; Redis on loopback, two worker processes (prefork)"
+        rows += [
+            _row(f"celery, {name}: no-op tasks", one["noop_rate"], "/s", how=how),
+            _row(f"celery, {name}: CPU of a no-op", one["noop_cpu"], "ms/task", how=f"{how}; worker, producer and Redis"),
+            _row(
+                f"celery, {name}: texts embedded",
+                one["embed_rate"],
+                "/s",
+                how=f"{how}; one text of {TEXT} characters a task",
+            ),
+            _row(
+                f"celery, {name}: tasks not done 60 s after a killed worker",
+                one["lost"],
+                "",
+                how=f"{how}; of {one['killed_of']}",
+            ),
+        ]
+    return rows
+
+
+_TABLES: Final[dict[str, Callable[[str, Rounds], list[Measurement]]]] = {
+    "floor": _floor,
+    "queued": _queued,
+    "killed": _killed,
+    "embedding": _embedding,
+    "celery": _celery,
+}
