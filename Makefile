@@ -74,13 +74,15 @@ lint: $(READY) ## ruff, mypy strict, import-linter, generated files in sync
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python crds/generate.py --check
+	@$(BIN)/python docs/generate.py --check
 	@echo "lint: all good"
 
 format: $(READY) ## Format the code and sort imports
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format .
 
-generate: $(READY) ## Write the CRD from the models
+generate: $(READY) ## Write what follows from the code: the CRDs, docs/reference
 	@$(BIN)/python crds/generate.py
+	@$(BIN)/python docs/generate.py
 
 lock: $(READY) ## Pin what pyproject.toml has new; with UPGRADE=1 the newest of everything within its bounds
 	@for extras in "operator gateway" runner dev; do \

@@ -22,6 +22,7 @@ NAVIGATION: Final = {
         *("docs/tasks", "docs/client", "docs/gateway", "docs/callbacks", "docs/api-routing"),
         *("docs/sources", "docs/quality"),
     ],
+    "Reference": [f"docs/reference/{page}" for page in ("processingtask", "workerpool", "rest", "settings", "values")],
     "Operate": ["docs/troubleshooting", "docs/metrics", "docs/performance", "SECURITY", "manifests/argocd/README"],
     "Understand": ["docs/operator", "docs/pipeline", "docs/walkthrough", "docs/adr/README", "examples/documents/README"],
     "Project": ["CONTRIBUTING", "CHANGELOG"],

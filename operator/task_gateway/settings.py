@@ -87,6 +87,7 @@ class Settings(BaseSettings):
     rabbitmq_prefetch: Annotated[int, Field(ge=1, le=1000)] = 16
     """So many messages a replica works on at once."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least level of what is logged: one JSON object a line, on standard error."""
 
     @model_validator(mode="after")
     def _knows_whose_messages_they_are(self) -> Self:

@@ -63,6 +63,7 @@ class DatabaseSettings(BaseSettings):
     postgres_url: OptionalUrl = None
     """PostgreSQL for history, results and the fence. None: no history, and a cancel waits for the pod to be gone."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least level of what is logged: one JSON object a line, on standard error."""
 
 
 class Settings(DatabaseSettings):
@@ -75,7 +76,9 @@ class Settings(DatabaseSettings):
     runner_image: Annotated[str, Field(min_length=1)]
     """Image of the runner pods."""
     runner_image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    """When the kubelet asks the registry for it."""
     service_account: Annotated[str, Field(min_length=1)] = "processing-task-runner"
+    """Of the runner pods; its token is not mounted."""
     stores_secret: Annotated[str, Field(min_length=1)] = "processing-task-stores"  # noqa: S105 - a name
     """Secret in each task namespace with the runner's environment."""
     documents_claim: str = "processing-task-documents"
@@ -96,7 +99,9 @@ class Settings(DatabaseSettings):
     runner_memory_limit: Annotated[str, AfterValidator(_memory)] = "8Gi"
     """Most memory that an attempt gets by that."""
     runner_node_selector: dict[str, str] = {}
+    """Labels of the nodes that runner pods may run on, as a JSON object."""
     runner_tolerations: tuple[dict[str, Any], ...] = ()
+    """Taints of nodes that runner pods tolerate, as a JSON list."""
     runner_lost_node_seconds: Annotated[int, Field(ge=0, le=86_400)] = 30
     """So long a pod stays on a node that is lost, unless the tolerations name its taints."""
     image_pull_secrets: tuple[str, ...] = ()
