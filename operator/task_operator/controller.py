@@ -49,9 +49,9 @@ import structlog
 from pydantic import ValidationError
 
 from task_contract.messages import ProgressEvent
-from task_contract.models import Metadata, ProcessingTask, Status, describe
+from task_contract.models import Metadata, Phase, ProcessingTask, Stage, Status, TaskType, describe
 from task_operator.cache import FINISHED, Cache, CachedTask, Key, job_key, surplus
-from task_operator.dispatch import Claim, Dispatch, Limits, Place
+from task_operator.dispatch import Claim, Dispatch, Limit, Limits, Place
 from task_operator.events import of_transition, of_wait
 from task_operator.jobs import (
     JobState,
@@ -78,6 +78,7 @@ _ROUNDS: Final = 12  # a decision asks for at most one thing a round, and there 
 _POSITIONS: Final = 10.0  # seconds between two looks whose position in line is to be told
 _TOLD: Final = 100  # of them, those in front: ten writes a second, however fast a long line moves
 _PRUNED: Final = 500  # tasks of a namespace deleted in a row
+_REACHED_STORES: Final = frozenset({Stage.ANALYZE, Stage.VERIFY, Stage.GATE, Stage.PUBLISH})
 
 
 class VersionsWentBack(Exception):
@@ -190,7 +191,7 @@ class Controller:
         self._workers = workers
         self._cache = Cache()
         self._queue: WorkQueue[Key] = WorkQueue()
-        self._dispatch = Dispatch(limits, wake=self._queue.add) if limits else None
+        self._dispatch = Dispatch(limits, wake=self._queue.add, clock=clock) if limits else None
         self._budget = budget
         self._crowded: set[str] = set()
         self._crowd = asyncio.Event()
@@ -375,6 +376,8 @@ class Controller:
         cached = self._cache.task(key)
         if cached is None or cached.uid != event.uid or cached.finished:
             return
+        if event.stage in _REACHED_STORES and self._dispatch is not None:
+            self._dispatch.store_up(key[0])
         live = self._live.setdefault(event.uid, _Live())
         known = live.progress
         if known is None or (event.attempt, event.at) >= (known.attempt, known.at):
@@ -414,6 +417,16 @@ class Controller:
             self._dispatch.hold(key, _claim(key, cached))
         elif cached is None or not asked:
             self._dispatch.release(key)
+
+    def _note_stores(self, task: _Task, status: Status) -> None:
+        """Tell the dispatch what an attempt has found out about the stores of its namespace."""
+        if self._dispatch is None or task.parsed is None or task.parsed.spec.type is TaskType.HEALTH_CHECK:
+            return
+        queue = status.queue
+        if queue is not None and queue.reason == Limit.STORE and queue.position is None:
+            self._dispatch.store_down(task.key[0], queue.message or "a store cannot be reached")
+        elif status.phase is Phase.COMPLETED:
+            self._dispatch.store_up(task.key[0])
 
     def _has_job(self, key: Key, cached: CachedTask) -> bool:
         return any(not job.finished and job.owner_uid == cached.uid for job in self._cache.jobs(key))
@@ -739,6 +752,7 @@ class Controller:
         self._metrics.status_writes.inc()
         if self._cache.put_task(answer):
             self._project(answer)
+        self._note_stores(task, status)
         if status.phase.finished:
             self._live.pop(task.cached.uid, None)
         else:
@@ -857,6 +871,7 @@ def _claim(key: Key, cached: CachedTask) -> Claim:
         type=str(spec.get("type")),
         priority=cached.priority,
         created_at=parse_time(cached.created) or datetime.fromtimestamp(0, UTC),
+        stores=spec.get("type") != TaskType.HEALTH_CHECK,
     )
 
 

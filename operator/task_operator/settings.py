@@ -23,6 +23,10 @@ from task_platform.settings import Names, OptionalUrl, product_version
 PREFIX: Final = "OPERATOR_"
 _LABEL_VALUE: Final = r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
 
+_SHARER: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(/[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$"
+_LEAST_WEIGHT: Final = (
+    0.001  # a thousandth of the places is hardly a share any more; a hundredth of it would be a way to starve
+)
 _CLASS: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 
 
@@ -122,6 +126,10 @@ class Settings(DatabaseSettings):
     """So many tasks of one knowledge base; 0: no limit of its own."""
     limit_types: dict[TaskType, Annotated[int, Field(ge=0)]] = {}
     """So many tasks of a type, as a JSON object; a type that is not named has no limit of its own."""
+    fair_weights: dict[
+        Annotated[str, Field(pattern=_SHARER)], Annotated[float, Field(ge=_LEAST_WEIGHT, le=1 / _LEAST_WEIGHT)]
+    ] = {}
+    """Shares of the places, by namespace, or by namespace/kbId within it, as a JSON object; who is not named has 1."""
     task_budget: Annotated[int, Field(ge=0)] = 10_000
     """So many tasks of a namespace stay: over it, the oldest finished ones go before their TTL; 0: any number."""
     instance: Annotated[str, Field(pattern=_LABEL_VALUE)] = "processing-tasks"
@@ -195,12 +203,13 @@ class Settings(DatabaseSettings):
         )
 
     def limits(self) -> Limits:
-        """Return how many tasks may have a Job at once."""
+        """Return how many tasks may have a Job at once, and who has which share of them."""
         return Limits(
             total=self.limit_total,
             namespace=self.limit_namespace,
             knowledge_base=self.limit_knowledge_base,
             types={str(kind): most for kind, most in self.limit_types.items()},
+            weights=self.fair_weights,
         )
 
     def policy(self) -> Policy:

@@ -65,6 +65,25 @@ async def test_tasks_wait_in_line_for_their_knowledge_base_and_say_where(
     assert list(ends.values()) == sorted(ends.values())
 
 
+async def test_while_a_store_is_down_one_task_at_a_time_tries(place: Place, process: Start) -> None:
+    down = AttemptOutcome(outcome=Outcome.GIVEN_BACK, attempt=1, reason="StoreUnavailable")
+    kubelet = Kubelet(place, outcomes={1: down})
+    async with process().at_work(), kubelet.at_work():
+        await place.create("finds-out")
+        await place.wait_for("Queued", name="finds-out", reason="StoreUnavailable")
+        names = [f"task-{number}" for number in range(4)]
+        for name in names:
+            await place.create(name, kbId=name)
+        for _ in range(10):
+            assert await _unfinished_jobs(place) <= 1
+            await asyncio.sleep(0.1)
+        waits = await place.wait_for("Queued", name=names[-1], reason="StoreUnavailable")
+        assert "position" in waits["queue"], "it was not tried, and waits in line"
+        kubelet.outcomes = {1: SUCCESS}
+        for name in ("finds-out", *names):
+            await place.wait_for("Completed", name=name)
+
+
 # -------------------------------------------------------------------------------------------------------------- budget
 
 

@@ -292,3 +292,200 @@ def test_the_time_that_counts_is_that_of_creation() -> None:
     early = claim(0)
     assert early.rank < replace(early, created_at=early.created_at + timedelta(seconds=1)).rank
     assert claim(0, priority="unheard of").rank > claim(0, priority="low").rank - 1
+
+
+# ---------------------------------------------------------------------------------------------------------- fair shares
+
+
+class Machine:
+    """Places, tasks that take them, and a clock: who is given one when. All tasks take equally long, one after the other."""
+
+    def __init__(self, limits: Limits, *, now: float = 0) -> None:
+        self.now = now
+        self.given: list[Key] = []
+        self.claims: dict[Key, Claim] = {}
+        self.dispatch = Dispatch(limits, wake=self.given.append, clock=lambda: at(self.now))
+
+    def add(self, name: str, wanted: Claim) -> None:
+        key = (wanted.namespace, name)
+        self.claims[key] = wanted
+        self.now = max(self.now, (wanted.created_at - at(0)).total_seconds())
+        if self.dispatch.ask(key, wanted).granted:
+            self.given.append(key)
+
+    def run(self, starts: int) -> list[Claim]:
+        """Let tasks end, the first to have a place first; return who was given the next places."""
+        before = len(self.given)
+        ended = before - self.dispatch.holders
+        while len(self.given) < before + starts and self.dispatch.holders:
+            self.dispatch.release(self.given[ended])
+            ended += 1
+        return [self.claims[key] for key in self.given[before:]]
+
+
+def flooded(
+    bases: list[tuple[str, str]], *, places: int, weights: dict[str, float] | None = None, tasks: int = 100
+) -> Machine:
+    machine = Machine(Limits(total=places, weights=weights or {}))
+    for namespace, base in bases:  # each floods before the next comes
+        for number in range(tasks):
+            machine.add(f"{base}-{number:03}", claim(number, namespace=namespace, kb_id=base))
+    return machine
+
+
+def jain(service: list[int]) -> float:
+    return sum(service) ** 2 / (len(service) * sum(one * one for one in service))
+
+
+@pytest.mark.parametrize("places", [1, 3, 8, 50])
+def test_equal_knowledge_bases_are_served_equally_whoever_came_first(places: int) -> None:
+    machine = flooded([("a", f"kb-{number}") for number in range(8)], places=places)
+    machine.run(places)  # what had places at the beginning
+    service = Counter(one.kb_id for one in machine.run(400))
+    assert jain(list(service.values())) > 0.99
+    assert len(service) == 8
+
+
+def test_namespaces_share_before_knowledge_bases_do() -> None:
+    machine = flooded([("many", f"kb-{number}") for number in range(9)] + [("one", "kb")], places=4)
+    machine.run(4)
+    service = Counter(one.namespace for one in machine.run(100))
+    assert abs(service["one"] - service["many"]) <= 2
+
+
+@pytest.mark.parametrize("places", [1, 4, 5, 40])
+def test_shares_go_by_weight(places: int) -> None:
+    weights = {"a/big": 3.0, "b": 2.0}
+    machine = flooded([("a", "big"), ("a", "small"), ("b", "kb")], places=places, weights=weights, tasks=300)
+    machine.run(places)
+    service = Counter(one.kb_id for one in machine.run(240))
+    assert service["kb"] == pytest.approx(160, abs=2)
+    assert service["big"] == pytest.approx(60, abs=2)
+    assert service["small"] == pytest.approx(20, abs=2)
+
+
+@pytest.mark.parametrize(("namespace", "base"), [("a", "seconds"), ("b", "hours")])
+def test_long_tasks_leave_short_ones_their_share_of_the_places(namespace: str, base: str) -> None:
+    machine = Machine(Limits(total=4))
+    for number in range(10):
+        machine.add(f"hours-{number}", claim(number, kb_id="hours"))
+    for number in range(30):
+        machine.add(f"seconds-{number:02}", claim(100 + number, namespace=namespace, kb_id=base))
+    for name in ("hours-0", "hours-1"):
+        machine.dispatch.release(("a", name))
+    short = [key for key in machine.given if key[1].startswith("seconds")]
+    assert len(short) == 2
+    for _ in range(20):  # those of hours stay
+        ended = short.pop(0)
+        machine.dispatch.release(ended)
+        assert machine.given[-1][1].startswith("seconds")
+        short.append(machine.given[-1])
+
+
+def test_who_was_away_saves_up_no_turns() -> None:
+    machine = flooded([("a", "busy")], places=1)
+    machine.run(50)
+    for number in range(20):
+        machine.add(f"back-{number:02}", claim(500 + number, kb_id="back"))
+    service = Counter(one.kb_id for one in machine.run(20))
+    assert abs(service["back"] - service["busy"]) <= 1
+
+
+def test_who_was_held_back_by_its_limit_saves_up_no_turns() -> None:
+    machine = Machine(Limits(total=2, knowledge_base=1))
+    machine.add("long", claim(0, kb_id="limited"))
+    for number in range(20):
+        machine.add(f"limited-{number:02}", claim(number, kb_id="limited"))
+        machine.add(f"one-{number:02}", claim(number, kb_id="one"))
+        machine.add(f"two-{number:02}", claim(number, kb_id="two"))
+    for _ in range(10):
+        machine.dispatch.release(machine.given[-1])
+    machine.dispatch.release(("a", "long"))
+    assert Counter(machine.claims[key].kb_id for key in machine.given[1:])["limited"] == 1
+
+
+def test_priority_goes_before_fairness_and_age_before_priority() -> None:
+    machine = Machine(Limits(total=1))
+    machine.add("running", claim(0, kb_id="other"))
+    for number in range(5):
+        machine.add(f"low-{number}", claim(number, kb_id=f"kb-{number}", priority="low"))
+    machine.now = 1800
+    for number in range(3):
+        machine.add(f"high-{number}", claim(1800, kb_id="other", priority="high"))
+    machine.add("normal", claim(1800, kb_id="kb-0", priority="normal"))
+    assert [one.priority for one in machine.run(3)] == ["high"] * 3
+    machine.now = 3700
+    for number in range(3, 40):
+        machine.add(f"high-{number}", claim(3700, kb_id="other", priority="high"))
+    later = [one.priority for one in machine.run(10)]
+    assert later[:9].count("low") == 5, "an hour old they share the first class with what is new and high"
+
+
+@pytest.mark.parametrize("priority", ["high", "normal"])
+def test_a_low_task_waits_an_hour_and_its_turn_however_many_come_before_it(priority: str) -> None:
+    bases = [("abc"[number % 3], f"kb-{number}") for number in range(9)]
+    machine = Machine(Limits(total=1))
+    machine.add("running", claim(0, namespace="c", kb_id="kb-8"))
+    machine.add("low", claim(0, namespace="a", kb_id="kb-low", priority="low"))
+    for number in range(3600):  # twice as many as can be carried out
+        machine.now = number
+        namespace, base = bases[number % 9]
+        machine.add(f"flood-{number}", claim(number, namespace=namespace, kb_id=base, priority=priority))
+        if number % 2:
+            machine.run(1)
+    machine.now = 3600
+    waited = next(number for number in range(100) if ("a", "low") in machine.given or not machine.run(1))
+    assert waited <= 12, "three namespaces of at most four knowledge bases"
+
+
+@given(
+    arrivals=st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 4), st.sampled_from(["high", "normal", "low"])), max_size=60
+    ),
+    places=st.integers(1, 5),
+)
+def test_all_are_served_and_the_line_is_told_as_it_goes(arrivals: list[tuple[int, int, str]], places: int) -> None:
+    machine = Machine(Limits(total=places), now=100)
+    for number, (namespace, base, priority) in enumerate(arrivals):
+        wanted = claim(number, namespace="abcd"[namespace], kb_id=f"kb-{base}", priority=priority)
+        machine.add(f"task-{number}", wanted)
+    waiting = [key for key in machine.claims if key not in machine.given]
+    positions = sorted(machine.dispatch.ask(key, machine.claims[key]).position for key in waiting)
+    assert positions == list(range(1, len(waiting) + 1))
+    if places == 1 and waiting:
+        first = min(waiting, key=lambda key: machine.dispatch.ask(key, machine.claims[key]).position)
+        machine.run(1)
+        assert machine.given[-1] == first
+    machine.run(len(arrivals))
+    assert sorted(machine.given) == sorted(machine.claims)
+    assert len(machine.dispatch) == 0
+
+
+def test_positions_in_a_long_line_are_near_what_they_are_and_cheap() -> None:
+    machine = Machine(Limits(total=1))
+    for number in range(2000):
+        machine.add(f"task-{number:04}", claim(number, kb_id=f"kb-{number % 20}"))
+    told = {key: machine.dispatch.ask(key, machine.claims[key]).position for key in machine.claims}
+    exact = {key: position for position, key in enumerate(machine.dispatch._lines[None].order(5000), start=1)}
+    assert max(abs(told[key] - position) for key, position in exact.items()) <= 2000 / 8 + 20
+
+
+# -------------------------------------------------------------------------------------------------------- back-pressure
+
+
+def test_while_the_stores_are_down_one_task_tries() -> None:
+    line = Line(Limits(total=10))
+    line.ask("one", claim(0))
+    line.ask("two", claim(1))
+    line.dispatch.store_down("a", "Milvus cannot be reached")
+    assert line.ask("waits", claim(2)) == (1, "StoreUnavailable")
+    assert line.ask("no stores", replace(claim(3), stores=False)) == (0, "")
+    assert line.ask("elsewhere", claim(4, namespace="b")) == (0, "")
+    line.ask("waits too", claim(5))
+    line.release("one")
+    assert line.woken == []
+    line.release("two")
+    assert line.woken == ["waits"], "the next one tries"
+    line.dispatch.store_up("a")
+    assert line.woken == ["waits", "waits too"]
+    assert line.ask("newcomer", claim(6)) == (0, "")

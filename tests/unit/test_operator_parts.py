@@ -286,6 +286,7 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         "OPERATOR_CAPACITY_DEADLINE_SECONDS": "0",
         "OPERATOR_LIMIT_KNOWLEDGE_BASE": "4",
         "OPERATOR_LIMIT_TYPES": '{"health_check": 2}',
+        "OPERATOR_FAIR_WEIGHTS": '{"knowledge": 2, "knowledge/kb-42": 0.5}',
     }.items():
         monkeypatch.setenv(key, value)
     settings = load_settings(Settings, program="operator")
@@ -305,7 +306,8 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert (template.instance, template.version) == ("release-1", metadata.version("processing-tasks"))
     policy = settings.policy()
     assert (policy.pending_deadline, policy.capacity_deadline) == (timedelta(minutes=10), timedelta())
-    assert settings.limits() == Limits(total=1000, knowledge_base=4, types={"health_check": 2})
+    weights = {"knowledge": 2.0, "knowledge/kb-42": 0.5}
+    assert settings.limits() == Limits(total=1000, knowledge_base=4, types={"health_check": 2}, weights=weights)
 
 
 def test_one_error_names_every_bad_variable(monkeypatch: pytest.MonkeyPatch) -> None:

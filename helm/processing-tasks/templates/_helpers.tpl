@@ -161,6 +161,8 @@ redis: TASKS_REDIS_URL
   value: {{ int $root.Values.operator.limits.perKnowledgeBase | quote }}
 - name: OPERATOR_LIMIT_TYPES
   value: {{ toJson $root.Values.operator.limits.perType | quote }}
+- name: OPERATOR_FAIR_WEIGHTS
+  value: {{ toJson $root.Values.operator.limits.weights | quote }}
 - name: OPERATOR_TASK_BUDGET
   value: {{ int $root.Values.operator.taskBudget | quote }}
 - name: OPERATOR_JOB_TTL_SECONDS
