@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from task_contract.batches import parallelism_of, write_shards
 from task_contract.lifecycle import ExitCode
@@ -279,9 +279,9 @@ def build_sweep_job(namespace: str, *, last: datetime | None, template: RunnerTe
             "ttlSecondsAfterFinished": int(SWEEP_TTL.total_seconds()),
             "template": {
                 "metadata": {"labels": labels},
-                "spec": _pod(
+                "spec": runner_pod(
                     ["python", "-m", "job_runner", "sweep", "--namespace", namespace],
-                    priority=Priority.LOW,
+                    priority_class=template.priority_classes.get(Priority.LOW),
                     template=template,
                     resources=template.classes.get(Size.MEDIUM, {}),
                 ),
@@ -301,20 +301,12 @@ def _task_pod(task: ProcessingTask, *, attempt: int, template: RunnerTemplate, s
         },
     ]
     mounts: list[dict[str, Any]] = [{"name": _TASK_VOLUME, "mountPath": folder, "readOnly": True}]
-    if template.documents_claim:
-        writes = task.spec.payload.output_path is not None  # then the folder of outputs alone can be written to
-        volumes.append(
-            {
-                "name": "documents",
-                "persistentVolumeClaim": {"claimName": template.documents_claim, "readOnly": not writes},
-            }
-        )
-        mounts.append({"name": "documents", "mountPath": DOCUMENT_ROOT, "readOnly": True})
-        if writes:
-            mounts.append({"name": "documents", "mountPath": f"{DOCUMENT_ROOT}/{OUTPUTS}", "subPath": OUTPUTS})
-    return _pod(
+    documents = document_volume(template, writes=task.spec.payload.output_path is not None)
+    volumes += documents.volumes
+    mounts += documents.mounts
+    return runner_pod(
         ["python", "-m", "job_runner", "run", TASK_FILE],
-        priority=task.spec.priority,
+        priority_class=template.priority_classes.get(task.spec.priority),
         template=template,
         resources=resources_of(task, template.classes, template.memory_growth),
         env=[
@@ -336,15 +328,35 @@ def _shard(shards: Sequence[int]) -> list[dict[str, Any]]:
     ]
 
 
-def _pod(
+class DocumentVolume(NamedTuple):
+    """The document volume in a pod; nothing where there is none."""
+
+    volumes: list[dict[str, Any]]
+    mounts: list[dict[str, Any]]
+
+
+def document_volume(template: RunnerTemplate, *, writes: bool) -> DocumentVolume:
+    """Return the document volume of a pod, which reads it; if it ``writes``, then to the folder of outputs alone."""
+    if not template.documents_claim:
+        return DocumentVolume([], [])
+    claim = {"claimName": template.documents_claim, "readOnly": not writes}
+    mounts: list[dict[str, Any]] = [{"name": "documents", "mountPath": DOCUMENT_ROOT, "readOnly": True}]
+    if writes:
+        mounts.append({"name": "documents", "mountPath": f"{DOCUMENT_ROOT}/{OUTPUTS}", "subPath": OUTPUTS})
+    return DocumentVolume([{"name": "documents", "persistentVolumeClaim": claim}], mounts)
+
+
+def runner_pod(
     command: list[str],
     *,
-    priority: Priority,
+    priority_class: str | None,
     template: RunnerTemplate,
     resources: Mapping[str, Any],
     env: Sequence[Mapping[str, Any]] = (),
     volumes: Sequence[Mapping[str, Any]] = (),
     mounts: Sequence[Mapping[str, Any]] = (),
+    node_selector: Mapping[str, str] | None = None,
+    grace: timedelta = GRACE,
 ) -> dict[str, Any]:
     """Return what every pod of the runner has: its restrictions, the stores' Secret, and room for temporary files."""
     pod: dict[str, Any] = {
@@ -352,7 +364,7 @@ def _pod(
         "serviceAccountName": template.service_account,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": int(GRACE.total_seconds()),
+        "terminationGracePeriodSeconds": int(grace.total_seconds()),
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": NONROOT,
@@ -381,10 +393,10 @@ def _pod(
         ],
         "volumes": [{"name": "tmp", "emptyDir": {"sizeLimit": TMP_SIZE}}, *volumes],
     }
-    if priority_class := template.priority_classes.get(priority):
+    if priority_class:
         pod["priorityClassName"] = priority_class
-    if template.node_selector:
-        pod["nodeSelector"] = dict(template.node_selector)
+    if nodes := {**template.node_selector, **(node_selector or {})}:
+        pod["nodeSelector"] = nodes
     if tolerations := _tolerations(template):
         pod["tolerations"] = tolerations
     if template.image_pull_secrets:
