@@ -16,16 +16,17 @@ if TYPE_CHECKING:
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 
+_PAGES: Final = {
+    "Start": "quickstart concepts install images migration comparison",
+    "Use": "tasks client gateway callbacks api-routing sources quality",
+    "Reference": "reference/processingtask reference/workerpool reference/rest reference/settings reference/values metrics",
+    "Operate": "operating security troubleshooting performance ../SECURITY ../manifests/argocd/README",
+    "Understand": "architecture operator pipeline walkthrough adr/README ../examples/documents/README",
+    "Project": "../CONTRIBUTING ../CHANGELOG",
+}
 NAVIGATION: Final = {
-    "Start": ["docs/install", "docs/images"],
-    "Use": [
-        *("docs/tasks", "docs/client", "docs/gateway", "docs/callbacks", "docs/api-routing"),
-        *("docs/sources", "docs/quality"),
-    ],
-    "Reference": [f"docs/reference/{page}" for page in ("processingtask", "workerpool", "rest", "settings", "values")],
-    "Operate": ["docs/troubleshooting", "docs/metrics", "docs/performance", "SECURITY", "manifests/argocd/README"],
-    "Understand": ["docs/operator", "docs/pipeline", "docs/walkthrough", "docs/adr/README", "examples/documents/README"],
-    "Project": ["CONTRIBUTING", "CHANGELOG"],
+    heading: [page.removeprefix("../") if page.startswith("../") else f"docs/{page}" for page in pages.split()]
+    for heading, pages in _PAGES.items()
 }
 """Pages by the heading in the sidebar that they stand under, in their order; those of docs/adr follow their README."""
 

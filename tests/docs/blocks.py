@@ -23,7 +23,7 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "examples").rglob("*.md")),
 ]
-ON_THE_EXAMPLES = ("README.md", "docs/troubleshooting.md", "docs/tasks.md")
+ON_THE_EXAMPLES = ("README.md", "docs/quickstart.md", "docs/troubleshooting.md", "docs/tasks.md")
 """Pages whose commands run on an installation with the example tasks at their ends."""
 IN_THEIR_OWN_WAY = ("docs/install.md", "docs/pipeline.md", "docs/images.md", "docs/client.md", "CONTRIBUTING.md")
 """Pages that a test of their own follows; tests/integration/test_client_page.py that of the client."""
@@ -34,6 +34,7 @@ tests/integration/test_operator_history.py and test_callbacks.py."""
 
 ELSEWHERE = {
     ("README.md", "make demo"): "`.ci/run` runs both on every commit",
+    ("docs/quickstart.md", "make demo"): "`.ci/run` runs it on every commit",
     ("README.md", "kubectl apply -n knowledge -f manifests"): "`devstack/demo.py:run` prints it",
     (
         "docs/gateway.md",
@@ -82,6 +83,12 @@ SAYS = {
         "hold exactly these",
         "are whole in both stores, 0 entered",
     ],
+    ("docs/quickstart.md", "kubectl wait -n knowledge ptask/quick-start "): [
+        "condition met",
+        '"documents":1',
+        '"milvusCount":',
+    ],
+    ("docs/quickstart.md", "kubectl wait -n knowledge ptask/quick-start-missing"): ["DocumentNotFound: cannot"],
     ("docs/tasks.md", "kubectl get ptask -n knowledge -w"): ["handbook", "condition met", "broken", "patched"],
     ("docs/troubleshooting.md", "kubectl get ptask --output=wide"): ["DocumentUnreadable"],
     ("docs/troubleshooting.md", "kubectl get ptask broken"): [
