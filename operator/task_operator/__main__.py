@@ -30,6 +30,8 @@ from task_operator.health import Health
 from task_operator.jobs import common_labels
 from task_operator.metrics import Metrics
 from task_operator.outbox import LIST, Listener, Outbox
+from task_operator.pool_controller import PoolController
+from task_operator.pool_queue import PoolQueue
 from task_operator.projection import Database
 from task_operator.schema import migrate
 from task_operator.settings import DatabaseSettings, Settings
@@ -64,6 +66,12 @@ async def run(settings: Settings) -> int:
         labels=common_labels(template, name="processing-tasks", component="operator"),
         metrics=metrics,
     )
+    pool_queue, pools = None, None
+    if settings.redis_url is not None:
+        pool_queue = PoolQueue(settings.redis_url)
+        pools = PoolController(
+            on_look=lambda pool, look: controller.on_look(pool, look), backlog=lambda pool: controller.backlog(pool)
+        )
     controller = Controller(
         api=cluster,
         template=template,
@@ -71,6 +79,8 @@ async def run(settings: Settings) -> int:
         database=database,
         announce=events.submit,
         namespaces=settings.namespaces,
+        pools=pools,
+        pool_queue=pool_queue,
         policy=settings.policy(),
         limits=settings.limits(),
         budget=settings.task_budget,
@@ -185,6 +195,8 @@ async def run(settings: Settings) -> int:
             await feed.aclose()
         for publisher in publishers:
             await publisher.aclose()
+        if pool_queue is not None:
+            await pool_queue.aclose()
         if sender is not None:
             await sender.aclose()
         if database is not None:

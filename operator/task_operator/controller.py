@@ -48,7 +48,8 @@ from typing import Any, Final, Protocol
 import structlog
 from pydantic import ValidationError
 
-from task_contract.messages import ProgressEvent
+from task_contract.leases import PoolReport, ReportKind
+from task_contract.messages import Outcome, ProgressEvent
 from task_contract.models import Metadata, Phase, ProcessingTask, Stage, Status, TaskType, describe
 from task_operator.cache import FINISHED, Cache, CachedTask, Key, job_key, surplus
 from task_operator.dispatch import Claim, Dispatch, Limit, Limits, Place
@@ -58,13 +59,20 @@ from task_operator.jobs import (
     PodReport,
     RunnerTemplate,
     build_job,
+    current_attempt,
     parse_time,
     pod_report,
+    queue_stamp,
+    task_document,
 )
 from task_operator.metrics import Metrics, Waiting
 from task_operator.observation import Batch, Decision, Fence, Need, Observed, Policy, Refusal, Store, StoredOutcome, view_of
+from task_operator.pool_queue import Look, Offer, QueueUnavailable
+from task_operator.pool_tasks import PoolPort, PoolTasks, Queue
+from task_operator.pools import Backlog, Pool
 from task_operator.projection import Database, DatabaseUnavailable, Held
 from task_operator.reconcile import decide, refuse
+from task_operator.verdict import WORKER_LOST
 from task_operator.waits import refused_for
 from task_operator.workqueue import WorkQueue
 from task_platform.kubernetes import ClusterError, Conflict, Forbidden, Gone, Invalid, Manifest, NotFound, Page, Unavailable
@@ -132,6 +140,9 @@ class _Facts:
     batch: Batch | None = None
     place: Place | None = None
     refusal: Refusal | None = None
+    reports: tuple[PoolReport, ...] = ()
+    """Those that the last decision rests on."""
+    claim: Claim | None = None
 
 
 @dataclass(slots=True)
@@ -169,6 +180,8 @@ class Controller:
         database: Database | None = None,
         announce: Callable[[Manifest], None] = lambda _: None,
         namespaces: Sequence[str] = (),
+        pools: PoolPort | None = None,
+        pool_queue: Queue | None = None,
         policy: Policy | None = None,
         limits: Limits = Limits(),  # noqa: B008 - frozen
         budget: int = 0,
@@ -177,7 +190,10 @@ class Controller:
         random: Callable[[], float] = random_module.random,
         workers: int = _WORKERS,
     ) -> None:
-        """``budget``: so many tasks of a namespace stay; over it, finished ones go before their time. 0: any number."""
+        """``budget``: so many tasks of a namespace stay; over it, finished ones go before their time. 0: any number.
+
+        Without ``pools`` and ``pool_queue`` no task gets to a worker pool.
+        """
         self._api = api
         self._template = template
         self._metrics = metrics
@@ -191,7 +207,24 @@ class Controller:
         self._workers = workers
         self._cache = Cache()
         self._queue: WorkQueue[Key] = WorkQueue()
-        self._dispatch = Dispatch(limits, wake=self._queue.add, clock=clock) if limits else None
+        self._limited = bool(limits)
+        self._dispatch: Dispatch | None = None
+        self._pools: PoolTasks | None = None
+        if pools is not None and pool_queue is not None:
+            self._pools = PoolTasks(
+                queue=pool_queue,
+                pools=pools,
+                metrics=metrics,
+                classes=template.classes,
+                wake=self._queue.add,
+                tell=self._tell,
+                live=self._unfinished,
+                grown=self._grown,
+                clock=clock,
+            )
+            self._dispatch = Dispatch(limits, wake=self._queue.add, window=self._pools.window, clock=clock)
+        elif limits:
+            self._dispatch = Dispatch(limits, wake=self._queue.add, clock=clock)
         self._budget = budget
         self._crowded: set[str] = set()
         self._crowd = asyncio.Event()
@@ -227,6 +260,8 @@ class Controller:
             group.create_task(self._resync_forever(), name="resync")
             group.create_task(self._check_versions_forever(), name="versions")
             group.create_task(self._prune_forever(), name="prune")
+            if self._pools is not None:
+                group.create_task(self._pools.run(), name="pools")
             if self._dispatch is not None:
                 group.create_task(self._tell_positions_forever(self._dispatch), name="positions")
 
@@ -382,6 +417,8 @@ class Controller:
         known = live.progress
         if known is None or (event.attempt, event.at) >= (known.attempt, known.at):
             live.progress = event
+            if self._pools is not None and cached.phase != Phase.PROCESSING and self._pools.lease(event.uid) is not None:
+                return  # its worker says so if it takes longer than a moment
             # A runner tells its progress four times a second; until the status may be written again there is nothing to do.
             wait = timedelta() if live.written is None else live.written + self._policy.progress_interval - self._clock()
             self._queue.add_after(key, wait.total_seconds())
@@ -398,6 +435,8 @@ class Controller:
             self._dispatch.release(key)
         self._live.pop(uid, None)
         self._news.pop(key, None)
+        if self._pools is not None:
+            self._pools.forget(uid, key)
         if self._database is not None:
             if manifest is not None:
                 self._database.submit(manifest, deleted=True)
@@ -408,14 +447,21 @@ class Controller:
 
     # ----------------------------------------------------------------------------------------------- limits and budget
 
-    def _settle(self, key: Key, *, asked: bool) -> None:
-        """Tell the dispatch whether a task holds a place: while it has a Job that has not ended, and no longer."""
+    def _settle(self, key: Key, facts: _Facts) -> None:
+        """Tell the dispatch whether a task holds a place: while a Job that has not ended, or a pool, has it."""
         if self._dispatch is None:
             return
         cached = self._cache.task(key)
         if cached is not None and self._has_job(key, cached):
-            self._dispatch.hold(key, _claim(key, cached))
-        elif cached is None or not asked:
+            self._dispatch.hold(key, _claim(key, cached, pool=None))
+            return
+        lease = None if cached is None or self._pools is None else self._pools.lease(cached.uid)
+        if cached is not None and lease is not None:
+            claim = facts.claim
+            if claim is None or claim.pool != (key[0], lease.pool):
+                claim = _claim(key, cached, pool=(key[0], lease.pool))
+            self._dispatch.hold(key, claim)
+        elif cached is None or facts.place is None or facts.place.granted:
             self._dispatch.release(key)
 
     def _note_stores(self, task: _Task, status: Status) -> None:
@@ -430,6 +476,81 @@ class Controller:
 
     def _has_job(self, key: Key, cached: CachedTask) -> bool:
         return any(not job.finished and job.owner_uid == cached.uid for job in self._cache.jobs(key))
+
+    # ----------------------------------------------------------------------------------------------------------- pools
+
+    def on_look(self, pool: Pool, look: Look | None) -> None:
+        """Take in what there is of a pool in Redis; None: Redis cannot be used."""
+        if self._pools is not None and self._synced:
+            self._pools.on_look(pool, look)
+
+    def backlog(self, pool: Pool) -> Backlog:
+        """Return what waits for a pool."""
+        return Backlog() if self._pools is None else self._pools.backlog(pool)
+
+    def _unfinished(self, namespace: str, uids: Mapping[str, str]) -> dict[str, Key]:
+        """Return which of these uids, each with its name or none, are tasks that have not finished."""
+        found, nameless = {}, set()
+        for uid, name in uids.items():
+            if not name:
+                nameless.add(uid)
+            elif (cached := self._cache.task((namespace, name))) is not None and cached.uid == uid and not cached.finished:
+                found[uid] = (namespace, name)
+        if nameless:
+            found |= {task.uid: key for key, task in self._cache.tasks() if task.uid in nameless and not task.finished}
+        return found
+
+    def _tell(self, key: Key) -> None:
+        """Have a look at news of a task."""
+        self._news.setdefault(key, time.perf_counter())
+        self._queue.add(key)
+
+    def _grown(self) -> None:
+        if self._dispatch is not None:
+            self._dispatch.grown()
+
+    async def _offer(self, task: _Task, pool: str, facts: _Facts) -> None:
+        if self._pools is None or task.parsed is None:
+            return
+        namespace, name = task.key
+        of = (namespace, pool)
+        if facts.claim is None or facts.claim.pool != of:
+            facts.claim = _claim(task.key, task.cached, pool=of)
+        offer = Offer(
+            uid=task.cached.uid,
+            namespace=namespace,
+            name=name,
+            attempt=current_attempt(task.parsed.status),
+            stamp=queue_stamp(task.parsed),
+            priority=str(task.parsed.spec.priority),
+            rank=facts.claim.rank,
+            task=task_document(task.parsed),
+        )
+        try:
+            await self._pools.offer(task.key, of, offer)
+        except QueueUnavailable as error:
+            _log.warning("cannot offer a task yet", namespace=namespace, task=name, pool=pool, error=str(error))
+            self._pools.failed(of)
+            self._queue.add_after(task.key, 1.0)
+
+    def _heard(self, task: _Task, facts: _Facts) -> None:
+        """Count what workers have said, and have it removed."""
+        if self._pools is None or task.parsed is None:
+            return
+        self._pools.heard(task.cached.uid, facts.reports)
+        attempt, stay = current_attempt(task.parsed.status), task.parsed.status.queued_at or task.metadata.creation_timestamp
+        for report in facts.reports:
+            if report.attempt != attempt or report.stamp != queue_stamp(task.parsed) or task.status.phase.finished:
+                continue
+            if report.kind is ReportKind.EXPIRED:
+                self._metrics.pool_handovers.labels(WORKER_LOST).inc()
+            elif report.outcome is not None and report.outcome.outcome is Outcome.GIVEN_BACK:
+                self._metrics.pool_handovers.labels(report.outcome.reason).inc()
+            if report.kind is ReportKind.ENDED and report.started_at is not None:
+                wait = (report.started_at - (stay or report.started_at)).total_seconds()
+                self._metrics.pool_wait_seconds.labels(str(task.parsed.spec.priority)).observe(max(0.0, wait))
+                run = ((report.finished_at or report.started_at) - report.started_at).total_seconds()
+                self._metrics.pool_run_seconds.labels(str(task.parsed.spec.type)).observe(max(0.0, run))
 
     async def _tell_positions_forever(self, dispatch: Dispatch) -> None:
         while True:
@@ -509,7 +630,7 @@ class Controller:
             if known is None:
                 self._queue.add(key)
             elif self._dispatch is not None and self._has_job(key, known):
-                self._dispatch.hold(key, _claim(key, known))  # before anybody asks for a place
+                self._dispatch.hold(key, _claim(key, known, pool=None))  # before anybody asks for a place
         for namespace in {key[0] for key, _ in self._cache.tasks()}:
             self._count_tasks(namespace)
         self._metrics.resyncs.labels("done").inc()
@@ -600,13 +721,15 @@ class Controller:
         try:
             await self._act(key, facts)
         finally:
-            self._settle(key, asked=facts.place is not None and not facts.place.granted)
+            self._settle(key, facts)
 
     async def _act(self, key: Key, facts: _Facts) -> None:
         cached = self._cache.task(key)
         await self._delete_orphans(key, None if cached is None else cached.uid)
         if cached is None:
             return
+        if self._pools is not None and cached.finished:
+            self._pools.forget(cached.uid, key)
         if (idle := (self._idle_until(key, cached) or 0) - self._clock().timestamp()) > 0:
             self._look_after(key, idle)
             return
@@ -615,10 +738,20 @@ class Controller:
         changed = False
         if decision.status is not None:
             changed = await self._write_status(task, decision.status, facts)
+        if decision.heard:
+            self._heard(task, facts)
         for job in decision.delete_jobs:
             await self._api.delete_job(job.namespace, job.name, uid=job.uid)
             self._cache.mark_deleting(job)
             changed = changed or not job.deleting
+        if self._pools is not None:
+            if decision.withdraw:
+                await self._pools.withdraw(task.cached.uid, key[0])
+                changed = True
+            if not decision.awaits_pool:
+                self._pools.waits_no_more(key)
+        if decision.offer is not None:
+            await self._offer(task, decision.offer, facts)
         if decision.create_attempt is not None and task.parsed is not None:
             facts.refusal = await self._create(task.parsed, attempt=decision.create_attempt, shards=decision.shards)
             changed = True
@@ -651,9 +784,14 @@ class Controller:
         database = self._database
         live = self._live.get(task.cached.uid)
         random = self._random()
+        uid, pools = task.cached.uid, self._pools
         for _ in range(_ROUNDS):
+            facts.reports = () if pools is None else pools.reports(uid)
             observed = Observed(
                 task=task.parsed,
+                pools=None if pools is None else pools.facts(task.parsed),
+                lease=None if pools is None else pools.lease(uid),
+                reports=facts.reports,
                 jobs=self._jobs_of(task.parsed),
                 jobs_changed_at=self._cache.jobs_changed_at(task.key),
                 store=Store() if database is None else Store(configured=True, down_since=database.down_since),
@@ -669,11 +807,14 @@ class Controller:
                 release=facts.release,
                 batch=facts.batch,
                 first=self._cache.first(task.key),
-                limited=self._dispatch is not None,
+                limited=self._limited,
                 place=facts.place,
             )
             decision = decide(observed, now=self._clock(), random=random, policy=self._policy)
             if not decision.needs:
+                if decision.awaits_pool and pools is not None and observed.pools is not None:
+                    since = task.status.queued_at or task.metadata.creation_timestamp
+                    pools.waits(task.key, task.key[0], observed.pools.serving, since)
                 return decision
             for need in decision.needs:
                 await self._answer(need, task.parsed, facts, decision)
@@ -705,7 +846,8 @@ class Controller:
                 key = (namespace, task.metadata.name)
                 cached = self._cache.task(key)
                 if self._dispatch is not None and cached is not None:
-                    facts.place = self._dispatch.ask(key, _claim(key, cached))
+                    facts.claim = _claim(key, cached, pool=None if decision.offer is None else (namespace, decision.offer))
+                    facts.place = self._dispatch.ask(key, facts.claim)
             case Need.RESULT | Need.FENCE | Need.RELEASE | Need.BATCH | Need.SETTLE:
                 if self._database is None:
                     return
@@ -862,7 +1004,7 @@ def merged(before: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any
     return after
 
 
-def _claim(key: Key, cached: CachedTask) -> Claim:
+def _claim(key: Key, cached: CachedTask, *, pool: tuple[str, str] | None) -> Claim:
     spec = cached.manifest()["spec"]
     kb_id = spec.get("kbId")
     return Claim(
@@ -872,6 +1014,7 @@ def _claim(key: Key, cached: CachedTask) -> Claim:
         priority=cached.priority,
         created_at=parse_time(cached.created) or datetime.fromtimestamp(0, UTC),
         stores=spec.get("type") != TaskType.HEALTH_CHECK,
+        pool=pool,
     )
 
 

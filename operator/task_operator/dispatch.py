@@ -407,7 +407,7 @@ class Dispatch:
         """
         held = self._holders.get(key)
         if held is not None:
-            if held.pool == claim.pool:
+            if held.lane == claim.lane:
                 return GRANTED
             self.release(key)
         known = self._waiting.get(key)
@@ -427,7 +427,7 @@ class Dispatch:
     def hold(self, key: Key, claim: Claim) -> None:
         """Note that a task has a Job, or is with a pool, whether it was given a place or not: limits may be lower now."""
         held = self._holders.get(key)
-        if held is not None and held.pool != claim.pool:
+        if held is not None and held.lane != claim.lane:
             self.release(key)
         if key not in self._holders:
             self._leave(key)

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from task_contract.batches import parallelism_of, write_shards
 from task_contract.lifecycle import ExitCode
 from task_contract.messages import AttemptOutcome, last_lines
-from task_contract.models import Priority, ProcessingTask, TaskType
+from task_contract.models import Metadata, Priority, ProcessingTask, Status, TaskType
 from task_contract.names import (
     API_VERSION,
     ATTEMPT_LABEL,
@@ -107,7 +107,12 @@ def common_labels(template: RunnerTemplate, *, name: str, component: str) -> dic
 
 def queue_stamp(task: ProcessingTask) -> str:
     """Return the name of the task's present stay in the queue: when it was put there, to the second, in UTC."""
-    at = task.status.queued_at or task.metadata.creation_timestamp
+    return stamp_of(task.status, task.metadata)
+
+
+def stamp_of(status: Status, metadata: Metadata) -> str:
+    """Return the name of the stay in the queue that a status tells of."""
+    at = status.queued_at or metadata.creation_timestamp
     return "" if at is None else at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from task_contract.models import Phase, Priority, Status, TaskType
 
+_MOMENTS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 _MINUTES: Final = (0.5, 1, 2.5, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600)
 _REQUEST_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30)
 _MOST_REASONS: Final = 64
@@ -125,6 +126,27 @@ class Metrics:
         self.queue_depth = Gauge("task_operator_queue_depth", "Tasks due for a look.", registry=self.registry)
         self.status_writes = Counter("task_operator_status_writes", "Status writes.", registry=self.registry)
         self.jobs_created = Counter("task_operator_jobs_created", "Jobs created.", registry=self.registry)
+        self.pool_offers = Counter(
+            "task_pool_offers", "Attempts offered to worker pools.", ["result"], registry=self.registry
+        )
+        self.pool_reports = Counter("task_pool_reports", "Reports of workers.", ["kind"], registry=self.registry)
+        self.pool_handovers = Counter(
+            "task_pool_handovers", "Attempts that workers lost or gave back.", ["reason"], registry=self.registry
+        )
+        self.pool_wait_seconds = Histogram(
+            "task_pool_queue_wait_seconds",
+            "From when a task was put into the queue to when a worker took it.",
+            ["priority"],
+            buckets=_MOMENTS,
+            registry=self.registry,
+        )
+        self.pool_run_seconds = Histogram(
+            "task_pool_run_seconds",
+            "From when a worker took a task to when it ended it.",
+            ["type"],
+            buckets=_MOMENTS,
+            registry=self.registry,
+        )
         self.sweep_jobs = Counter("task_operator_sweep_jobs", "Jobs created that sweep the stores.", registry=self.registry)
         self.dead_intents = Counter(
             "task_operator_dead_intents",

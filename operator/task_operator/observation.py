@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from task_contract.messages import AttemptOutcome, ProgressEvent
-from task_contract.models import Failure, Phase, ProcessingTask, Status
+from task_contract.leases import PoolReport, ReportKind
+from task_contract.messages import AttemptOutcome, Outcome, ProgressEvent
+from task_contract.models import Executor, Failure, Phase, ProcessingTask, Status
 from task_contract.names import job_name
 from task_operator.dispatch import Place
 from task_operator.jobs import JobState, PodReport, current_attempt, queue_stamp
@@ -110,6 +111,42 @@ class Store:
 
 
 @dataclass(frozen=True, slots=True)
+class Lease:
+    """An attempt that this process has offered to a pool, and whose end it has not heard of."""
+
+    pool: str
+    attempt: int
+    stamp: str
+    """Which stay in the queue."""
+    priority: str
+    lost: bool = False
+    """Two looks in a row did not find it, and no report says why: Redis has lost it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """What worker pools can do for a task, as far as this process knows. Without Redis there is none of this."""
+
+    known: bool = False
+    """Whether all pools of the namespace were listed, each was looked at, and what its workers reported was read. Before,
+    nobody can tell whether a pool has the task."""
+    serving: str | None = None
+    """The pool for its next attempt: that which has the task, as long as it fits."""
+    missing: str = ""
+    """Why there is none."""
+    down_since: datetime | None = None
+    """Since when Redis cannot be used; None: it can."""
+    lease: timedelta = timedelta()
+    """So long a worker of the pool may be silent."""
+    present: str | None = None
+    """A pool in whose queue the last look has seen the task, under whatever attempt."""
+    gone_since: datetime | None = None
+    """Since when the pool that has the task does not exist any more."""
+    inherited: bool = False
+    """An earlier process may have offered the attempt."""
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """Waits that are the operator's own and not a task's."""
 
@@ -127,6 +164,16 @@ class Policy:
     """Names that ``spec.resourceClass`` may have."""
     queue_patience: timedelta = timedelta(seconds=5)
     """So long a task waits for a place before its status says so: most waits are shorter, and each would cost a write."""
+    pool_queue_patience: timedelta = timedelta(seconds=30)
+    """The same of a task that waits for its turn in a pool's line: thousands do, and most are done by then."""
+    pool_fallback: bool = False
+    """Whether tasks of pools run as Jobs while Redis cannot be used."""
+    pool_fallback_patience: timedelta = timedelta(seconds=60)
+    """After so long; one that a worker may have, so long after its lease."""
+    pool_gone_patience: timedelta = timedelta(seconds=90)
+    """So long workers of a pool that was deleted have to finish: their grace period, and what comes after it."""
+    attempt_allowance: timedelta = timedelta(minutes=10)
+    """A worker ends an attempt at its timeout itself. So long after that the attempt is taken from one that does not."""
     give_back_delay: timedelta = timedelta(seconds=5)
     """Wait before an attempt that was given back is tried again; doubles while that repeats."""
     give_back_max_delay: timedelta = timedelta(seconds=60)
@@ -169,6 +216,11 @@ class Observed:
     """When the status was last written by this process."""
     refusal: Refusal | None = None
     """Of the Job that this pass tried to create."""
+    pools: Pools | None = None
+    """None: pools cannot be used, for Redis is not configured."""
+    lease: Lease | None = None
+    reports: tuple[PoolReport, ...] = ()
+    """What workers have said of the task and no status says yet, in the order in which they said it."""
     answered: frozenset[Need] = frozenset()
     """Which of the following were looked up."""
     pods: tuple[PodReport, ...] = ()
@@ -198,6 +250,14 @@ class Decision:
     """Number of the attempt whose Job is to be created."""
     shards: tuple[int, ...] = ()
     """Of a batch: which shards it is for."""
+    heard: bool = False
+    """The reports that this rests on may be removed: what they say stands in the status, or matters no more."""
+    withdraw: bool = False
+    """Take the task out of the pools that have it."""
+    offer: str | None = None
+    """The pool that the attempt is to be offered to. Offering it twice is offering it once."""
+    awaits_pool: bool = False
+    """The task waits for a pool: to be offered to the one that serves it, or for one to come."""
     delete_task: bool = False
     after: timedelta | None = None
     """Look again after this time even if nothing happens."""
@@ -215,7 +275,7 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The current attempt and its Job."""
+    """The current attempt, and what has it: a Job, or a pool."""
 
     attempt: int
     name: str
@@ -225,20 +285,70 @@ class View:
     blocker: JobState | None
     """A Job of the same name that is from an earlier stay in the queue."""
     others: tuple[JobState, ...] = field(default=())
+    stamp: str = ""
+    """Of the present stay in the queue."""
+    lease: Lease | None = None
+    """Of this attempt in this stay."""
+    report: PoolReport | None = None
+    """The last word of a worker about it. While it has a Job too, only that it succeeded."""
+    ran_as: str = ""
+    """What stands in the status as its Job: its own, or that of the worker."""
+    executor: Executor = Executor.JOB
+
+    @property
+    def over(self) -> bool:
+        """Whether a worker has ended the attempt, or has lost it."""
+        return self.report is not None and self.report.kind is not ReportKind.RUNNING
 
 
 def view_of(observed: Observed) -> View:
     """Return what follows from an observation at once."""
-    task = observed.task
-    attempt = current_attempt(task.status)
+    task, status = observed.task, observed.task.status
+    attempt = current_attempt(status)
     name = job_name(task_name=task.metadata.name, task_uid=task.metadata.uid or "", attempt=attempt)
     stamp = queue_stamp(task)
     same = [job for job in observed.jobs if job.name == name]
     job = next((job for job in same if job.queue_stamp == stamp), None)
+    lease = observed.lease
+    if lease is not None and (lease.attempt, lease.stamp) != (attempt, stamp):
+        lease = None
+    report = _last_word(observed.reports, attempt=attempt, stamp=stamp)
+    if job is not None and not _success(report):
+        report = None
+    ran_as, executor = name, Executor.JOB
+    if report is not None:
+        ran_as, executor = _worker_job(report, status), Executor.POOL
+    elif job is None and status.phase is Phase.PROCESSING and status.executor is Executor.POOL:
+        ran_as, executor = status.job or name, Executor.POOL
     return View(
         attempt=attempt,
         name=name,
         job=job,
         blocker=next((job for job in same if job.queue_stamp != stamp), None),
         others=tuple(job for job in observed.jobs if job.name != name),
+        stamp=stamp,
+        lease=lease,
+        report=report,
+        ran_as=ran_as,
+        executor=executor,
     )
+
+
+def _last_word(reports: tuple[PoolReport, ...], *, attempt: int, stamp: str) -> PoolReport | None:
+    """Return what counts of the reports about an attempt: that it succeeded, else how it ended, else that it runs."""
+    mine = [report for report in reports if (report.attempt, report.stamp) == (attempt, stamp)]
+    ends = [report for report in mine if report.kind is not ReportKind.RUNNING]
+    return next((report for report in ends if _success(report)), next(iter(ends or mine[::-1]), None))
+
+
+def _success(report: PoolReport | None) -> bool:
+    return report is not None and report.outcome is not None and report.outcome.outcome is Outcome.SUCCEEDED
+
+
+def _worker_job(report: PoolReport, status: Status) -> str:
+    """Return the name of the worker's Job; a lease that ran out names the pod alone, which is called after its Job."""
+    if report.job:
+        return report.job
+    if status.phase is Phase.PROCESSING and status.job is not None and report.worker.startswith(f"{status.job}-"):
+        return status.job
+    return (report.worker.rpartition("-")[0] or report.worker)[:63]

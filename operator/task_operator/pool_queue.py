@@ -3,7 +3,7 @@
 Everything here may be repeated, and all of it lost: see :mod:`task_contract.leases`.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final, TypeVar
@@ -31,7 +31,7 @@ _log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 _TIMEOUT: Final = 5.0  # seconds
-_BLOCK: Final = 2_000  # milliseconds that a read of reports waits
+_BLOCK: Final = 1_000  # milliseconds that a read of reports waits
 _REPORTS: Final = 200  # of one read
 
 
@@ -141,13 +141,21 @@ class PoolQueue:
         """Remove everything of a pool that is gone."""
         await _answered(self._redis.delete(*keys.all))
 
-    async def reports(self, keys: PoolKeys, *, after: str = "0-0") -> AsyncIterator[list[Heard]]:
-        """Yield what workers report, from the first report that is still there, as it comes; never ends by itself."""
+    async def reports(self, keys: PoolKeys, *, after: str = "0-0") -> AsyncGenerator[list[Heard], None]:
+        """Yield what workers report, from the first report that is still there, as it comes; never ends by itself.
+
+        An empty list says that everything was yielded which had been reported when it was asked for.
+        """
+        block: int | None = None  # until it is known what there is
         while True:
-            answer: Any = await _answered(self._redis.xread({keys.reports: after}, count=_REPORTS, block=_BLOCK))
-            for _, entries in answer or ():
+            answer: Any = await _answered(self._redis.xread({keys.reports: after}, count=_REPORTS, block=block))
+            entries = [entry for _, found in answer or () for entry in found]
+            if entries:
                 after = entries[-1][0]
                 yield [Heard(number, report) for number, values in entries if (report := _report(keys, values)) is not None]
+            if len(entries) < _REPORTS:
+                block = _BLOCK
+                yield []
 
     async def settle(self, keys: PoolKeys, numbers: Sequence[str]) -> None:
         """Remove reports: what they say stands in the tasks' statuses, or matters no more."""

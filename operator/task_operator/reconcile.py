@@ -13,6 +13,8 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from task_contract.batches import shard_count
+from task_contract.errors import HandedBack
+from task_contract.leases import PoolReport, ReportKind
 from task_contract.lifecycle import retry_delay
 from task_contract.messages import AttemptOutcome, Outcome, ProgressEvent
 from task_contract.models import (
@@ -27,9 +29,21 @@ from task_contract.models import (
     Status,
     TaskType,
 )
-from task_operator.dispatch import Place, worth_telling
-from task_operator.jobs import JobState, is_batch, pods_of
-from task_operator.observation import Decision, Ending, Fence, FenceState, Need, Observed, Policy, Refusal, View, view_of
+from task_operator.dispatch import Limit, Place, worth_telling
+from task_operator.jobs import JobState, current_attempt, is_batch, pods_of, stamp_of
+from task_operator.observation import (
+    Decision,
+    Ending,
+    Fence,
+    FenceState,
+    Need,
+    Observed,
+    Policy,
+    Pools,
+    Refusal,
+    View,
+    view_of,
+)
 from task_operator.resources import unknown_class
 from task_operator.statuses import (
     clip,
@@ -47,6 +61,7 @@ from task_operator.statuses import (
 )
 from task_operator.verdict import (
     BATCH_FAILED,
+    WORKER_LOST,
     Verdict,
     burden_on_nodes,
     judge_job,
@@ -55,9 +70,13 @@ from task_operator.verdict import (
     verdict_of_batch,
     wait_for_store,
 )
-from task_operator.waits import overdue, time_left, wait_of, waiting
+from task_operator.waits import NO_POOL, QUEUE_UNAVAILABLE, overdue, time_left, wait_of, waiting
 
 _DEFAULT: Final = Policy()
+_WORKERS_LOST: Final = 2
+"""So many workers may be lost over a task before it gets a Job."""
+_CUT_OFF: Final = "the queue of the worker pool cannot be reached: Redis does not answer"
+_WITHOUT_REDIS: Final = "worker pools cannot be used: the operator has no Redis; set OPERATOR_REDIS_URL"
 
 
 def decide(observed: Observed, *, now: datetime, random: float, policy: Policy = _DEFAULT) -> Decision:
@@ -67,9 +86,10 @@ def decide(observed: Observed, *, now: datetime, random: float, policy: Policy =
     """
     task, status = observed.task, observed.task.status
     if task.metadata.deletion_timestamp is not None:
-        return Decision()  # the garbage collector ends the Job; a missing Job means nothing any more
+        # The garbage collector ends the Job; a missing Job means nothing any more.
+        return Decision(withdraw=observed.lease is not None, heard=bool(observed.reports))
     if status.phase.finished:
-        return _finished(observed, now=now, policy=policy)
+        return replace(_finished(observed, now=now, policy=policy), heard=bool(observed.reports))
     if problem := _impossible(task, database=observed.store.configured):
         failure = Failure(reason="InvalidTask", message=clip(problem), retryable=False)
         return Decision(
@@ -78,14 +98,20 @@ def decide(observed: Observed, *, now: datetime, random: float, policy: Policy =
     view = view_of(observed)
     ending = _ending(observed, now=now)
     if ending is not None:
-        return _with_history(_stop(observed, view, ending, now=now, policy=policy), observed)
-    if task.spec.suspend and not (view.job is not None and view.job.finished):
+        decision = _stop(observed, view, ending, now=now, policy=policy)
+        return _with_pools(_with_history(decision, observed), observed, view)
+    if task.spec.suspend and not (view.over or (view.job is not None and view.job.finished)):
         decision = _suspend(observed, view, now=now)
+    elif view.report is not None and view.over:
+        decision = _after_pool(observed, view, view.report, now=now, random=random, policy=policy)
     elif view.job is not None:
         decision = _with_job(observed, view, view.job, now=now, random=random, policy=policy)
+    elif view.lease is not None or view.executor is Executor.POOL:
+        decision = _with_pool(observed, view, now=now, random=random, policy=policy)
     else:
         decision = _without_job(observed, view, now=now, random=random, policy=policy)
-    return _with_history(_sweep(_until_deadline(decision, task, now=now), view), observed)
+    decision = _with_history(_sweep(_until_deadline(decision, task, now=now), view), observed)
+    return _with_pools(decision, observed, view)
 
 
 def refuse(metadata: Metadata, status: Status, message: str, *, now: datetime) -> Decision:
@@ -105,8 +131,6 @@ def refuse(metadata: Metadata, status: Status, message: str, *, now: datetime) -
 def _impossible(task: ProcessingTask, *, database: bool) -> str | None:
     """Return why this version cannot carry out a task. The CRD refuses such tasks, unless it is of another version."""
     spec = task.spec
-    if spec.executor is Executor.POOL:
-        return "cannot use a worker pool: this version has none; create a task with executor auto or job"
     if spec.callback is not None and not database:
         return (
             "cannot call back: callbacks leave from PostgreSQL, which this operator does not have; "
@@ -228,6 +252,11 @@ def _stop(observed: Observed, view: View, ending: Ending, *, now: datetime, poli
             return verdict
         if verdict.success is not None:
             return Decision(status=_completed(task, view, verdict, now=now))
+    if view.report is not None and view.over:
+        said = view.report.outcome
+        if said is not None and said.outcome is Outcome.SUCCEEDED:
+            verdict = verdict_of(said, _began(task, view.report))
+            return Decision(status=_completed(task, view, verdict, now=_ended_at(task, view.report, now=now)))
     running = tuple(one for one in observed.jobs if not one.finished)
     stoppable = tuple(one for one in running if not one.deleting)
     if observed.store.configured:
@@ -243,16 +272,28 @@ def _stop(observed: Observed, view: View, ending: Ending, *, now: datetime, poli
             silent = job is not None and not job.ready and now - changed > policy.stuck_patience
             if job is not None and not job.finished and not job.deleting and not silent:
                 return Decision(after=timedelta(seconds=1))  # it has committed and is about to say so
+            if _may_report(observed, view):
+                return Decision(after=timedelta(seconds=1))  # so will its worker, or its lease runs out
             return _committed(observed, view, observed.fence, now=now)
     # No fence to be had: nothing can be committed any more once no pod is left.
     if running:
         return Decision(delete_jobs=stoppable, after=timedelta(seconds=1))
+    if view.executor is Executor.POOL or observed.lease is not None:
+        return Decision(status=ended(task, view, ending, now=now))  # a worker publishes nothing without PostgreSQL
     if Need.PODS not in observed.answered:
         return Decision(needs=frozenset({Need.PODS}))
     # A pod that does not answer for so long is waited for no longer, or a lost node would hold the task for ever.
     if any(pod.alive and (pod.stop_by is None or now < pod.stop_by + policy.stuck_patience) for pod in observed.pods):
         return Decision(after=timedelta(seconds=1))
     return Decision(status=ended(task, view, ending, now=now))
+
+
+def _may_report(observed: Observed, view: View) -> bool:
+    """Whether a worker may have the attempt, whose word about its end is yet to come."""
+    lease, pools = view.lease, observed.pools
+    if lease is None or lease.lost or view.over or pools is None:
+        return False
+    return pools.down_since is None and pools.gone_since is None
 
 
 def _committed(observed: Observed, view: View, fence: Fence, *, now: datetime, job: JobState | None = None) -> Decision:
@@ -283,11 +324,12 @@ def _completed(task: ProcessingTask, view: View, verdict: Verdict, *, now: datet
 def _suspend(observed: Observed, view: View, *, now: datetime) -> Decision:
     task, status, job = observed.task, observed.task.status, view.job
     stop = tuple(one for one in (job, view.blocker) if one is not None and not one.deleting)
-    if job is None and status.phase is Phase.QUEUED and ready_reason(status) == "Suspended":
+    held = job is not None or view.lease is not None
+    if not held and status.phase is Phase.QUEUED and ready_reason(status) == "Suspended":
         return Decision(delete_jobs=stop)
-    waits_for_retry = status.phase is Phase.RETRYING and job is None
+    waits_for_retry = status.phase is Phase.RETRYING and not held
     changes: dict[str, Any] = {"retry_at": status.retry_at if waits_for_retry else None}
-    if job is not None or status.phase is Phase.PROCESSING:
+    if held or status.phase is Phase.PROCESSING:
         changes |= given_back(task, view, now=now)
     queue = QueueStatus(reason="Suspended", message="suspended by spec.suspend", since=to_second(now))
     return Decision(status=queued(task, queue, now=now, **changes), delete_jobs=stop)
@@ -303,7 +345,8 @@ def _with_job(observed: Observed, view: View, job: JobState, *, now: datetime, r
             return verdict
         return _judge(observed, view, verdict, now=now, random=random, policy=policy)
     if job.ready and not job.deleting:
-        return _running(observed, view, job, now=now, policy=policy)
+        where = f"as Job {job.name}"
+        return _running(observed, view, where, started_at=to_second(now), now=now, policy=policy)
     stopping = _stopping(observed, view, job, now=now, random=random, policy=policy)
     if stopping is not None:
         return stopping
@@ -356,12 +399,13 @@ def _stopping(
     return _judge(observed, view, verdict, now=now, random=random, policy=policy)
 
 
-def _running(observed: Observed, view: View, job: JobState, *, now: datetime, policy: Policy) -> Decision:
+def _running(observed: Observed, view: View, where: str, *, started_at: datetime, now: datetime, policy: Policy) -> Decision:
+    """Say that the attempt runs, and how far it has come."""
     task, status = observed.task, observed.task.status
     progress = observed.progress
     if progress is not None and progress.attempt != view.attempt:
         progress = None
-    if status.phase is Phase.PROCESSING and status.attempt == view.attempt and status.job == job.name:
+    if status.phase is Phase.PROCESSING and status.attempt == view.attempt and status.job == view.ran_as:
         if progress is None or _told(progress, status, batch=is_batch(task)):
             return Decision()
         written = observed.last_write
@@ -370,23 +414,23 @@ def _running(observed: Observed, view: View, job: JobState, *, now: datetime, po
         changes: dict[str, Any] = {"stage": progress.stage, "progress": progress.progress}
         if progress.total is None:
             return Decision(status=status.model_copy(update=changes))
-        message = f"{progress.done} of {progress.total} documents have ended; attempt {view.attempt} runs as Job {job.name}"
+        message = f"{progress.done} of {progress.total} documents have ended; attempt {view.attempt} runs {where}"
         told = status_in(task, Phase.PROCESSING, reason="Processing", message=message, now=now, **changes)
         return Decision(status=told)
-    attempt = Attempt(number=view.attempt, job=job.name, started_at=to_second(now))
+    attempt = Attempt(number=view.attempt, job=view.ran_as, started_at=started_at)
     return Decision(
         status=status_in(
             task,
             Phase.PROCESSING,
             reason="Processing",
-            message=f"attempt {view.attempt} runs as Job {job.name}",
+            message=f"attempt {view.attempt} runs {where}",
             now=now,
             attempt=view.attempt,
-            job=job.name,
-            executor=Executor.JOB,
+            job=view.ran_as,
+            executor=view.executor,
             stage=None if progress is None else progress.stage,
             progress=0 if progress is None else progress.progress,
-            started_at=status.started_at or to_second(now),
+            started_at=status.started_at or started_at,
             # How long the last wait was decides how long the next one is, should the attempt be given back again.
             retry_at=status.retry_at if status.phase is Phase.QUEUED else None,
             queue=None,
@@ -457,6 +501,8 @@ def _judge(observed: Observed, view: View, verdict: Verdict, *, now: datetime, r
     if verdict.given_back is not None:
         delay = _give_back_delay(status, now=now, policy=policy)
         repeated = status.queue is not None and status.queue.reason == verdict.given_back.reason
+        if view.executor is Executor.POOL and verdict.given_back.reason == HandedBack.reason and not repeated:
+            delay = timedelta()  # another worker is there already
         since = status.queue.since if repeated and status.queue is not None else None
         queue = verdict.given_back.model_copy(update={"since": since or to_second(now)})
         retry_at = to_second(now + delay, up=True)
@@ -476,6 +522,8 @@ def _judge(observed: Observed, view: View, verdict: Verdict, *, now: datetime, r
         status = failed(task, failure, now=now, view=view, result=verdict.result, started_at=verdict.started_at)
         return Decision(status=status)
     delay = retry_delay(task.spec.retry, failures=view.attempt, random=random)
+    if failure.reason == WORKER_LOST:
+        delay = timedelta()  # it says nothing of the task
     retry_at = to_second(now + delay, up=delay > timedelta())
     retrying = status_in(
         task,
@@ -484,8 +532,8 @@ def _judge(observed: Observed, view: View, verdict: Verdict, *, now: datetime, r
         message=f"attempt {view.attempt} failed, the next follows: {failure.message}",
         now=now,
         attempt=view.attempt,
-        job=view.name,
-        executor=Executor.JOB,
+        job=view.ran_as,
+        executor=view.executor,
         started_at=status.started_at or verdict.started_at or to_second(now),
         stage=None,
         progress=None,
@@ -518,6 +566,229 @@ def _give_back_delay(status: Status, *, now: datetime, policy: Policy) -> timede
     return min(max(2 * (retry - queued), policy.give_back_delay), policy.give_back_max_delay)
 
 
+# ------------------------------------------------------------------------------------------------ a pool has the attempt
+
+
+def _with_pool(observed: Observed, view: View, *, now: datetime, random: float, policy: Policy) -> Decision:
+    """Follow an attempt that is in the queue of a pool, or with a worker of it."""
+    task, lease, pools = observed.task, view.lease, observed.pools
+    runs = view.executor is Executor.POOL
+    if runs and now >= (due := _backstop(observed, view, now=now, policy=policy)):
+        message = "cannot finish the attempt within spec.timeout: the worker did not stop by itself"
+        verdict = Verdict(failure=Failure(reason="Timeout", message=message, retryable=True))
+        return _take_back(observed, view, verdict, now=now, random=random, policy=policy)
+    if pools is None:
+        queue = QueueStatus(reason=QUEUE_UNAVAILABLE, message=_WITHOUT_REDIS)
+        return _take_back(observed, view, Verdict(given_back=queue), now=now, random=random, policy=policy)
+    if pools.down_since is not None:
+        return _cut_off(observed, view, pools, pools.down_since, now=now, random=random, policy=policy)
+    report = view.report
+    if report is not None and not _told_running(view, task.status):
+        where = f"in pod {report.worker}" + ("" if lease is None else f" of worker pool {lease.pool}")
+        return _running(observed, view, where, started_at=_began(task, report), now=now, policy=policy)
+    if lease is None and not pools.known:
+        return Decision(after=timedelta(seconds=1))
+    if lease is None or lease.lost:
+        return _offer_anew(observed, view, pools, now=now, random=random, policy=policy)
+    if pools.serving != lease.pool:
+        if not runs:
+            return Decision(withdraw=True)  # and another way is looked for when it is out
+        if pools.gone_since is not None and now - pools.gone_since >= policy.pool_gone_patience:
+            queue = QueueStatus(reason=HandedBack.reason, message=f"worker pool {lease.pool} was deleted")
+            return _take_back(observed, view, Verdict(given_back=queue), now=now, random=random, policy=policy)
+    elif not runs and lease.priority != task.spec.priority:
+        return Decision(offer=lease.pool)  # it moves to the stream of its priority
+    if not runs:
+        return Decision()  # its worker will say when it runs, and when it has ended
+    decision = _running(observed, view, "in a worker pool", started_at=now, now=now, policy=policy)
+    return replace(decision, after=min(decision.after or due - now, due - now))
+
+
+def _backstop(observed: Observed, view: View, *, now: datetime, policy: Policy) -> datetime:
+    """Return when an attempt is taken from a worker that does not end it, as a Job's deadline does."""
+    begun = next((one.started_at for one in observed.task.status.attempts if one.number == view.attempt), None)
+    return (begun or now) + observed.task.spec.effective_timeout + policy.attempt_allowance
+
+
+def _told_running(view: View, status: Status) -> bool:
+    """Whether the status says that the worker runs the attempt."""
+    return status.phase is Phase.PROCESSING and status.attempt == view.attempt and status.job == view.ran_as
+
+
+def _offer_anew(observed: Observed, view: View, pools: Pools, *, now: datetime, random: float, policy: Policy) -> Decision:
+    """Offer an attempt again that Redis, or this process, knows nothing of any more: it may have run to its end."""
+    if observed.store.configured:
+        if Need.RESULT not in observed.answered:
+            return Decision(needs=frozenset({Need.RESULT}))
+        if (verdict := _stored(observed)) is not None:
+            return _judge(observed, view, verdict, now=now, random=random, policy=policy)
+    pool = pools.present or pools.serving
+    if pool is not None:
+        return Decision(offer=pool)
+    if view.executor is not Executor.POOL:
+        return Decision(withdraw=True)
+    queue = QueueStatus(reason=HandedBack.reason, message=clip(f"its worker pool is gone: {pools.missing}"))
+    return _take_back(observed, view, Verdict(given_back=queue), now=now, random=random, policy=policy)
+
+
+def _cut_off(
+    observed: Observed,
+    view: View,
+    pools: Pools,
+    since: datetime,
+    *,
+    now: datetime,
+    random: float,
+    policy: Policy,
+) -> Decision:
+    """Wait for Redis, or have the attempt go on as a Job: of one that a worker may have, after its lease."""
+    runs = view.executor is Executor.POOL
+    patience = policy.pool_fallback_patience + (pools.lease if runs else timedelta())
+    if not policy.pool_fallback:
+        left = None
+    elif (left := since + patience - now) <= timedelta():
+        queue = QueueStatus(reason=QUEUE_UNAVAILABLE, message="Redis cannot be used: the attempt goes on as a Job")
+        if not runs:
+            return Decision(withdraw=True)
+        return _take_back(observed, view, Verdict(given_back=queue), now=now, random=random, policy=policy)
+    if runs:
+        return Decision(after=left)
+    return _await_pool(observed.task, QUEUE_UNAVAILABLE, _CUT_OFF, since=since, left=left, now=now, policy=policy)
+
+
+def _take_back(
+    observed: Observed, view: View, verdict: Verdict, *, now: datetime, random: float, policy: Policy
+) -> Decision:
+    """Take an attempt from the worker that may have it: it cannot commit any more. What it has achieved before counts."""
+    if observed.store.configured:
+        if Need.RESULT not in observed.answered:
+            return Decision(needs=frozenset({Need.RESULT}))
+        if (stored := _stored(observed)) is not None:
+            return _judge(observed, view, stored, now=now, random=random, policy=policy)
+        if Need.RELEASE not in observed.answered:
+            return Decision(needs=frozenset({Need.RELEASE}))
+        if observed.release is None:
+            return Decision(after=timedelta(seconds=5))  # nor can the worker commit while PostgreSQL is away
+        if observed.release.state is FenceState.COMMITTED:
+            return _committed(observed, view, observed.release, now=now)
+    return _judge(observed, view, verdict, now=now, random=random, policy=policy)
+
+
+def _stored(observed: Observed) -> Verdict | None:
+    """Return how the attempt ended as its worker has stored it, if that says anything about the attempt."""
+    if observed.result is None or observed.result.outcome.outcome not in {Outcome.SUCCEEDED, Outcome.FAILED}:
+        return None
+    return verdict_of(observed.result.outcome, None)
+
+
+def _after_pool(
+    observed: Observed, view: View, report: PoolReport, *, now: datetime, random: float, policy: Policy
+) -> Decision:
+    """Judge an attempt that a worker has ended, or lost."""
+    task = observed.task
+    if report.kind is ReportKind.EXPIRED:
+        message = f"cannot follow pod {report.worker}: it was silent for longer than its lease; is its node lost?"
+        lost = Verdict(failure=Failure(reason=WORKER_LOST, message=message, retryable=True))
+        return _take_back(observed, view, lost, now=now, random=random, policy=policy)
+    began, at = _began(task, report), _ended_at(task, report, now=now)
+    if report.outcome is not None:
+        verdict = verdict_of(report.outcome, began)
+    else:
+        if observed.store.configured and Need.RESULT not in observed.answered:
+            return Decision(needs=frozenset({Need.RESULT}))
+        message = f"cannot find the result of pod {report.worker}: neither its report nor PostgreSQL has it"
+        lost = Verdict(failure=Failure(reason="ResultLost", message=message, retryable=True), started_at=began)
+        verdict = _stored(observed) or lost
+    return _judge(observed, view, verdict, now=at, random=random, policy=policy)
+
+
+def _began(task: ProcessingTask, report: PoolReport) -> datetime:
+    """Return when a worker took the attempt: by its own clock, but not before the task was there to be taken."""
+    stay = task.status.queued_at or task.metadata.creation_timestamp
+    began = report.started_at or report.finished_at or report.offered_at or stay
+    if began is None:
+        raise AssertionError("a task without creationTimestamp")
+    return to_second(began if stay is None else max(began, stay))
+
+
+def _ended_at(task: ProcessingTask, report: PoolReport, *, now: datetime) -> datetime:
+    """Return when a worker ended the attempt: by its own clock, but not before it began, and not in the future."""
+    return max(min(report.finished_at or now, now), _began(task, report))
+
+
+def _pool_for(observed: Observed, *, since: datetime | None, now: datetime, policy: Policy) -> str | Decision | None:
+    """Return the pool that takes the next attempt, or what is done while that cannot be said; None: it gets a Job."""
+    task, pools = observed.task, observed.pools
+    if task.spec.executor is Executor.JOB or is_batch(task):
+        return None
+    if sum(attempt.reason == WORKER_LOST for attempt in task.status.attempts) >= _WORKERS_LOST:
+        return None  # it may be what they die of: there are limits of its own, and nobody beside it
+    wanted = task.spec.executor is Executor.POOL
+    if pools is None:
+        if not wanted:
+            return None
+        return _await_pool(task, NO_POOL, _WITHOUT_REDIS, since=since, left=None, now=now, policy=policy)
+    if not pools.known:
+        return Decision(after=timedelta(seconds=1), awaits_pool=True)
+    if pools.serving is None:
+        if not wanted:
+            return None
+        return _await_pool(task, NO_POOL, pools.missing, since=since, left=None, now=now, policy=policy)
+    if pools.down_since is not None:
+        left = pools.down_since + policy.pool_fallback_patience - now if policy.pool_fallback else None
+        if left is not None and left <= timedelta():
+            return None
+        return _await_pool(task, QUEUE_UNAVAILABLE, _CUT_OFF, since=since, left=left, now=now, policy=policy)
+    return pools.serving
+
+
+def _await_pool(
+    task: ProcessingTask,
+    reason: str,
+    message: str,
+    *,
+    since: datetime | None,
+    left: timedelta | None,
+    now: datetime,
+    policy: Policy,
+) -> Decision:
+    """Say what a task waits for before it can be offered to a pool. It is woken when that may have changed."""
+    status = task.status
+    waited = now - (since or now)
+    if status.queue is None and timedelta() <= waited < policy.queue_patience:
+        patience = policy.queue_patience - waited
+        return Decision(awaits_pool=True, after=patience if left is None else min(left, patience))
+    queue = waiting(status, reason, message, now=now)
+    if status.queue is not None and (status.queue.reason, status.queue.message) == (queue.reason, queue.message):
+        return Decision(awaits_pool=True, after=left)
+    if status.phase is Phase.RETRYING:
+        return Decision(awaits_pool=True, status=status.model_copy(update={"queue": queue}), after=left)
+    return Decision(awaits_pool=True, status=queued(task, queue, now=now), after=left)
+
+
+def _with_pools(decision: Decision, observed: Observed, view: View) -> Decision:
+    """Add what follows for pools: what they have and should not have is withdrawn, and what was heard is done with."""
+    if decision.needs:
+        return decision
+    pools, status = observed.pools, decision.status or observed.task.status
+    if observed.reports:
+        waits = view.report is not None and decision.status is None and not _told_running(view, status)
+        decision = replace(decision, heard=not waits)
+    present = None if pools is None else pools.present
+    if decision.offer is not None or (observed.lease is None and present is None):
+        return decision
+    stays = (
+        (view.lease is not None or observed.lease is None)
+        and view.job is None
+        and decision.create_attempt is None
+        and not status.phase.finished
+        and current_attempt(status) == view.attempt
+        and stamp_of(status, observed.task.metadata) == view.stamp
+        and ready_reason(status) != "Suspended"
+    )
+    return decision if stays else replace(decision, withdraw=True)
+
+
 # -------------------------------------------------------------------------------------------- the attempt has no Job
 
 
@@ -547,7 +818,11 @@ def _without_job(observed: Observed, view: View, *, now: datetime, random: float
         if isinstance(found, Decision):
             return found
         shards = found
-    if observed.store.configured and since is not None and now - since > policy.result_age:
+    pool = _pool_for(observed, since=since, now=now, policy=policy)
+    if isinstance(pool, Decision):
+        return pool if pool.status is not None or resumed is None else replace(pool, status=resumed)
+    may_have_run = since is not None and now - since > policy.result_age
+    if observed.store.configured and (may_have_run or (observed.pools is not None and observed.pools.inherited)):
         if Need.RESULT not in observed.answered:
             return Decision(needs=frozenset({Need.RESULT}))
         if observed.result is not None and observed.result.outcome.outcome in {Outcome.SUCCEEDED, Outcome.FAILED}:
@@ -555,10 +830,13 @@ def _without_job(observed: Observed, view: View, *, now: datetime, random: float
             return _judge(observed, view, verdict, now=now, random=random, policy=policy)
     if (problem := unknown_class(task, policy.resource_classes)) is not None:
         return Decision(status=failed(task, Failure(reason="InvalidTask", message=clip(problem), retryable=False), now=now))
-    if observed.limited and Need.PLACE not in observed.answered:
-        return Decision(needs=frozenset({Need.PLACE}))
+    if (observed.limited or pool is not None) and Need.PLACE not in observed.answered:
+        return Decision(needs=frozenset({Need.PLACE}), offer=pool)
     if observed.place is not None and not observed.place.granted:
-        return _in_line(task, observed.place, since=since, now=now, policy=policy)
+        decision = _in_line(task, observed.place, since=since, now=now, policy=policy)
+        return replace(decision, awaits_pool=pool is not None)
+    if pool is not None:
+        return Decision(status=resumed, offer=pool)
     return Decision(status=resumed, create_attempt=view.attempt, shards=shards)
 
 
@@ -586,9 +864,10 @@ def _in_line(task: ProcessingTask, place: Place, *, since: datetime | None, now:
     """Say which limit a task waits for. It is woken when it may go on, or has come much closer."""
     status = task.status
     told = status.queue if status.queue is not None and status.queue.reason == place.reason else None
+    patience = policy.pool_queue_patience if place.reason == Limit.POOL else policy.queue_patience
     waited = now - (since or now)
-    if status.queue is None and timedelta() <= waited < policy.queue_patience:
-        return Decision(after=policy.queue_patience - waited)
+    if status.queue is None and timedelta() <= waited < patience:
+        return Decision(after=patience - waited)
     if told is not None and not worth_telling(told.position, place.position):
         return Decision()
     queue = waiting(status, place.reason, place.message, now=now).model_copy(update={"position": place.position})

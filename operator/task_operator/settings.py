@@ -130,6 +130,8 @@ class Settings(DatabaseSettings):
         Annotated[str, Field(pattern=_SHARER)], Annotated[float, Field(ge=_LEAST_WEIGHT, le=1 / _LEAST_WEIGHT)]
     ] = {}
     """Shares of the places, by namespace, or by namespace/kbId within it, as a JSON object; who is not named has 1."""
+    pool_fallback: Literal["wait", "job"] = "wait"
+    """What becomes of tasks for worker pools while Redis cannot be used: they wait; or, after a minute, they run as Jobs."""
     task_budget: Annotated[int, Field(ge=0)] = 10_000
     """So many tasks of a namespace stay: over it, the oldest finished ones go before their TTL; 0: any number."""
     instance: Annotated[str, Field(pattern=_LABEL_VALUE)] = "processing-tasks"
@@ -220,4 +222,5 @@ class Settings(DatabaseSettings):
             job_ttl=timedelta(seconds=self.job_ttl_seconds),
             resource_classes=frozenset(self.runner_template().classes),
             stuck_patience=timedelta(seconds=self.stuck_seconds),
+            pool_fallback=self.pool_fallback == "job",
         )

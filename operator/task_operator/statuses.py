@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from task_contract.lifecycle import conditions, stores_consistent
 from task_contract.messages import AttemptOutcome
-from task_contract.models import Attempt, Executor, Failure, Phase, ProcessingTask, QueueStatus, Result, Status
+from task_contract.models import Attempt, Failure, Phase, ProcessingTask, QueueStatus, Result, Status
 from task_operator.observation import Ending, View
 
 _ATTEMPTS_KEPT: Final = 5  # the bound of status.attempts
@@ -60,7 +60,7 @@ def given_back(task: ProcessingTask, view: View, *, now: datetime) -> dict[str, 
         "queued_at": at,
         "attempt": view.attempt,
         "attempts": without_attempt(status.attempts, view.attempt),
-        "job": view.name,
+        "job": view.ran_as,
         "stage": None,
         "progress": None,
     }
@@ -84,8 +84,8 @@ def completed(
         message=message,
         now=now,
         attempt=view.attempt,
-        job=view.name,
-        executor=Executor.JOB,
+        job=view.ran_as,
+        executor=view.executor,
         stage=None,
         progress=100,
         queue=None,
@@ -113,8 +113,8 @@ def failed(
     if view is not None:
         changes = {
             "attempt": view.attempt,
-            "job": view.name,
-            "executor": Executor.JOB,
+            "job": view.ran_as,
+            "executor": view.executor,
             "started_at": status.started_at or started_at or to_second(now),
             "attempts": ended_attempt(status, view, failure.reason, started_at=started_at, now=now),
         }
@@ -177,7 +177,7 @@ def ended_attempt(status: Status, view: View, reason: str, *, started_at: dateti
         status.attempts,
         Attempt(
             number=view.attempt,
-            job=view.name,
+            job=view.ran_as,
             started_at=started_at or (None if begun is None else begun.started_at),
             finished_at=to_second(now),
             reason=reason,

@@ -21,6 +21,8 @@ NODE_PRESSURE: Final = "NodePressure"
 """Reason of an attempt whose pods were evicted again and again since their nodes were short of memory or disk."""
 
 
+WORKER_LOST: Final = "WorkerLost"
+"""Reason of an attempt whose worker was silent for longer than its lease."""
 BATCH_FAILED: Final = "BatchFailed"
 """Reason of a batch of which more documents failed for good than payload.maxFailedPercent allows."""
 PARTIALLY_FAILED: Final = "PartiallyFailed"

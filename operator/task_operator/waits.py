@@ -26,10 +26,17 @@ from task_operator.statuses import clip, to_second
 PENDING_DEADLINE_EXCEEDED: Final = "PendingDeadlineExceeded"
 """Reason of a task that failed because its pod never started."""
 
+NO_POOL: Final = "NoPool"
+"""Reason of a wait for a worker pool that takes the task."""
+QUEUE_UNAVAILABLE: Final = "QueueUnavailable"
+"""Reason of a wait for Redis."""
+
 _QUOTA: Final = "QuotaExceeded"
 _FORBIDDEN: Final = "PodForbidden"
 _ROOM: Final = frozenset({"Unschedulable", "SchedulingGated", _QUOTA})
 _WANTED: Final = frozenset(Limit) | {
+    NO_POOL,
+    QUEUE_UNAVAILABLE,
     "Suspended",
     "JobSuspended",
     "HandedBack",

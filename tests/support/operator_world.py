@@ -6,23 +6,28 @@ Nothing in it sleeps. What it cannot show, real servers do, in the integration t
 
 import copy
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
+from task_contract.leases import PoolKeys, PoolReport
 from task_contract.lifecycle import ARROWS
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.models import Phase
+from task_contract.pools import POOL_TYPES, PoolSpec
 from task_operator.controller import Controller, VersionsWentBack
 from task_operator.jobs import RunnerTemplate
 from task_operator.metrics import Metrics
-from task_operator.observation import Fence, FenceState, StoredOutcome
+from task_operator.observation import Fence, FenceState, Policy, StoredOutcome
+from task_operator.pool_queue import Heard, Look, Offer, QueueUnavailable
+from task_operator.pools import Pool
 from task_operator.projection import DatabaseUnavailable, Held
 from task_platform.kubernetes import Conflict, NotFound, Page, Unavailable
 from tests.support.operator_values import T0, UID, failure, handed_back, manifest, success
 
 KEY = ("knowledge", "handbook")
+_EXPIRED = timedelta(seconds=30)
 
 
 class Crash(BaseException):
@@ -365,12 +370,213 @@ class World:
         self.events.append((kind, event, copy.deepcopy(thing)))
 
 
+@dataclass
+class Run:
+    """A task that a worker has, or believes to have."""
+
+    pool: str
+    uid: str
+    attempt: int
+    stamp: str
+    id: int
+    began: datetime
+    name: str
+
+    @property
+    def worker(self) -> str:
+        return f"{self.pool}-1a667239-0-5f-1-w{self.id}"
+
+
+@dataclass
+class Entry:
+    """A task in the queue of a pool."""
+
+    offer: Offer
+    id: int
+    at: datetime
+    run: Run | None = None
+    renewed: datetime | None = None
+
+
+@dataclass
+class MemoryPools:
+    """Worker pools and their queues in memory, by the rules of :mod:`task_contract.leases`; also their workers."""
+
+    world: World
+    names: list[str] = field(default_factory=lambda: ["texts"])
+    up: bool = True
+    synced: bool = True
+    killed: bool = False
+    """The operator was killed at one of its requests here."""
+    entries: dict[str, dict[str, Entry]] = field(default_factory=dict)
+    said: dict[str, list[Heard]] = field(default_factory=dict)
+    runs: list[Run] = field(default_factory=list)
+    count: int = 0
+    offered: list[tuple[str, int]] = field(default_factory=list)
+    """Pool and attempt of each offer that was news."""
+
+    # -------------------------------------------------------------------------------------------------- of the operator
+
+    def pools(self) -> list[Pool]:
+        return [Pool("knowledge", name, f"uid-{name}", PoolSpec(types=list(POOL_TYPES))) for name in self.names]
+
+    def unread(self, pool: str) -> list[Heard]:
+        return list(self.said.get(pool, ()))
+
+    def look(self, pool: str) -> Look:
+        entries = self.entries.setdefault(pool, {})
+        late = [one for one in entries.values() if one.renewed is not None and self.world.now - one.renewed >= _EXPIRED]
+        for one in late:
+            self.expire(one)
+        taken = sum(one.run is not None for one in entries.values())
+        return Look(len(late), taken, {"normal": len(entries) - taken}, frozenset(entries), {})
+
+    async def offer(self, keys: PoolKeys, offers: Sequence[Offer], *, now: datetime) -> list[bool]:
+        self._half("offer")
+        answer = [self._offer(keys.pool, one) for one in offers]
+        self._half("offered")
+        return answer
+
+    def _offer(self, pool: str, offer: Offer) -> bool:
+        entries = self.entries.setdefault(pool, {})
+        known = entries.get(offer.uid)
+        same = known is not None and (known.offer.attempt, known.offer.stamp) == (offer.attempt, offer.stamp)
+        if known is not None and same and (known.run is not None or known.offer.priority == offer.priority):
+            return False
+        self.count += 1
+        entries[offer.uid] = Entry(offer, self.count, self.world.now)
+        self.offered.append((pool, offer.attempt))
+        return True
+
+    async def withdraw(self, keys: PoolKeys, uid: str) -> str | None:
+        self._half("withdraw")
+        entry = self.entries.setdefault(keys.pool, {}).pop(uid, None)
+        self._half("withdrawn")
+        return None if entry is None or entry.run is None else entry.run.worker
+
+    async def reports(self, keys: PoolKeys) -> AsyncGenerator[list[Heard], None]:
+        yield []
+
+    async def settle(self, keys: PoolKeys, numbers: Sequence[str]) -> None:
+        self._half("settle")
+        self.said[keys.pool] = [one for one in self.said.get(keys.pool, ()) if one.number not in numbers]
+        self._half("settled")
+
+    def _half(self, what: str) -> None:
+        if not self.up:
+            raise QueueUnavailable("cannot use Redis")
+        try:
+            self.world._half_write(what)
+        except Crash:
+            self.killed = True
+            raise QueueUnavailable("killed") from None
+        except Unavailable:
+            raise QueueUnavailable("cut") from None
+
+    # ------------------------------------------------------------------------------------------------------ of workers
+
+    def take(self) -> Run | None:
+        """Have a worker take the next task, and with it its intents in the ledger."""
+        for pool, entries in self.entries.items():
+            for uid, entry in entries.items():
+                if entry.run is None and self.up:
+                    offer = entry.offer
+                    run = Run(pool, uid, offer.attempt, offer.stamp, entry.id, self.world.now, offer.name)
+                    entry.run, entry.renewed = run, self.world.now
+                    self.runs.append(run)
+                    self.world.holders[uid] = run.worker
+                    return run
+        return None
+
+    def renew(self) -> None:
+        """Have all workers renew what they hold; those that hold nothing any more stop."""
+        for run in list(self.runs):
+            entry = self._entry(run)
+            if self.up and entry is not None:
+                entry.renewed = self.world.now
+            elif self.up:
+                self.runs.remove(run)
+
+    def tell(self, run: Run) -> None:
+        """Say that a task runs."""
+        if self.up and self._entry(run) is not None:
+            self._say(run, kind="running")
+
+    def end(self, run: Run, outcome: AttemptOutcome) -> None:
+        """End a task as a worker does: a success is a commit, which the fence may refuse; result first, report after."""
+        self.runs.remove(run)
+        outcome = outcome.model_copy(update={"attempt": run.attempt})
+        if outcome.outcome is Outcome.SUCCEEDED and not self.world._committed(run.worker, run.uid):
+            outcome = AttemptOutcome(outcome=Outcome.FENCED, attempt=run.attempt, reason="Fenced")
+        self.world.results[(run.uid, run.attempt)] = StoredOutcome(outcome, run.worker, self.world.now)
+        if not self.up:
+            return  # its report is lost with it
+        mine, there = self._entry(run), self.entries.get(run.pool, {}).get(run.uid)
+        if mine is not None:
+            del self.entries[run.pool][run.uid]
+        if mine is not None or there is None:
+            self._say(run, kind="ended", outcome=outcome, finished_at=self.world.now)
+
+    def expire(self, entry: Entry) -> None:
+        """End a lease that ran out. Its worker does not know."""
+        if entry.run is not None:
+            del self.entries[entry.run.pool][entry.run.uid]
+            self._say(entry.run, kind="expired", job="", name="", started_at=None, finished_at=self.world.now)
+
+    def silence(self) -> None:
+        """Have no worker be heard of for longer than a lease."""
+        for entries in self.entries.values():
+            for entry in list(entries.values()):
+                self.expire(entry)
+
+    def repeat(self) -> None:
+        """Have all reports be there twice."""
+        for said in self.said.values():
+            said += [Heard(f"{one.number}-again", one.report) for one in said if not one.number.endswith("again")]
+
+    def wipe(self) -> None:
+        """Lose everything in Redis."""
+        self.entries.clear()
+        self.said.clear()
+
+    def work(self) -> bool:
+        """Have a worker take and finish a task."""
+        run = self.take()
+        run = run or next((one for one in self.runs if self._entry(one) is not None), None)
+        if run is not None:
+            self.end(run, success())
+        return run is not None
+
+    def _entry(self, run: Run) -> Entry | None:
+        entry = self.entries.get(run.pool, {}).get(run.uid)
+        return entry if entry is not None and entry.run is run else None
+
+    def _say(self, run: Run, **more: Any) -> None:
+        self.count += 1
+        known = {
+            "uid": run.uid,
+            "namespace": "knowledge",
+            "name": run.name,
+            "attempt": run.attempt,
+            "stamp": run.stamp,
+            "worker": run.worker,
+            "job": f"{run.pool}-1a667239-0-5f-1",
+            "started_at": run.began,
+        }
+        report = PoolReport.model_validate(known | more)
+        self.said.setdefault(run.pool, []).append(Heard(str(self.count), report))
+
+
 class Operator:
     """The controller under test in a world: its process can be killed, its events can be lost, and it starts again."""
 
-    def __init__(self, world: World, *, database: bool = True) -> None:
+    def __init__(
+        self, world: World, *, database: bool = True, pools: MemoryPools | None = None, fallback: bool = False
+    ) -> None:
         self.world = world
         self.database = database
+        self.pools = pools
+        self.fallback = fallback
         self.crashes = 0
         self.deaf = False
         """Whether events about its own writes get lost: those that come while it looks."""
@@ -385,12 +591,29 @@ class Operator:
                 template=RunnerTemplate(image="runner:1"),
                 metrics=Metrics(),
                 database=world if self.database else None,
+                pools=self.pools,
+                pool_queue=self.pools,
+                policy=Policy(pool_fallback=self.fallback),
                 clock=lambda: self.world.now,
                 random=random.Random(1).random,
             )
             self._seen = len(self.world.events)
             await self._controller._resync()
+            self._controller._synced = True
+            self.look_at_pools()
         return self._controller
+
+    def look_at_pools(self) -> None:
+        """Read reports and look at each pool, as is done each second."""
+        if self.pools is None or self._controller is None or self._controller._pools is None:
+            return
+        known = self._controller._pools
+        known.follow()
+        for pool in self.pools.pools():
+            if self.pools.up:
+                known.on_reports((pool.namespace, pool.name), self.pools.unread(pool.name))
+                known.on_reports((pool.namespace, pool.name), [])
+            self._controller.on_look(pool, self.pools.look(pool.name) if self.pools.up else None)
 
     def deliver(self, *, lose: bool = False) -> None:
         """Hand over the watch events since the last time, or lose them."""
@@ -406,18 +629,29 @@ class Operator:
             controller = await self._start()
             if resync:
                 await controller._resync()
+                self.look_at_pools()
             await controller._look(KEY)
+            if controller._pools is not None:
+                await controller._pools.settle()
         except (Conflict, Unavailable):
             return  # the work queue would try again
         except (Crash, VersionsWentBack):
-            self.crashes += 1
-            self._controller = None
+            self._die()
+        finally:
+            if self.pools is not None and self.pools.killed:
+                self.pools.killed = False
+                self._die()
+
+    def _die(self) -> None:
+        self.crashes += 1
+        self._controller = None
 
     async def settle(self, *, rounds: int = 8) -> None:
         """Look until nothing is written any more."""
         for _ in range(rounds):
             before = len(self.world.writes)
             self.deliver()
+            self.look_at_pools()
             await self.look()
             if self.deaf:
                 self.deliver(lose=True)
@@ -428,6 +662,8 @@ class Operator:
         """Let everything go well from here on: pods run and succeed, time passes, the operator looks."""
         self.world.crash_in = None
         self.world.database_up = True
+        if self.pools is not None:
+            self.pools.up = True
         self.world.edit(suspend=False)
         step = timedelta(seconds=15)
         for _ in range(int(hours * 3600 / step.total_seconds())):
@@ -435,6 +671,8 @@ class Operator:
             await self.settle()
             if KEY not in self.world.tasks or Phase(self.world.status["phase"]).finished:
                 return
+            if self.pools is not None and self.pools.work():
+                continue
             self.world.run_pod() or self.world.end_pod(success())
             self.world.now += step
         raise AssertionError(f"the task does not end: {self.world.status}")

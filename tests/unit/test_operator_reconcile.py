@@ -1402,11 +1402,6 @@ ROWS = [
         Observed(task=task(spec={"payload": {"action": "delete_knowledge_base", "confirm": "kb-42"}})),
         create=1,
     ),
-    Row(
-        "a pool ends as InvalidTask",
-        Observed(task=task(spec={"executor": "pool"})),
-        status={"phase": "Failed", "error.reason": "InvalidTask"},
-    ),
     # -------------------------------------------------------------------------------------------------------- finished
     Row("a finished task rests until its TTL", Observed(task=task(status=finished())), after=86_420),
     Row("its last Job stays for five minutes", Observed(task=task(status=finished()), jobs=(complete(),)), now=359, after=1),
