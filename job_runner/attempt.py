@@ -25,6 +25,7 @@ from job_runner.ledger import Ledger
 from job_runner.progress import Progress, RedisProgress, SilentProgress
 from job_runner.settings import Settings, revealed
 from job_runner.stores import labelled_opener, opener
+from job_runner.usage import PROCESS, Meter, Used
 from job_runner.watchdog import Pulse, Watchdog
 from job_runner.work import Work
 from task_contract.errors import AttemptStalled, AttemptTimeout, HandedBack, InvalidTask, TaskError
@@ -34,6 +35,8 @@ from task_contract.models import Action, ProcessingTask, Stage, TaskType, format
 
 _RECORD_SECONDS: Final = 5.0
 """How long the result row may take: the termination message says the same."""
+_USAGE_SECONDS: Final = 2.0
+"""How long the row of what was used may take: figures, of which nothing else depends on one."""
 
 log = structlog.get_logger(__name__)
 
@@ -128,23 +131,34 @@ async def run_attempt(
         )
 
         timeout = task.spec.effective_timeout.total_seconds()
-        outcome, code = await _ended(
-            partial(_carried_out, work),
-            until=started + timeout,
-            pulse=pulse,
-            last_resort=last_resort,
-            task=task,
-            settings=settings,
-        )
+        async with PROCESS.metered(meter := Meter(since=started)):
+            outcome, code = await _ended(
+                partial(_carried_out, work),
+                until=started + timeout,
+                pulse=pulse,
+                last_resort=last_resort,
+                task=task,
+                settings=settings,
+            )
         outcome = _with_log(outcome, settings)
-        if not says_of_the_task(outcome, task):
-            return outcome, code
         try:
             async with asyncio.timeout(_RECORD_SECONDS):
-                await ledger.record(outcome, task_uid=uid, holder=settings.holder)
+                if says_of_the_task(outcome, task):
+                    await ledger.record(outcome, task_uid=uid, holder=settings.holder)
         except (TaskError, TimeoutError) as error:
             log.warning("the result is not in PostgreSQL; the termination message says the same", error=str(error))
+        else:
+            await _record_usage(ledger, Used(task, uid, settings.attempt, settings.holder, outcome.outcome, meter.usage))
     return outcome, code
+
+
+async def _record_usage(ledger: Ledger, used: Used) -> None:
+    """Enter what an attempt has used, in a time that it can do without."""
+    try:
+        async with asyncio.timeout(_USAGE_SECONDS):
+            await ledger.record_usage([used])
+    except (TaskError, TimeoutError) as error:
+        log.warning("what the attempt used is not in PostgreSQL", error=str(error))
 
 
 async def _ended(

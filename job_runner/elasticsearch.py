@@ -30,6 +30,7 @@ from job_runner.index import (
     Stored,
     alike,
 )
+from job_runner.usage import asked
 from job_runner.watchdog import beat
 from task_contract.errors import RetryableError, StoreCapacity, StoreRefused, StoresDisagree, StoreUnavailable, TaskError
 from task_contract.names import KNOWLEDGE_BASE_PREFIX
@@ -498,7 +499,8 @@ async def _ask(action: str, request: Callable[[], Awaitable[R]]) -> R:
         async with _guarded(action):
             return await request()
 
-    return await patiently(once)
+    with asked("elasticsearch"):
+        return await patiently(once)
 
 
 @contextlib.asynccontextmanager

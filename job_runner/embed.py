@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from job_runner import usage
 from job_runner.watchdog import beat
 from task_contract.errors import InvalidTask, ModelUnavailable
 
@@ -154,10 +155,12 @@ def batches(tokens: Sequence[int], *, budget: int, first: int | None = None) -> 
     batch: list[int] = []
     for index in sorted(range(len(tokens)), key=tokens.__getitem__):
         if batch and ((len(batch) + 1) * tokens[index] > limit or len(batch) == BATCH_TEXTS):
+            usage.embedded(texts=len(batch), tokens=sum(tokens[one] for one in batch))
             yield batch
             batch, limit = [], budget
         batch.append(index)
     if batch:
+        usage.embedded(texts=len(batch), tokens=sum(tokens[one] for one in batch))
         yield batch
 
 

@@ -29,7 +29,7 @@ switch of generations), row of the lease, row of the document, row of the versio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final
@@ -37,6 +37,7 @@ from uuid import UUID
 
 from job_runner.generations import DELETED_SINCE, KNOWLEDGE_BASE_LOCK, NEXT_GENERATION, TASK_LOCK_SHARED, Generations
 from job_runner.index import Generation, Label, Stale
+from job_runner.usage import Used
 from task_contract.errors import Fenced, InvalidTask, ModelMismatch
 from task_contract.messages import AttemptOutcome
 from task_contract.models import Phase
@@ -730,6 +731,32 @@ class Ledger(Generations):
                 outcome.attempt,
                 holder,
                 outcome.model_dump_json(by_alias=True, exclude_none=True),
+            )
+
+    async def record_usage(self, used: Sequence[Used]) -> None:
+        """Enter what this process has used for attempts."""
+        rows = [
+            {
+                "task_uid": str(one.uid),
+                "attempt": one.attempt,
+                "holder": one.holder,
+                "namespace": one.task.metadata.namespace,
+                "kb_id": one.task.spec.kb_id,
+                "type": str(one.task.spec.type),
+                "outcome": str(one.outcome),
+                **asdict(one.usage),
+            }
+            for one in used
+        ]
+        columns = (
+            "task_uid, attempt, holder, namespace, kb_id, type, outcome, seconds, cpu_seconds, memory_byte_seconds, "
+            "memory_peak_bytes, tokens, texts, stages, stores"
+        )
+        async with self.connection("record what was used") as connection:
+            await connection.execute(
+                f"INSERT INTO task_usage ({columns}) SELECT {columns} "  # noqa: S608 - names of ours
+                "FROM jsonb_populate_recordset(NULL::task_usage, $1::jsonb)",
+                json.dumps(rows),
             )
 
     # -------------------------------------------------------------------------------------------------------- vectors

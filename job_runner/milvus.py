@@ -30,6 +30,7 @@ from job_runner.index import (
     Stored,
     alike,
 )
+from job_runner.usage import asked
 from job_runner.watchdog import beat
 from job_runner.without_pandas import without_pandas
 from task_contract.errors import RetryableError, StoreCapacity, StoreRefused, StoresDisagree, StoreUnavailable, TaskError
@@ -367,7 +368,8 @@ class MilvusIndex:
             await self.warm_up()
             return await asyncio.to_thread(_guarded, f"{action} in {self._name}", guarded)
 
-        return await patiently(once)
+        with asked("milvus"):
+            return await patiently(once)
 
 
 def _guarded(action: str, call: Callable[[], R]) -> R:

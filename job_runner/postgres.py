@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import asyncpg
 
+from job_runner.usage import asked
 from job_runner.watchdog import asking
 from task_contract.errors import StoreUnavailable
 
@@ -47,7 +48,7 @@ class Connected:
     @contextlib.asynccontextmanager
     async def connection(self, action: str) -> AsyncIterator[Any]:
         """Lend a connection to do what ``action`` says. Raises StoreUnavailable."""
-        with asking():
+        with asking(), asked("postgresql"):
             await self.warm_up()
             assert self._pool is not None  # noqa: S101 - for the type checker: warm_up() has set it
             with _guarded(action):

@@ -7,6 +7,7 @@ from typing import Final
 
 import structlog
 
+from job_runner import usage
 from job_runner.progress import Progress
 from task_contract.errors import TaskError
 from task_contract.models import Stage
@@ -57,6 +58,7 @@ class Stages:
 
     def add(self, stage: Stage, seconds: float) -> None:
         """Count time for a stage."""
+        usage.spent(stage, seconds)
         self._spent[stage] = self._spent.get(stage, 0) + seconds
 
     def within(self, stage: Stage, done: int, total: int) -> None:

@@ -15,6 +15,7 @@ from task_gateway.batches import Batches
 from task_gateway.callbacks import Callbacks
 from task_gateway.callers import ANYBODY, Caller, Callers
 from task_gateway.cluster import Cluster
+from task_gateway.costs import Costs
 from task_gateway.database import Database
 from task_gateway.documents import DocumentVolumes
 from task_gateway.following import Watchers
@@ -94,6 +95,7 @@ async def run(settings: Settings) -> int:
         live,
         uploads,
         Knowledge(database=database, callers=callers),
+        Costs(accounts=database, callers=callers),
         Statistics(
             counts=database,
             callers=callers,

@@ -333,6 +333,26 @@ class Database:
             *values,
         )
 
+    async def costs(
+        self, scope: Sequence[str] | None, *, kb_id: str | None, task_id: str | None, since: datetime, limit: int
+    ) -> list[asyncpg.Record]:
+        """Return what was used since a moment: first the sum, then by knowledge base, the most processor time first."""
+        where, values = _within(scope, first=5)
+        return await self.rows(
+            "SELECT namespace, kb_id, count(DISTINCT task_uid) AS tasks, count(*) AS processes, "  # noqa: S608 - names of ours; values are parameters
+            "coalesce(sum(seconds), 0)::float8 AS seconds, coalesce(sum(cpu_seconds), 0)::float8 AS cpu_seconds, "
+            "coalesce(sum(memory_byte_seconds), 0)::float8 AS memory_byte_seconds, "
+            "coalesce(sum(tokens), 0)::bigint AS tokens, coalesce(sum(texts), 0)::bigint AS texts "
+            "FROM task_usage WHERE ended_at >= $1 AND ($2::text IS NULL OR kb_id = $2) AND ($3::text IS NULL OR task_uid IN "
+            f"(SELECT uid FROM tasks WHERE name = $3 AND tasks.namespace = task_usage.namespace)) {where} "
+            "GROUP BY GROUPING SETS ((), (namespace, kb_id)) ORDER BY grouping(namespace) DESC, 6 DESC, 1, 2 LIMIT $4 + 1",
+            since,
+            kb_id,
+            task_id,
+            limit,
+            *values,
+        )
+
     # ------------------------------------------------------------------------------------------------------- statistics
 
     async def unfinished(self, scope: Sequence[str] | None) -> list[asyncpg.Record]:

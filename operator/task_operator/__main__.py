@@ -18,6 +18,7 @@ import uvloop
 
 from task_contract.callbacks import CALLBACKS_CHANNEL, REPLAY, STATES
 from task_contract.names import GROUP
+from task_operator.accounts import Accounts
 from task_operator.archive import Archive
 from task_operator.callbacks import Sender
 from task_operator.channel import RedisSink
@@ -100,6 +101,7 @@ async def run(settings: Settings) -> int:
     archive = None
     if database is not None and settings.history_days:
         archive = Archive(database=database, keep=timedelta(days=settings.history_days), metrics=metrics)
+    accounts = None if database is None else Accounts(database=database, metrics=metrics)
     sender, listener = None, None
     publishers: list[Publisher] = []
     if database is not None and settings.postgres_url is not None:
@@ -153,6 +155,7 @@ async def run(settings: Settings) -> int:
         *([] if feed is None else [_start("progress", feed.run())]),
         *([] if sweeper is None else [_start("sweeper", sweeper.run())]),
         *([] if archive is None else [_start("archive", archive.run())]),
+        *([] if accounts is None else [_start("accounts", accounts.run())]),
         *([] if sender is None else [_start("callbacks", sender.run())]),
         *([] if listener is None else [_start("listener", listener.run())]),
         *(_start("publisher", publisher.run()) for publisher in publishers),

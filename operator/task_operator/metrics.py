@@ -1,9 +1,9 @@
 """Prometheus metrics of the operator. Labels have few values; no task, no knowledge base, no user is named."""
 
 import collections
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -13,6 +13,7 @@ from task_contract.models import Phase, Priority, Status, TaskType
 
 _MOMENTS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 _MINUTES: Final = (0.5, 1, 2.5, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600)
+_STAGE_SECONDS: Final = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 _REQUEST_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30)
 _MOST_REASONS: Final = 64
 """Values of a label ``reason``. Reasons come from runners of other releases too: the rest is counted as OTHER."""
@@ -89,7 +90,9 @@ class Metrics:
         self.failure_reasons = Counter(
             "task_failure_reasons", "Tasks that failed, by why.", ["reason"], registry=self.registry
         )
-        self._reason = Bounded()
+        self._reason, self._kind, self._outcome, self._stage, self._store = (
+            Bounded(most) for most in (_MOST_REASONS, 16, 8, 32, 8)
+        )
         for kind in map(str, TaskType):  # from the start on: the first of a kind is an increase too, not a beginning
             self.duration.labels(kind)
             self.succeeded.labels(kind)
@@ -159,6 +162,41 @@ class Metrics:
         self.history_expired = Counter(
             "task_operator_history_expired", "Tasks whose history was deleted from PostgreSQL.", registry=self.registry
         )
+        self.attempts = Counter(
+            "task_attempts",
+            "Attempts that pods and workers have ended, given back ones too.",
+            ["type", "outcome"],
+            registry=self.registry,
+        )
+        self.stage_seconds = Histogram(
+            "task_stage_seconds",
+            "One stage of one attempt.",
+            ["type", "stage"],
+            buckets=_STAGE_SECONDS,
+            registry=self.registry,
+        )
+        self.cpu_seconds = Counter("task_cpu_seconds", "Processor time of attempts.", ["type"], registry=self.registry)
+        self.memory_byte_seconds = Counter(
+            "task_memory_byte_seconds", "Memory of attempts, times time.", ["type"], registry=self.registry
+        )
+        self.memory_peak = Histogram(
+            "task_memory_peak_bytes",
+            "The most memory that an attempt held.",
+            ["type"],
+            buckets=[2**power << 20 for power in range(6, 15)],
+            registry=self.registry,
+        )
+        self.tokens = Counter("task_embedding_tokens", "Tokens that were embedded.", ["type"], registry=self.registry)
+        self.texts = Counter("task_embedding_texts", "Texts that were embedded.", ["type"], registry=self.registry)
+        self.store_requests = Counter(
+            "task_store_requests", "Requests of attempts to stores.", ["store"], registry=self.registry
+        )
+        self.store_seconds = Counter(
+            "task_store_seconds",
+            "Time of these requests, waits for a busy store included.",
+            ["store"],
+            registry=self.registry,
+        )
         self.callbacks_sent = Counter(
             "task_callbacks_sent", "Deliveries of callbacks that were tried.", ["result"], registry=self.registry
         )
@@ -204,6 +242,21 @@ class Metrics:
         """Count a request to the Kubernetes API."""
         self.requests.labels(verb, resource, code).inc()
         self.request_seconds.labels(verb, resource).observe(seconds)
+
+    def used(self, row: Mapping[str, Any]) -> None:
+        """Count what a process has used for an attempt: a row of ``task_usage``, its JSON read."""
+        kind = self._kind(row["type"])
+        self.attempts.labels(kind, self._outcome(row["outcome"])).inc()
+        self.cpu_seconds.labels(kind).inc(row["cpu_seconds"])
+        self.memory_byte_seconds.labels(kind).inc(row["memory_byte_seconds"])
+        self.memory_peak.labels(kind).observe(row["memory_peak_bytes"])
+        self.tokens.labels(kind).inc(row["tokens"])
+        self.texts.labels(kind).inc(row["texts"])
+        for stage, seconds in row["stages"].items():
+            self.stage_seconds.labels(kind, self._stage(stage)).observe(seconds)
+        for store, (number, seconds) in row["stores"].items():
+            self.store_requests.labels(self._store(store)).inc(number)
+            self.store_seconds.labels(self._store(store)).inc(seconds)
 
     def watch_queue(self, count: Callable[[], Waiting]) -> None:
         """Have the gauges of the queue counted when somebody asks."""

@@ -149,13 +149,28 @@ _GIVE_WAY: Final = (
 )
 
 
+_COUNT_USAGE: Final = (
+    "WITH due AS (SELECT number FROM task_usage WHERE NOT counted ORDER BY number LIMIT $1 FOR UPDATE SKIP LOCKED) "
+    "UPDATE task_usage SET counted = true FROM due WHERE task_usage.number = due.number RETURNING type, outcome, seconds, "
+    "cpu_seconds, memory_byte_seconds, memory_peak_bytes, tokens, texts, stages, stores"
+)
+
 _EXPIRE: Final = (
     "WITH due AS (SELECT uid FROM tasks WHERE deleted_at < $1 "  # noqa: S608 - names of ours
     "AND NOT EXISTS (SELECT FROM callbacks WHERE task_uid = tasks.uid AND state = 'pending') "
     "ORDER BY deleted_at LIMIT $2 FOR UPDATE SKIP LOCKED), "
     + "".join(
         f"from_{table} AS (DELETE FROM {table} USING due WHERE task_uid = due.uid), "  # noqa: S608 - names of ours
-        for table in ("attempts", "task_events", "task_results", "task_vectors", "task_fences", "callbacks", "batches")
+        for table in (
+            "attempts",
+            "task_events",
+            "task_results",
+            "task_usage",
+            "task_vectors",
+            "task_fences",
+            "callbacks",
+            "batches",
+        )
     )
     + "gone AS (DELETE FROM tasks USING due WHERE tasks.uid = due.uid RETURNING tasks.uid) SELECT count(*) FROM gone"
 )
@@ -487,11 +502,18 @@ class Database:
     async def expire(self, *, before: datetime, most: int) -> int:
         """Delete the history of tasks that were deleted before a moment, the oldest first; return of how many.
 
-        With a row of ``tasks`` goes all that is kept of its task: attempts, events, stored results, fence. Rows that another
+        With a row of ``tasks`` goes all that is kept of its task: attempts, events, results, usage, fence. Rows that another
         operator deletes at the same time are passed over. Raises :class:`DatabaseUnavailable`.
         """
         gone: int = await self.ask(lambda connection: connection.fetchval(_EXPIRE, before, most))
         return gone
+
+    # ---------------------------------------------------------------------------------------------------------- usage
+
+    async def count_usage(self, *, most: int) -> list[dict[str, Any]]:
+        """Mark what attempts have used as counted, and return it. Raises :class:`DatabaseUnavailable`."""
+        rows = await self.ask(lambda connection: connection.fetch(_COUNT_USAGE, most))
+        return [dict(row) | {name: orjson.loads(row[name]) for name in ("stages", "stores")} for row in rows]
 
     # ------------------------------------------------------------------------------------------------------- sweeping
 

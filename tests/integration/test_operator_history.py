@@ -15,6 +15,7 @@ import pytest
 from devstack import Endpoints
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.models import Failure
+from task_operator.accounts import Accounts
 from task_operator.archive import Archive
 from task_operator.backlog import Row
 from task_operator.jobs import RunnerTemplate
@@ -72,6 +73,36 @@ async def _eventually(what: str, expected: Any, look: Callable[[], Any]) -> None
 QUEUED = ("Queued", 1, "Queued")
 RUNS = ("Processing", 1, "Processing")
 DONE = ("Completed", 1, "Completed")
+
+
+# ---------------------------------------------------------------------------------------------------------------- usage
+
+
+async def test_what_attempts_used_is_counted_once_by_whichever_operator(
+    database: Database, sql: "asyncpg.Connection[Any]"
+) -> None:
+    await sql.execute(
+        "INSERT INTO task_usage (task_uid, attempt, holder, namespace, type, outcome, seconds, cpu_seconds, "
+        "memory_byte_seconds, memory_peak_bytes, tokens, texts, stages, stores) "
+        """SELECT gen_random_uuid(), 1, 'pod', 'a', 'health_check', 'Succeeded', 2, 0.5, 100, 1e8, 30, 3, """
+        """'{"embed": 1.5}', '{"milvus": [4, 0.2]}' FROM generate_series(1, 1200)"""
+    )
+    both = [Metrics(), Metrics()]
+    accounts = [Accounts(database=database, metrics=metrics) for metrics in both]
+    while sum(await asyncio.gather(*(one.look() for one in accounts))):
+        pass
+
+    def total(name: str, **labels: str) -> float:
+        return sum(metrics.registry.get_sample_value(name, labels) or 0 for metrics in both)
+
+    assert total("task_attempts_total", type="health_check", outcome="Succeeded") == 1200
+    assert total("task_cpu_seconds_total", type="health_check") == 600
+    assert total("task_embedding_tokens_total", type="health_check") == 36_000
+    assert total("task_stage_seconds_sum", type="health_check", stage="embed") == 1800
+    assert total("task_store_requests_total", store="milvus") == 4800
+    assert round(total("task_store_seconds_total", store="milvus")) == 240
+    assert total("task_memory_peak_bytes_bucket", type="health_check", le="1.34217728e+08") == 1200
+    assert await sql.fetchval("SELECT count(*) FROM task_usage WHERE NOT counted") == 0
 
 
 # --------------------------------------------------------------------------------------------------------------- events

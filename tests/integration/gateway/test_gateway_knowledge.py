@@ -19,6 +19,7 @@ import pytest
 from aiohttp import web
 
 from devstack import Endpoints
+from task_gateway.costs import Cost, CostStats
 from tests.support.event_sources import event
 from tests.support.event_tables import tell
 from tests.support.gateway_lab import GatewayProcess, account
@@ -377,6 +378,54 @@ async def test_documents_come_in_pages(trusting: GatewayProcess, filled: str) ->
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics
+
+
+async def test_costs_are_sums_over_all_attempts_of_the_callers_namespaces(
+    gateway: Make, place: Place, kube: Kube, sql: "asyncpg.Connection[Any]"
+) -> None:
+    async with Place.fresh(kube) as other:
+        process = gateway(namespaces=[place.namespace, other.namespace])
+        async with process.at_work():
+            ada = await account(kube, place.namespace, "ada", verbs=["list"])
+            await tell(sql, [event("one", "Completed", namespace=place.namespace)])
+            known = await sql.fetchval("SELECT uid FROM tasks WHERE name = 'one'")
+            other_task = uuid.uuid4()
+            for uid, namespace, kb_id, cpu, days in (
+                (known, place.namespace, "a", 1.5, 0),
+                (known, place.namespace, "a", 2.5, 1),
+                (other_task, place.namespace, "b", 9.0, 2),
+                (other_task, place.namespace, None, 1.0, 3),
+                (other_task, place.namespace, "old", 99.0, 40),
+                (uuid.uuid4(), other.namespace, "a", 77.0, 0),
+            ):
+                await sql.execute(
+                    "INSERT INTO task_usage (task_uid, attempt, holder, namespace, kb_id, type, outcome, seconds, "
+                    "cpu_seconds, memory_byte_seconds, memory_peak_bytes, tokens, texts, stages, stores, ended_at) VALUES "
+                    "($1, 1, 'pod', $2, $3, 'health_check', 'Failed', 10, $4, 1000, 5, 7, 2, '{}', '{}', "
+                    "now() - make_interval(days => $5))",
+                    *(uid, namespace, kb_id, cpu, days),
+                )
+
+            async def costs(query: str) -> Any:
+                return await process.do("GET", f"/api/v1/stats/costs?namespace={place.namespace}{query}", token=ada)
+
+            found = await costs("")
+            assert CostStats.model_validate(found).total == Cost(
+                tasks=2, processes=4, seconds=40, cpu_seconds=14, memory_byte_seconds=4000, tokens=28, texts=8
+            )
+            assert [(one["kb_id"], one["cpu_seconds"]) for one in found["by_knowledge_base"]] == [
+                ("b", 9),
+                ("a", 4),
+                (None, 1),
+            ]
+            assert [one["kb_id"] for one in (await costs("&limit=1"))["by_knowledge_base"]] == ["b"]
+            assert (await costs("&kb_id=a"))["total"]["cpu_seconds"] == 4
+            assert (await costs("&task_id=one"))["total"]["processes"] == 2
+            nothing = await costs("&kb_id=unknown")
+            assert (nothing["total"]["tasks"], nothing["by_knowledge_base"]) == (0, [])
+            assert (await costs("&since=2020-01-01T00:00:00Z"))["total"]["cpu_seconds"] == 113
+            assert (await process.ask("GET", f"/api/v1/stats/costs?namespace={other.namespace}", token=ada))[0] == 403
+            assert (await process.ask("GET", "/api/v1/stats/costs?since=yesterday", token=ada))[0] == 422
 
 
 async def test_figures_are_of_the_callers_namespaces_alone(

@@ -98,6 +98,43 @@ async def test_both_stores_hold_the_same_rows(lab: Lab) -> None:
     assert {row["pipeline"] for row in in_vectors} == {made_by}
 
 
+async def test_what_an_attempt_used_is_entered_however_it_ended(lab: Lab) -> None:
+    (lab.documents / "a.md").write_text("# One\n\nA first paragraph.\n\n# Two\n\nA second one with more words.\n" * 10)
+    outcome, _ = await lab.run(task := lab.task("a.md"))
+    failed, _ = await lab.run(other := lab.task("missing.md"))
+    assert (outcome.outcome, failed.outcome) == (Outcome.SUCCEEDED, Outcome.FAILED)
+    assert outcome.result is not None
+    used = json.loads(
+        await lab.fetch("SELECT to_json(u) FROM task_usage u WHERE task_uid = $1", uuid.UUID(task.metadata.uid))
+    )
+    assert (used["kb_id"], used["type"], used["outcome"]) == (lab.kb_id, "document_processing", "Succeeded")
+    assert used["texts"] == outcome.result.embedded
+    assert used["tokens"] >= used["texts"] > 0
+    assert used["cpu_seconds"] > 0
+    assert used["memory_peak_bytes"] > 30 << 20
+    assert used["memory_byte_seconds"] > 0
+    assert set(used["stages"]) == set(outcome.result.seconds or {})
+    assert {store: number > 0 for store, (number, _) in used["stores"].items()} == dict.fromkeys(
+        ("postgresql", "milvus", "elasticsearch"), True
+    )
+    used = json.loads(
+        await lab.fetch("SELECT to_json(c) FROM task_costs c WHERE task_uid = $1", uuid.UUID(other.metadata.uid))
+    )
+    assert (used["attempts"], used["processes"], used["texts"]) == (1, 1, 0)
+
+
+async def test_without_its_table_an_attempt_goes_on_without_accounts(lab: Lab) -> None:
+    """A pod of this release before the tables are migrated."""
+    (lab.documents / "a.md").write_text("One paragraph.\n")
+    await lab.fetch("ALTER TABLE task_usage RENAME TO task_usage_away")
+    try:
+        outcome, code = await lab.run(task := lab.task("a.md"))
+    finally:
+        await lab.fetch("ALTER TABLE task_usage_away RENAME TO task_usage")
+    assert (outcome.outcome, code) == (Outcome.SUCCEEDED, 0)
+    assert await lab.fetch("SELECT count(*) FROM task_results WHERE task_uid = $1", uuid.UUID(task.metadata.uid)) == 1
+
+
 async def test_a_bad_page_is_recorded_and_the_rest_is_published(lab: Lab) -> None:
     pages = [PdfPage([(11, "First page.")]), PdfPage(damaged=True), PdfPage([(11, "Third page.")])]
     (lab.documents / "a.pdf").write_bytes(make_pdf(pages))
