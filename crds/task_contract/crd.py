@@ -405,10 +405,15 @@ def custom_resource_definition() -> dict[str, Any]:
                             },
                             "x-kubernetes-validations": [
                                 rule(
+                                    "!has(self.spec.dependsOn) || !(self.metadata.name in self.spec.dependsOn)",
+                                    "spec.dependsOn: a task cannot wait for itself",
+                                    field=".spec.dependsOn",
+                                ),
+                                rule(
                                     "self.spec.priority == oldSelf.spec.priority || oldSelf.status.phase == 'Queued'",
                                     "spec.priority: can be changed only while the task is Queued",
                                     field=".spec.priority",
-                                )
+                                ),
                             ],
                         }
                     },

@@ -10,12 +10,13 @@ are CEL in :mod:`task_contract.crd`.
 
 import re
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import (
     AfterValidator,
+    AwareDatetime,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -123,6 +124,13 @@ Duration = Annotated[
 Timestamp = Annotated[
     datetime, PlainSerializer(lambda at: at.strftime("%Y-%m-%dT%H:%M:%SZ"), return_type=str, when_used="json")
 ]
+UtcTimestamp = Annotated[
+    AwareDatetime,
+    AfterValidator(lambda at: at.astimezone(UTC)),
+    PlainSerializer(lambda at: at.strftime("%Y-%m-%dT%H:%M:%SZ"), return_type=str, when_used="json"),
+]
+"""A time that a caller gives, in any time zone."""
+TaskName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$")]
 Text = Annotated[str, Field(max_length=1024)]
 Resource = Annotated[str, Field(max_length=32, pattern=r"^[0-9]+([.][0-9]+)?(m|[kMGTPE]i?)?$")]
 """A quantity of CPU or memory, such as ``250m`` or ``2Gi``."""
@@ -394,6 +402,14 @@ class Spec(Model):
     idempotency_key: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")] | None = None
     """Of the tasks of a namespace with the same key one runs, the first; the others end as Canceled, with its name in
     status.duplicateOf. For callers that cannot know whether their first request arrived."""
+    not_before: UtcTimestamp | None = None
+    """The task does not start earlier than this. Default: as soon as it can."""
+    depends_on: (
+        Annotated[list[TaskName], Field(min_length=1, max_length=32, json_schema_extra={"x-kubernetes-list-type": "set"})]
+        | None
+    ) = None
+    """Names of tasks of the namespace that have to be Completed before this one starts. If one of them fails or is
+    canceled, this one fails with DependencyFailed. They may be created later."""
     suspend: bool = False
     """true: do not run; a running attempt is given back, uncounted."""
     cancel: bool = False

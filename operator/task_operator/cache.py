@@ -44,6 +44,8 @@ class CachedTask:
     ended_at: float | None = None
     """Seconds since the epoch at which it finished."""
     idempotency_key: str | None = None
+    depends_on: tuple[str, ...] = ()
+    """Of an unfinished task: names of those that it waits for before its first attempt."""
     duplicate: bool = False
     """It has ended because another one of its idempotency key came first."""
     created: str = ""
@@ -78,6 +80,7 @@ class Cache:
         self._changed: dict[Key, datetime] = {}
         self._gone: dict[str, None] = {}
         self._by_key: dict[tuple[str, str], set[Key]] = {}
+        self._dependents: dict[Key, set[Key]] = {}
         self._counts: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -135,7 +138,13 @@ class Cache:
         self._tasks[key] = task
         if task.idempotency_key is not None:
             self._by_key.setdefault((key[0], task.idempotency_key), set()).add(key)
+        for name in task.depends_on:
+            self._dependents.setdefault((key[0], name), set()).add(key)
         return True
+
+    def dependents(self, key: Key) -> set[Key]:
+        """Return the unfinished tasks that wait, or waited, for the task of this name, whether it is there or not."""
+        return set(self._dependents.get(key, ()))
 
     def same_key(self, key: Key) -> set[Key]:
         """Return the other tasks that have the idempotency key of this one."""
@@ -162,6 +171,11 @@ class Cache:
             same.discard(key)
             if not same:
                 self._by_key.pop((key[0], task.idempotency_key), None)
+        for name in task.depends_on:
+            waiting = self._dependents.get((key[0], name), set())
+            waiting.discard(key)
+            if not waiting:
+                self._dependents.pop((key[0], name), None)
 
     def drop_task(self, key: Key, *, uid: str) -> bool:
         """Forget a task that is gone, unless another one has taken its name; return whether it was known."""
@@ -268,6 +282,7 @@ def _cached(manifest: Mapping[str, Any], version: int) -> CachedTask:
         body=bytes(memoryview(orjson.dumps(body))),  # a copy: what orjson returns keeps the 4 KiB of its buffer
         ended_at=None if ended is None else ended.timestamp(),
         idempotency_key=None if spec.get("idempotencyKey") is None else str(spec["idempotencyKey"]),
+        depends_on=() if phase in FINISHED else _names(spec.get("dependsOn")),
         duplicate="duplicateOf" in status,
         created=sys.intern(str(metadata.get("creationTimestamp") or "")),
         waits_since=None if phase != Phase.QUEUED or spec.get("suspend") else _queued_at(metadata, status),
@@ -282,6 +297,10 @@ def _reason(status: Mapping[str, Any]) -> str:
 def _queued_at(metadata: Mapping[str, Any], status: Mapping[str, Any]) -> float | None:
     at = parse_time(status.get("queuedAt")) or parse_time(metadata.get("creationTimestamp"))
     return None if at is None else at.timestamp()
+
+
+def _names(value: object) -> tuple[str, ...]:
+    return tuple(sys.intern(str(name)) for name in value) if isinstance(value, list) else ()
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

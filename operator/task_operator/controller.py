@@ -52,6 +52,7 @@ from task_contract.leases import PoolReport, ReportKind
 from task_contract.messages import Outcome, ProgressEvent
 from task_contract.models import Metadata, Phase, ProcessingTask, Stage, Status, TaskType, describe
 from task_operator.cache import FINISHED, Cache, CachedTask, Key, job_key, surplus
+from task_operator.dependencies import Dependencies, Dependency, circle_through
 from task_operator.dispatch import Claim, Dispatch, Limit, Limits, Place
 from task_operator.events import of_transition, of_wait
 from task_operator.jobs import (
@@ -138,6 +139,7 @@ class _Facts:
     fence: Fence | None = None
     release: Fence | None = None
     batch: Batch | None = None
+    dependencies: Dependencies = Dependencies()  # noqa: RUF009 - frozen
     place: Place | None = None
     refusal: Refusal | None = None
     reports: tuple[PoolReport, ...] = ()
@@ -381,12 +383,15 @@ class Controller:
         if kind == "DELETED":
             self._gone(key, manifest)
             return
+        new = self._cache.task(key) is None
         if self._cache.put_task(manifest):
             self._project(manifest)
             self._news.setdefault(key, time.perf_counter())
             self._queue.add(key)
             for other in self._cache.same_key(key):
                 self._queue.add(other)  # which of them is the first may have changed
+            if new or (manifest.get("status") or {}).get("phase") in FINISHED:
+                self._wake_dependents(key)
             self._count_tasks(key[0])
 
     def on_job(self, kind: str | None, manifest: Mapping[str, Any]) -> None:
@@ -434,6 +439,7 @@ class Controller:
         if self._cache.drop_task(key, uid=uid) and self._dispatch is not None:
             self._dispatch.release(key)
         self._live.pop(uid, None)
+        self._wake_dependents(key)
         self._news.pop(key, None)
         if self._pools is not None:
             self._pools.forget(uid, key)
@@ -806,6 +812,7 @@ class Controller:
                 fence=facts.fence,
                 release=facts.release,
                 batch=facts.batch,
+                dependencies=facts.dependencies,
                 first=self._cache.first(task.key),
                 limited=self._limited,
                 place=facts.place,
@@ -848,6 +855,8 @@ class Controller:
                 if self._dispatch is not None and cached is not None:
                     facts.claim = _claim(key, cached, pool=None if decision.offer is None else (namespace, decision.offer))
                     facts.place = self._dispatch.ask(key, facts.claim)
+            case Need.DEPENDENCIES:
+                facts.dependencies = await self._dependencies(task)
             case Need.RESULT | Need.FENCE | Need.RELEASE | Need.BATCH | Need.SETTLE:
                 if self._database is None:
                     return
@@ -855,6 +864,32 @@ class Controller:
                     await self._ask(self._database, need, uid, facts, decision, attempt=view.attempt)
                 except DatabaseUnavailable as error:
                     _log.warning("PostgreSQL does not answer", task=task.metadata.name, error=str(error))
+
+    async def _dependencies(self, task: ProcessingTask) -> Dependencies:
+        """Return what has become of the tasks that a task waits for: those that are gone PostgreSQL may know."""
+        namespace, names = task.metadata.namespace, task.spec.depends_on or []
+
+        def needed_by(name: str) -> Sequence[str]:
+            cached = self._cache.task((namespace, name))
+            return () if cached is None else cached.depends_on
+
+        phases = {name: None if (known := self._cache.task((namespace, name))) is None else known.phase for name in names}
+        gone, sure = [name for name, phase in phases.items() if phase is None], True
+        if gone and self._database is not None:
+            try:
+                phases |= await self._database.phases(namespace, gone)
+            except DatabaseUnavailable as error:
+                sure = False
+                _log.warning("cannot ask PostgreSQL how tasks ended", task=task.metadata.name, error=str(error))
+        return Dependencies(
+            of=tuple(Dependency(name, phase) for name, phase in phases.items()),
+            circle=circle_through(task.metadata.name, needed_by),
+            sure=sure,
+        )
+
+    def _wake_dependents(self, key: Key) -> None:
+        for other in self._cache.dependents(key):
+            self._queue.add(other)
 
     async def _ask(
         self, database: Database, need: Need, uid: str, facts: _Facts, decision: Decision, *, attempt: int
@@ -895,6 +930,8 @@ class Controller:
         if self._cache.put_task(answer):
             self._project(answer)
         self._note_stores(task, status)
+        if status.phase.finished:
+            self._wake_dependents(task.key)
         if status.phase.finished:
             self._live.pop(task.cached.uid, None)
         else:

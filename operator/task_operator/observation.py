@@ -8,6 +8,7 @@ from task_contract.leases import PoolReport, ReportKind
 from task_contract.messages import AttemptOutcome, Outcome, ProgressEvent
 from task_contract.models import Executor, Failure, Phase, ProcessingTask, Status
 from task_contract.names import job_name
+from task_operator.dependencies import Dependencies
 from task_operator.dispatch import Place
 from task_operator.jobs import JobState, PodReport, current_attempt, queue_stamp
 from task_operator.resources import Size
@@ -32,6 +33,8 @@ class Need(StrEnum):
     """What has become of the documents of a batch so far."""
     SETTLE = "settle"
     """The same, after those that have not ended are made to count as failed: from then on none of them is published."""
+    DEPENDENCIES = "dependencies"
+    """What has become of the tasks that it waits for."""
     RELEASE = "release"
     """The intents of the task, to be taken now from whichever pod holds them, unless a commit came first: that pod cannot
     commit any more, the next one of the task can."""
@@ -211,6 +214,8 @@ class Observed:
     """Whether there are limits, so that a Job needs a place."""
     place: Place | None = None
     """The answer to :attr:`Need.PLACE`."""
+    dependencies: Dependencies = Dependencies()  # noqa: RUF009 - frozen
+    """The answer to :attr:`Need.DEPENDENCIES`."""
     progress: ProgressEvent | None = None
     last_write: datetime | None = None
     """When the status was last written by this process."""

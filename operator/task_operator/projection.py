@@ -149,6 +149,10 @@ _GIVE_WAY: Final = (
 )
 
 
+_PHASES: Final = (
+    "SELECT DISTINCT ON (name) name, phase FROM tasks WHERE namespace = $1 AND name = ANY($2) ORDER BY name, created_at DESC"
+)
+
 _COUNT_USAGE: Final = (
     "WITH due AS (SELECT number FROM task_usage WHERE NOT counted ORDER BY number LIMIT $1 FOR UPDATE SKIP LOCKED) "
     "UPDATE task_usage SET counted = true FROM due WHERE task_usage.number = due.number RETURNING type, outcome, seconds, "
@@ -462,6 +466,14 @@ class Database:
             )
         )
         return None if row is None else _stored(row)
+
+    async def phases(self, namespace: str, names: Sequence[str]) -> dict[str, str]:
+        """Return the phases of tasks that have ended, by name; of several of one name that of the youngest.
+
+        Raises :class:`DatabaseUnavailable`.
+        """
+        rows = await self.ask(lambda connection: connection.fetch(_PHASES, namespace, list(names)))
+        return {row["name"]: row["phase"] for row in rows if row["phase"] in ENDS}
 
     async def raise_fence(self, uid: str, *, reason: str) -> Fence:
         """Bar a task from committing, unless it has. May be repeated. Raises :class:`DatabaseUnavailable`.

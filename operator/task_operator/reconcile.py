@@ -29,6 +29,7 @@ from task_contract.models import (
     Status,
     TaskType,
 )
+from task_operator.dependencies import DEPENDS_ON, NOT_BEFORE, judge, left_until
 from task_operator.dispatch import Limit, Place, worth_telling
 from task_operator.jobs import JobState, current_attempt, is_batch, pods_of, stamp_of
 from task_operator.observation import (
@@ -807,6 +808,8 @@ def _without_job(observed: Observed, view: View, *, now: datetime, random: float
     resumed = None
     if status.phase is Phase.QUEUED and ready_reason(status) == "Suspended":
         resumed = queued(task, None, now=now)
+    if not status.attempt and (held_back := _before_start(observed, now=now)) is not None:
+        return held_back
     if status.retry_at is not None and now < status.retry_at:
         return Decision(status=resumed, after=status.retry_at - now)
     if observed.refusal is not None:
@@ -838,6 +841,32 @@ def _without_job(observed: Observed, view: View, *, now: datetime, random: float
     if pool is not None:
         return Decision(status=resumed, offer=pool)
     return Decision(status=resumed, create_attempt=view.attempt, shards=shards)
+
+
+def _before_start(observed: Observed, *, now: datetime) -> Decision | None:
+    """Hold back a task that has not begun, or end it, for the tasks and the time that it waits for; None: it may begin."""
+    task = observed.task
+    after = None
+    reason, message = NOT_BEFORE, ""
+    if task.spec.depends_on:
+        if Need.DEPENDENCIES not in observed.answered:
+            return Decision(needs=frozenset({Need.DEPENDENCIES}))
+        judged = judge(observed.dependencies)
+        if isinstance(judged, Failure):
+            failure = judged.model_copy(update={"message": clip(judged.message)})
+            return Decision(status=failed(task, failure, now=now))
+        if judged is not None:
+            reason, message = DEPENDS_ON, clip(judged)
+            after = None if observed.dependencies.sure else timedelta(seconds=5)
+    if not message and (left := left_until(task, now)):
+        message = f"starts at {task.spec.not_before:%Y-%m-%dT%H:%M:%SZ} (spec.notBefore)"
+        after = timedelta(seconds=left)
+    if not message:
+        return None
+    told = task.status.queue
+    if told is not None and (told.reason, told.message) == (reason, message):
+        return Decision(after=after)
+    return Decision(status=queued(task, waiting(task.status, reason, message, now=now), now=now), after=after)
 
 
 def _batch_before_job(

@@ -18,6 +18,7 @@ from enum import StrEnum
 from typing import Final
 
 from task_contract.models import Phase, QueueStatus, Status, format_duration
+from task_operator.dependencies import DEPENDS_ON, NOT_BEFORE
 from task_operator.dispatch import Limit
 from task_operator.jobs import JobState, pods_of
 from task_operator.observation import Ending, Need, Observed, Policy
@@ -37,6 +38,8 @@ _ROOM: Final = frozenset({"Unschedulable", "SchedulingGated", _QUOTA})
 _WANTED: Final = frozenset(Limit) | {
     NO_POOL,
     QUEUE_UNAVAILABLE,
+    DEPENDS_ON,
+    NOT_BEFORE,
     "Suspended",
     "JobSuspended",
     "HandedBack",

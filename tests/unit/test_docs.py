@@ -154,7 +154,7 @@ def reasons_of_the_contract() -> set[str]:
 def reasons_of_the_operator() -> set[str]:
     """Return what the modules that end attempts and waits call them: every word in CamelCase but phases and conditions."""
     words = set()
-    for module in ("controller", "dispatch", "reconcile", "verdict", "waits"):
+    for module in ("controller", "dependencies", "dispatch", "reconcile", "verdict", "waits"):
         tree = ast.parse((ROOT / f"operator/task_operator/{module}.py").read_text(encoding="utf-8"))
         words |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     no_reasons = {*Phase, "Ready", "Succeeded", "Stalled", "Reconciling", "Deleted"} - {Phase.CANCELED}
