@@ -32,6 +32,7 @@ from task_operator.jobs import common_labels
 from task_operator.metrics import Metrics
 from task_operator.outbox import LIST, Listener, Outbox
 from task_operator.pool_controller import PoolController
+from task_operator.pool_metrics import PoolMetrics
 from task_operator.pool_queue import PoolQueue
 from task_operator.projection import Database
 from task_operator.schema import migrate
@@ -55,8 +56,11 @@ async def run(settings: Settings) -> int:
     """
     access = Access.from_environment()
     metrics = Metrics()
-    watches = Watches(expected=2 * max(1, len(settings.namespaces)))  # tasks and Jobs
     cluster = Cluster(access, observe=metrics.requested)
+    await cluster.warm_up()
+    with_pools = await cluster.has_pools(settings.namespaces)
+    # Tasks, Jobs and pools. Without their CRD kopf would not watch pools; they are listed now and then instead.
+    watches = Watches(expected=(3 if with_pools else 2) * max(1, len(settings.namespaces)))
     database = None
     if settings.postgres_url is not None:
         database = Database(settings.postgres_url, metrics=metrics, default_callback=settings.default_callback())
@@ -67,12 +71,18 @@ async def run(settings: Settings) -> int:
         labels=common_labels(template, name="processing-tasks", component="operator"),
         metrics=metrics,
     )
-    pool_queue, pools = None, None
-    if settings.redis_url is not None:
-        pool_queue = PoolQueue(settings.redis_url)
-        pools = PoolController(
-            on_look=lambda pool, look: controller.on_look(pool, look), backlog=lambda pool: controller.backlog(pool)
-        )
+    pool_queue = None if settings.redis_url is None else PoolQueue(settings.redis_url)
+    pools = PoolController(
+        api=cluster,
+        queue=pool_queue,
+        template=template,
+        metrics=PoolMetrics(metrics),
+        on_look=lambda pool, look: controller.on_look(pool, look),
+        backlog=lambda pool: controller.backlog(pool),
+        namespaces=settings.namespaces,
+        watched=with_pools,
+        resync_seconds=settings.resync_seconds,
+    )
     controller = Controller(
         api=cluster,
         template=template,
@@ -135,12 +145,15 @@ async def run(settings: Settings) -> int:
     )
     feed = None if settings.redis_url is None else ProgressFeed(settings.redis_url, sink=controller.on_progress)
 
-    watches.sinks = event_sinks(controller)
-    watches.on_relist = controller.relist
+    def relist() -> None:
+        controller.relist()
+        pools.relist()
+
+    watches.sinks = event_sinks(controller, pools)
+    watches.on_relist = relist
     watches.on_reopen = controller.check_versions
     if database is not None:
         database.on_incomplete = controller.relist
-    await cluster.warm_up()
     if database is not None:
         await database.warm_up()
     if sender is not None:
@@ -149,6 +162,7 @@ async def run(settings: Settings) -> int:
     # Started before kopf: on its way out kopf cancels every task that began after it did.
     parts = [
         _start("controller", controller.run(watches.open)),
+        _start("pools", pools.run(watches.open)),
         _start("health", health.run()),
         _start("events", events.run()),
         *([] if database is None else [_start("projection", database.run())]),
@@ -168,7 +182,7 @@ async def run(settings: Settings) -> int:
     watching = _start(
         "kopf",
         kopf.operator(
-            registry=build_registry(controller, access=access, watches=watches, cleanup=cleanup),
+            registry=build_registry(watches.sinks, access=access, watches=watches, with_pools=with_pools, cleanup=cleanup),
             settings=kopf_settings(),
             clusterwide=not settings.namespaces,
             namespaces=list(settings.namespaces),

@@ -10,25 +10,32 @@ from typing import Any, Final
 
 import aiohttp
 import orjson
+import structlog
 from aiohttp.connector import Connection
 from aiohttp.streams import StreamReader
 
-from task_contract.names import MANAGED_BY, MANAGED_BY_LABEL, PLURAL, TASK_UID_LABEL
+from task_contract.names import MANAGED_BY, MANAGED_BY_LABEL, PLURAL, POOL_LABEL, POOL_PLURAL, TASK_UID_LABEL
+from task_operator.jobs import JOB_NAME_LABEL
 from task_platform.kubernetes import (
     CORE_API,
     EVENTS_API,
     JOBS_API,
     TASKS_API,
     Access,
+    ClusterError,
     Conflict,
+    Forbidden,
     Invalid,
     Kubernetes,
     Manifest,
+    NotFound,
     Observe,
     Page,
     open_session,
     path_of,
 )
+
+_log = structlog.get_logger(__name__)
 
 Sink = Callable[[str, Manifest], None]
 """Takes an event of a watch: ADDED, MODIFIED or DELETED, and the object."""
@@ -205,6 +212,25 @@ class Cluster(Kubernetes):
         for group, plural in ((TASKS_API, PLURAL), (JOBS_API, "jobs")):
             await self.ask("GET", path_of(group, namespace, plural), params={"limit": "1"})
 
+    async def has_pools(self, namespaces: Sequence[str]) -> bool:
+        """Whether worker pools can be listed: their CRD is there, and so is the right to. Waits for the API server.
+
+        An operator may be upgraded before CRD and rights are; it goes on without pools then.
+        """
+        wait = 1.0
+        while True:
+            try:
+                for namespace in namespaces or (None,):
+                    await self.ask("GET", path_of(TASKS_API, namespace, POOL_PLURAL), params={"limit": "1"})
+            except (NotFound, Forbidden):
+                return False
+            except ClusterError as error:
+                _log.warning("the API server does not answer yet", error=error.message, wait=wait)
+                await asyncio.sleep(wait)
+                wait = min(2 * wait, 15.0)
+            else:
+                return True
+
     async def task_version(self, namespace: str | None) -> int:
         """Return the resourceVersion at which tasks could be listed now: no lower than that of any task seen before."""
         page = await self.ask("GET", path_of(TASKS_API, namespace, PLURAL), params={"limit": "1"})
@@ -217,6 +243,32 @@ class Cluster(Kubernetes):
     def list_jobs(self, namespace: str | None) -> AsyncIterator[Page]:
         """Hand out all Jobs that are ours, in pages."""
         return self.pages(JOBS_API, "jobs", namespace, labelSelector=MANAGED_SELECTOR)
+
+    def list_pools(self, namespace: str | None) -> AsyncIterator[Page]:
+        """Hand out all worker pools of a namespace, or of the cluster, in pages."""
+        return self.pages(TASKS_API, POOL_PLURAL, namespace)
+
+    def list_worker_jobs(self, namespace: str | None) -> AsyncIterator[Page]:
+        """Hand out the Jobs of workers, in pages."""
+        return self.pages(JOBS_API, "jobs", namespace, labelSelector=f"{MANAGED_SELECTOR},{POOL_LABEL}")
+
+    async def list_worker_pods(self, namespace: str, *, job: str) -> list[Manifest]:
+        """Return the pods of a worker's Job."""
+        found = self.pages(CORE_API, "pods", namespace, labelSelector=f"{JOB_NAME_LABEL}={job}")
+        return [pod async for page in found for pod in page.items]
+
+    async def patch_pool_status(self, namespace: str, name: str, *, uid: str, status: Mapping[str, Any]) -> Manifest:
+        """Merge ``status`` into that of this very pool, whatever its version: nobody else writes it.
+
+        :class:`NotFound` or :class:`Conflict` if it is gone.
+        """
+        return await self.ask(
+            "PATCH",
+            f"{path_of(TASKS_API, namespace, POOL_PLURAL, name)}/status",
+            body={"metadata": {"uid": uid}, "status": status},
+            params={"fieldManager": FIELD_MANAGER},
+            content_type="application/merge-patch+json",
+        )
 
     async def list_pods(self, namespace: str, *, task_uid: str) -> list[Manifest]:
         """Return the pods of one task, of whatever attempt, as they are now or later.

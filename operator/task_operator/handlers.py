@@ -15,10 +15,11 @@ from typing import Any, Final
 import kopf
 import structlog
 
-from task_contract.names import GROUP, PLURAL, VERSION
+from task_contract.names import GROUP, PLURAL, POOL_PLURAL, VERSION
 from task_operator.cluster import MANAGED_SELECTOR, Sink, Watches, open_watching
 from task_operator.controller import Controller
-from task_platform.kubernetes import Access
+from task_operator.pool_controller import PoolController
+from task_platform.kubernetes import Access, Manifest
 
 _log = structlog.get_logger(__name__)
 _EXIT: Final = 9.0  # seconds
@@ -79,16 +80,29 @@ def kopf_settings() -> kopf.OperatorSettings:
     return settings
 
 
-def event_sinks(controller: Controller) -> Mapping[str, Sink]:
+def event_sinks(controller: Controller, pools: PoolController) -> Mapping[str, Sink]:
     """Return who takes events straight from the watches, by the plural name of their objects."""
-    return {PLURAL: controller.on_task, "jobs": controller.on_job}
+
+    def on_job(kind: str, manifest: Manifest) -> None:
+        controller.on_job(kind, manifest)
+        pools.on_worker_job(kind, manifest)
+
+    return {PLURAL: controller.on_task, "jobs": on_job, POOL_PLURAL: pools.on_pool}
 
 
 def build_registry(
-    controller: Controller, *, access: Access, watches: Watches, cleanup: Callable[[], Awaitable[None]]
+    sinks: Mapping[str, Sink],
+    *,
+    access: Access,
+    watches: Watches,
+    with_pools: bool,
+    cleanup: Callable[[], Awaitable[None]],
 ) -> kopf.OperatorRegistry:
-    """Return the handlers, bound to a controller."""
+    """Return the handlers, bound to who takes events. ``with_pools``: whether there is something to watch for them."""
     registry = kopf.OperatorRegistry()
+
+    def take(plural: str, event: Any) -> None:
+        sinks[plural](event["type"], event["object"])
 
     @kopf.on.login(registry=registry, errors=kopf.ErrorsMode.PERMANENT)
     async def login(**_: Any) -> kopf.AiohttpSession:
@@ -106,10 +120,16 @@ def build_registry(
 
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
     async def task_event(event: kopf.RawEvent, **_: Any) -> None:
-        controller.on_task(event["type"], event["object"])
+        take(PLURAL, event)
 
     @kopf.on.event("batch", "v1", "jobs", registry=registry)
     async def job_event(event: kopf.RawEvent, **_: Any) -> None:
-        controller.on_job(event["type"], event["object"])
+        take("jobs", event)
+
+    if with_pools:
+
+        @kopf.on.event(GROUP, VERSION, POOL_PLURAL, registry=registry)
+        async def pool_event(event: kopf.RawEvent, **_: Any) -> None:
+            take(POOL_PLURAL, event)
 
     return registry

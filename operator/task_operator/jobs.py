@@ -41,6 +41,9 @@ QUEUED_AT_ANNOTATION: Final = f"{GROUP}/queued-at"
 """Which stay in the queue a Job belongs to: the value of :func:`queue_stamp` when it was made. An attempt that is given
 back keeps its number and so the name of its Job; this mark tells the Job that was given back from the one after it."""
 
+JOB_NAME_LABEL: Final = "batch.kubernetes.io/job-name"
+"""On each pod of a Job, by the Job controller: the Job's name."""
+
 INDEX_ANNOTATION: Final = "batch.kubernetes.io/job-completion-index"
 """On each pod of an Indexed Job: its index."""
 

@@ -19,6 +19,7 @@ from task_contract.names import (
     worker_job_name,
 )
 from task_operator.jobs import (
+    JOB_NAME_LABEL,
     JOB_TTL,
     JobState,
     PodReport,
@@ -33,9 +34,6 @@ from task_operator.pools import NewWorker, Pool, WorkerJob, worker_resources
 
 GRACE_MARGIN: Final = timedelta(seconds=10)
 """Between the end of the pool's grace period, when a worker gives back what it has not finished, and SIGKILL."""
-JOB_NAME_LABEL: Final = "batch.kubernetes.io/job-name"
-"""On each pod of a Job, by the Job controller: the Job's name."""
-
 _WRITES: Final = frozenset({TaskType.EMBEDDING_GENERATION})
 """Types whose tasks may have an ``outputPath``."""
 _REVISION: Final = 6  # hex digits: part of a name of 63 characters, and one of few that a pool has had

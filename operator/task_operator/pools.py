@@ -269,6 +269,8 @@ class Seen:
     now: datetime
     second: float
     """Of a clock that never goes back."""
+    refused: str = ""
+    """Why the last Job of a worker could not be created."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -562,6 +564,8 @@ def _missing(seen: Seen, places: Sequence[_Place], desired: int) -> str:
     ready = sum(place.ready for place in places)
     waits = [place.job for place in places if place.job.message and not place.ready]
     why = f": {waits[0].name} {waits[0].message}" if waits else ""
+    if seen.refused:
+        why = f": cannot create the next one: {seen.refused}"
     return f"{ready} of {desired} workers take tasks{why}"
 
 

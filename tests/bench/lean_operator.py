@@ -17,7 +17,7 @@ import kopf
 import uvloop
 
 from task_contract.models import ProcessingTask
-from task_contract.names import TASK_NAME_ANNOTATION
+from task_contract.names import PLURAL, TASK_NAME_ANNOTATION
 from task_operator.cluster import Cluster, Watches
 from task_operator.handlers import build_registry, kopf_settings
 from task_operator.jobs import RunnerTemplate, build_job
@@ -103,7 +103,8 @@ async def run(namespace: str) -> None:
     await cluster.warm_up()
     operator = LeanOperator(cluster)
     workers = [asyncio.create_task(operator.work()) for _ in range(24)]
-    registry = build_registry(operator, access=access, watches=watches, cleanup=cluster.aclose)  # type: ignore[arg-type]
+    sinks = {PLURAL: operator.on_task, "jobs": operator.on_job}
+    registry = build_registry(sinks, access=access, watches=watches, with_pools=False, cleanup=cluster.aclose)
     identity: Any = "lean-operator"
     await kopf.operator(
         registry=registry, settings=kopf_settings(), namespaces=[namespace], standalone=True, identity=identity

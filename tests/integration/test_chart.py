@@ -430,7 +430,10 @@ def test_only_pods_of_operator_and_gateway_get_a_token(rendered: tuple[str, dict
 PERMISSIONS = {
     ("tasks.zzdsj.io", "processingtasks"): ["get", "list", "watch", "delete"],
     ("tasks.zzdsj.io", "processingtasks/status"): ["get", "patch"],
+    ("tasks.zzdsj.io", "workerpools"): ["list", "watch"],
+    ("tasks.zzdsj.io", "workerpools/status"): ["patch"],
     ("tasks.zzdsj.io", "processingtasks/finalizers"): ["update"],
+    ("tasks.zzdsj.io", "workerpools/finalizers"): ["update"],
     ("batch", "jobs"): ["get", "list", "watch", "create", "delete"],
     ("", "pods"): ["get", "list"],
     ("events.k8s.io", "events"): ["create", "list"],
@@ -564,7 +567,9 @@ def test_users_roles_never_include_the_status(helm: Helm) -> None:
         for resource in rule["resources"]
         if set(rule["verbs"]) - {"get", "list", "watch"}
     }
-    assert writes == {("processing-tasks-edit", "processingtasks")}
+    assert writes == {
+        ("processing-tasks-edit", resource) for resource in ("processingtasks", "workerpools", "workerpools/scale")
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------- settings

@@ -9,6 +9,7 @@ from prometheus_client.metrics_core import Metric
 from task_gateway.hub import Event, Hub
 from task_gateway.metrics import Metrics as GatewayMetrics
 from task_operator.metrics import Metrics, Waiting
+from task_operator.pool_metrics import PoolMetrics
 
 PAGE = Path(__file__).parents[2] / "docs/metrics.md"
 WORST = {"namespace", "name", "uid", "kb_id", "job", "task", "user", "url", "document_id"}
@@ -46,6 +47,7 @@ def _names(registry: CollectorRegistry) -> dict[str, Metric]:
 def _operator() -> dict[str, Metric]:
     metrics = Metrics()
     metrics.watch_queue(lambda: Waiting())
+    PoolMetrics(metrics)
     return _names(metrics.registry)
 
 
@@ -61,7 +63,7 @@ def test_the_page_names_every_metric_with_its_labels_and_no_other() -> None:
     metrics, gateway = Metrics(), GatewayMetrics()
     labels = {
         one.describe()[0].name: tuple(sorted(one._labelnames))
-        for one in [*vars(metrics).values(), *vars(gateway).values()]
+        for one in [*vars(metrics).values(), *PoolMetrics(metrics).families, *vars(gateway).values()]
         if hasattr(one, "_labelnames")
     }
     known = _operator() | _gateway()
@@ -76,6 +78,8 @@ def test_no_label_grows_with_tasks_or_callers() -> None:
     metrics, gateway = Metrics(), GatewayMetrics()
     for one in [*vars(metrics).values(), *vars(gateway).values()]:
         assert WORST.isdisjoint(getattr(one, "_labelnames", ()))
+    for family in PoolMetrics(metrics).families:  # pools are few, and made by who runs the platform
+        assert family._labelnames == ("namespace", "pool")
 
 
 def test_what_others_ask_for_has_exactly_these_names() -> None:
@@ -84,6 +88,8 @@ def test_what_others_ask_for_has_exactly_these_names() -> None:
         "task_processing_duration_seconds": "histogram",
         "task_success_total": "counter",
         "task_failure_total": "counter",
+        "worker_pool_active_count": "gauge",
+        "worker_pool_idle_count": "gauge",
     }
     known = _operator()
     assert {name: known[name].type for name in asked} == asked

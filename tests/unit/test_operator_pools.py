@@ -91,7 +91,8 @@ def test_workers_follow_from_what_waits_how_long_and_what_runs(load: Load, worke
 
 def test_from_zero_it_is_one_step_and_back_again_it_takes_its_time() -> None:
     of = spec(max=8, scaleDownAfter="60s", idleTimeout="5m")
-    memory, history = Memory(), []
+    memory = Memory()
+    history: list[tuple[int, int]] = []
     for second in range(600):
         waiting = 75 if second < 10 else 0
         workers, memory = desired_workers(
@@ -178,14 +179,15 @@ def test_work_that_comes_back_keeps_a_worker_that_was_told_to_drain() -> None:
     back = world(max=1)
     back.backlog = Backlog(1)
     back.step(4)
-    (worker,) = back.workers.values()
-    worker.leased = 1
+    (name,) = back.workers
+    back.workers[name].leased = 1
     back.pool = replace(back.pool, spec=back.pool.spec.model_copy(update={"replicas": 0}))
     back.step(2)
-    assert worker.draining
+    assert back.workers[name].draining
     back.pool = replace(back.pool, spec=back.pool.spec.model_copy(update={"replicas": None}))
     back.step(2)
-    assert not worker.draining
+    assert back.live[0].name == name
+    assert not back.workers[name].draining
     assert len(back.created) == 1
 
 

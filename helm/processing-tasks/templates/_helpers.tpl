@@ -214,10 +214,16 @@ Secrets those alone that sign callbacks. */}}
 - apiGroups: [tasks.zzdsj.io]
   resources: [processingtasks/status]
   verbs: [get, patch]
-# No task has finalizers. Clusters that enforce permissions of owner references (OpenShift) ask for this when a Job is made whose
-# owner is a task.
 - apiGroups: [tasks.zzdsj.io]
-  resources: [processingtasks/finalizers]
+  resources: [workerpools]
+  verbs: [list, watch]
+- apiGroups: [tasks.zzdsj.io]
+  resources: [workerpools/status]
+  verbs: [patch]
+# No task has finalizers, and no pool. Clusters that enforce permissions of owner references (OpenShift) ask for this when a Job is
+# made whose owner is one of them.
+- apiGroups: [tasks.zzdsj.io]
+  resources: [processingtasks/finalizers, workerpools/finalizers]
   verbs: [update]
 - apiGroups: [batch]
   resources: [jobs]
