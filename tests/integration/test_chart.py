@@ -17,6 +17,7 @@ import yaml
 
 from devstack import Endpoints, tools
 from task_contract.models import parse_manifest
+from task_contract.pools import WorkerPool
 from task_gateway.settings import Settings as GatewaySettings
 from task_operator.projection import DefaultCallback
 from task_operator.settings import Settings
@@ -323,6 +324,26 @@ def test_only_crd_and_wanted_documents_stay_on_uninstall(rendered: tuple[str, di
         "existing": set(),
     }
     assert kept == expected[name]
+
+
+POOLS = json.dumps([{"name": "texts", "namespace": "knowledge", "spec": {"types": ["health_check"], "max": 2}}])
+
+
+def test_pools_wait_for_a_cluster_that_knows_them(helm: Helm) -> None:
+    given = ("--set", POSTGRES, "--set-json", f"workerPools={POOLS}")
+    assert [one for one in render(helm, *given) if one["kind"] == "WorkerPool"] == []
+    documents = render(helm, *given, "--api-versions", "tasks.zzdsj.io/v1/WorkerPool")
+    (pool,) = (one for one in documents if one["kind"] == "WorkerPool")
+    assert (pool["metadata"]["namespace"], pool["metadata"]["name"]) == ("knowledge", "texts")
+    assert pool["spec"] == {"types": ["health_check"], "max": 2}
+    assert WorkerPool.model_validate(pool).spec.max == 2
+
+
+def test_a_pool_outside_of_the_task_namespaces_is_refused(helm: Helm) -> None:
+    elsewhere = POOLS.replace("knowledge", "elsewhere")
+    given = ("--set", POSTGRES, "--set-json", f"workerPools={elsewhere}", "--api-versions", "tasks.zzdsj.io/v1/WorkerPool")
+    answer = helm("template", "processing-tasks", CHART, *KUBE_VERSION, *given)
+    assert "workerPools: texts is in namespace elsewhere, which is not one of taskNamespaces" in answer.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------- security

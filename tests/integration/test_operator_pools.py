@@ -16,7 +16,7 @@ pytestmark = pytest.mark.integration
 
 Start = Callable[..., OperatorProcess]
 QUICK = {"scaleDownAfter": "1s", "idleTimeout": "1s", "lease": "5s", "gracePeriod": "1s"}
-HEALTH = {"type": "health_check", "kbId": None, "payload": {}}
+HEALTH: dict[str, Any] = {"type": "health_check", "kbId": None, "payload": {}}
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def redis_url(stores: Endpoints) -> str:
 
 
 @pytest.fixture
-async def redis(redis_url: str) -> AsyncIterator["Redis[Any]"]:
-    redis: Redis[Any] = Redis.from_url(redis_url, decode_responses=True)
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    redis: Redis = Redis.from_url(redis_url, decode_responses=True)
     yield redis
     await redis.aclose()
 
@@ -37,7 +37,7 @@ def pool(place: Place) -> PoolPlace:
 
 
 @pytest.fixture
-async def workforce(place: Place, redis: "Redis[Any]") -> AsyncIterator[Workforce]:
+async def workforce(place: Place, redis: Redis) -> AsyncIterator[Workforce]:
     async with Workforce(place, redis).at_work() as workforce:
         yield workforce
 
@@ -151,7 +151,7 @@ async def _others(workforce: Workforce, name: str) -> bool:
 
 
 async def test_a_pool_that_is_deleted_takes_its_jobs_and_its_keys_with_it(
-    pool: PoolPlace, workforce: Workforce, process: Start, redis_url: str, redis: "Redis[Any]"
+    pool: PoolPlace, workforce: Workforce, process: Start, redis_url: str, redis: Redis
 ) -> None:
     await pool.create(min=1, **QUICK)
     async with process(OPERATOR_REDIS_URL=redis_url).at_work():

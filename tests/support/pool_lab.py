@@ -45,7 +45,7 @@ class Workforce:
     """Plays kubelet and workers for the pools of a namespace."""
 
     place: Place
-    redis: "Redis[Any]"
+    redis: Redis
     pool: str = "texts"
     concurrency: int = 4
     boots: bool = True
