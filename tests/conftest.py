@@ -21,7 +21,7 @@ settings.register_profile("untimed", deadline=None, suppress_health_check=[Healt
 settings.load_profile("untimed")
 
 HERE = Path(__file__).parent
-ALONE = ("crash", "docs", "e2e")
+ALONE = ("docs", "e2e")
 """Folders of tests that take the cluster, the stores or the machine for themselves."""
 FIXTURES = {"cluster": ["cluster"], "node": ["cluster", "node"], "stores": ["stores"], "devstack_node": list(PARTS)}
 
