@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from task_contract.models import Failure, Phase, ProcessingTask, QueueStatus, Status
+from task_contract.pools import WorkerPool
 from task_operator.controller import merge_patch
 from task_operator.observation import Ending, Need, Observed, view_of
 from task_operator.reconcile import decide
@@ -19,6 +20,7 @@ from tests.support.devstack import Kubectl
 from tests.support.kstatus import HEALTH, argo, kstatus
 from tests.support.operator_values import at, ended_pod, failure, job, success
 from tests.support.operator_values import failed as failed_job
+from tests.support.pool_values import PoolWorld, pool, pool_manifest
 
 pytestmark = pytest.mark.integration
 
@@ -187,13 +189,15 @@ def test_the_message_of_a_failure_is_the_tasks_own(tasks: Tasks) -> None:
     assert kstatus(tasks.write("one", _failed)) == [("Failed", "cannot find text")]
 
 
-def test_the_health_script_for_argo_cd_says_of_its_fixtures_what_they_say() -> None:
-    cases = yaml.safe_load((HEALTH / "health_test.yaml").read_text())["tests"]
-    objects = [yaml.safe_load((HEALTH / case["inputPath"]).read_text()) for case in cases]
-    fixtures = sorted(f"testdata/{path.name}" for path in (HEALTH / "testdata").iterdir())
+@pytest.mark.parametrize("kind", [ProcessingTask, WorkerPool])
+def test_the_health_script_for_argo_cd_says_of_its_fixtures_what_they_say(kind: type[ProcessingTask | WorkerPool]) -> None:
+    folder = HEALTH.parent / kind.__name__
+    cases = yaml.safe_load((folder / "health_test.yaml").read_text())["tests"]
+    objects = [yaml.safe_load((folder / case["inputPath"]).read_text()) for case in cases]
+    fixtures = sorted(f"testdata/{path.name}" for path in (folder / "testdata").iterdir())
     assert [case["inputPath"] for case in cases] == fixtures
     for one in objects:
-        ProcessingTask.model_validate(one)  # what the operator writes has this form
+        kind.model_validate(one)  # what the operator writes has this form
     found = [{"status": status, "message": message} for status, message in argo(*objects)]
     assert found == [case["healthStatus"] for case in cases]
 
@@ -202,3 +206,95 @@ def test_a_task_that_nobody_has_seen_yet_is_progressing_in_argo_cd() -> None:
     assert argo({"apiVersion": "tasks.zzdsj.io/v1", "kind": "ProcessingTask", "metadata": {"name": "a"}}) == [
         ("Progressing", "waiting for the operator")
     ]
+
+
+# ------------------------------------------------------------------------------------------------------------------ pools
+
+
+def _pool_world(**spec: Any) -> PoolWorld:
+    return PoolWorld(pool(spec={"scaleDownAfter": "10s", "idleTimeout": "20s"} | spec))
+
+
+def _serving() -> PoolWorld:
+    world = _pool_world(min=2)
+    world.step(10)
+    return world
+
+
+def _at_zero() -> PoolWorld:
+    world = _pool_world()
+    world.step(10)
+    return world
+
+
+def _starting() -> PoolWorld:
+    world = _pool_world(min=2)
+    world.step(1)
+    return world
+
+
+def _failing() -> PoolWorld:
+    world = _pool_world(min=2)
+    world.boots = False
+    world.step(60)
+    return world
+
+
+def _pending() -> PoolWorld:
+    world = _pool_world(min=2)
+    world.schedules = False
+    world.step(700)
+    return world
+
+
+def _rolling() -> PoolWorld:
+    world = _serving()
+    world.revision = "b"
+    world.step(1)
+    return world
+
+
+def _broken_roll() -> PoolWorld:
+    world = _serving()
+    world.revision, world.boots = "b", False
+    world.step(60)
+    return world
+
+
+def _without_redis() -> PoolWorld:
+    world = _serving()
+    world.redis = False
+    world.step(5)
+    return world
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        (_serving, "Current"),
+        (_at_zero, "Current"),
+        (_starting, "InProgress"),
+        (_rolling, "InProgress"),
+        (_without_redis, "InProgress"),
+        (_failing, "Failed"),
+        (_pending, "Failed"),
+        (_broken_roll, "Failed"),
+    ],
+    ids=lambda value: value.__name__.strip("_") if callable(value) else None,
+)
+def test_every_state_of_a_pool_is_what_the_table_says(
+    kubectl: Kubectl, namespace: str, state: Callable[[], PoolWorld], expected: str
+) -> None:
+    decided = state().status.manifest()
+    manifest = pool_manifest()
+    inside = ["-n", namespace]
+    metadata = {"name": "texts", "namespace": namespace}
+    kubectl.apply(
+        {"apiVersion": manifest["apiVersion"], "kind": "WorkerPool", "metadata": metadata, "spec": manifest["spec"]}
+    )
+    patch = ["--subresource=status", "--type=merge", "-p", json.dumps({"status": decided})]
+    kubectl("patch", "wpool", "texts", *inside, *patch)
+    stored = kubectl.get("wpool", "texts", *inside)
+    ((status, _),) = kstatus(stored)
+    ((health, _),) = argo(stored)
+    assert (status, health) == (expected, ARGO[expected])

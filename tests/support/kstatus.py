@@ -22,7 +22,9 @@ def kstatus(*objects: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def argo(*objects: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return (status, message) of each object as Argo CD shows it: Progressing, Healthy, Degraded, Suspended."""
-    return _judged(objects, str(HEALTH / "health.lua"))
+    kinds = {one["kind"] for one in objects}
+    assert len(kinds) == 1, "objects of one kind have one script"
+    return _judged(objects, str(HEALTH.parent / kinds.pop() / "health.lua"))
 
 
 def _judged(objects: Iterable[Mapping[str, Any]], *arguments: str) -> list[tuple[str, str]]:
