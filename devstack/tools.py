@@ -1,5 +1,6 @@
 """Programs that the devstack builds for itself from Go modules: Kubernetes with kubectl, the pause process, helm, kind."""
 
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from devstack.process import run
 from devstack.progress import DevstackError, step
 
 HELM = "v3.22.0"
+KUEUE = "v0.17.0"
 KIND = "v0.30.0"
 """Its node is Kubernetes 1.34, as the embedded cluster."""
 GO_MINIMUM = (1, 24)
@@ -55,6 +57,13 @@ def kubectl() -> Path:
 def helm() -> Path:
     """Return the path of helm; built once, in 1 to 3 minutes."""
     return installed("helm", f"helm.sh/helm/v3/cmd/helm@{HELM}")
+
+
+def kueue() -> tuple[Path, Path]:
+    """Return the controller of Kueue, and the folder of its CRDs; built once, in 5 to 10 minutes. For a test alone."""
+    program = installed("kueue", f"sigs.k8s.io/kueue/cmd/kueue@{KUEUE}")
+    module = json.loads(run(["go", "mod", "download", "-json", f"sigs.k8s.io/kueue@{KUEUE}"], doing="find Kueue's CRDs"))
+    return program, Path(module["Dir"]) / "config/components/crd/bases"
 
 
 def installed(name: str, package: str) -> Path:

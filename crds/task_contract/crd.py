@@ -119,6 +119,11 @@ def _type_rules() -> list[Rule]:
             field=".executor",
         ),
         rule(
+            "!has(self.kueue) || self.executor != 'pool'",
+            "spec.kueue: Kueue admits Jobs, not tasks of a worker pool; use executor auto or job",
+            field=".kueue",
+        ),
+        rule(
             f"!has(self.callback) || self.callback.url.matches(r'{CALLBACK_PATTERN}')",
             f"spec.callback.url: {CALLBACK_MESSAGE}",
             field=".callback",

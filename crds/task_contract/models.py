@@ -359,6 +359,13 @@ class Executor(StrEnum):
     POOL = "pool"
 
 
+class Kueue(Model):
+    """Admission by Kueue."""
+
+    queue_name: Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
+    """A LocalQueue of the namespace."""
+
+
 _TIMEOUTS: Final = {
     TaskType.HEALTH_CHECK: timedelta(minutes=2),
     # A thousand documents, and all documents of a knowledge base.
@@ -410,6 +417,8 @@ class Spec(Model):
     ) = None
     """Names of tasks of the namespace that have to be Completed before this one starts. If one of them fails or is
     canceled, this one fails with DependencyFailed. They may be created later."""
+    kueue: Kueue | None = None
+    """The Job is made suspended, in a queue of Kueue, which decides when it starts. Default: the operator's setting."""
     suspend: bool = False
     """true: do not run; a running attempt is given back, uncounted."""
     cancel: bool = False

@@ -87,10 +87,16 @@ class RunnerTemplate:
     lost_node_seconds: int = 30
     """So long a pod stays on a node that is lost, before another one takes the attempt; Kubernetes' own default is 300."""
     image_pull_secrets: tuple[str, ...] = ()
+    kueue_queue: str = ""
+    """LocalQueue of Kueue for Jobs of tasks that name none; empty: they start without Kueue."""
     instance: str = "processing-tasks"
     """Name of the installation (the release of the chart), for the label ``app.kubernetes.io/instance``."""
     version: str = ""
     """Of the product, for the label ``app.kubernetes.io/version``; empty: unknown, and the label is left out."""
+
+
+KUEUE_QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"
+"""By it Kueue knows the Jobs that are its own (https://kueue.sigs.k8s.io/docs/tasks/run/jobs/)."""
 
 
 def common_labels(template: RunnerTemplate, *, name: str, component: str) -> dict[str, str]:
@@ -196,13 +202,14 @@ def build_job(task: ProcessingTask, *, attempt: int, template: RunnerTemplate, s
         RESOURCE_CLASS_LABEL: class_of(task),
     }
     deadline = task.spec.effective_timeout + DEADLINE_ALLOWANCE
+    queue = template.kueue_queue if task.spec.kueue is None else task.spec.kueue.queue_name
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
             "name": job_name(task_name=metadata.name, task_uid=metadata.uid, attempt=attempt),
             "namespace": metadata.namespace,
-            "labels": labels,
+            "labels": labels | ({KUEUE_QUEUE_LABEL: queue} if queue else {}),
             "annotations": {
                 TASK_NAME_ANNOTATION: metadata.name,
                 QUEUED_AT_ANNOTATION: queue_stamp(task),
@@ -221,6 +228,7 @@ def build_job(task: ProcessingTask, *, attempt: int, template: RunnerTemplate, s
         },
         "spec": {
             **_completions(task, shards),
+            **({"suspend": True} if queue else {}),
             "activeDeadlineSeconds": int(deadline.total_seconds()),
             "ttlSecondsAfterFinished": int(JOB_TTL.total_seconds()),
             "podReplacementPolicy": "Failed",
@@ -447,7 +455,9 @@ class JobState:
     ending: str | None = None
     """Why the Job controller has given it up, while it still waits for a pod to stop: the reason of FailureTarget."""
     suspended: bool = False
-    """By somebody else: the operator never suspends a Job."""
+    """By somebody else, or made so for Kueue to admit it: the operator never changes it."""
+    kueue_queue: str | None = None
+    """The queue of Kueue that it waits in, or was admitted from."""
     deleting: bool = False
     deleted_at: datetime | None = None
     """When its deletion was asked for; it is there until its pods are gone, if whoever deleted it wanted that."""
@@ -497,6 +507,7 @@ class JobState:
             ready=status.get("ready") or 0,
             ending=None if given_up is None else given_up.get("reason"),
             suspended=bool(spec.get("suspend")),
+            kueue_queue=(metadata.get("labels") or {}).get(KUEUE_QUEUE_LABEL),
             deleting=metadata.get("deletionTimestamp") is not None,
             deleted_at=parse_time(metadata.get("deletionTimestamp")),
             complete="Complete" in conditions,

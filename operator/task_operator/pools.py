@@ -101,8 +101,8 @@ def fits(task: ProcessingTask, pool: Pool, classes: Mapping[str, Resources]) -> 
 
 def choose(task: ProcessingTask, pools: Iterable[Pool], classes: Mapping[str, Resources]) -> Pool | None:
     """Return the pool that takes a task: of those that fit the first by name; None if the task is for a Job."""
-    if task.spec.executor is Executor.JOB:
-        return None
+    if task.spec.executor is Executor.JOB or task.spec.kueue is not None:
+        return None  # Kueue admits Jobs
     return min((pool for pool in pools if fits(task, pool, classes)), key=lambda pool: pool.name, default=None)
 
 

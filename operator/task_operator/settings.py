@@ -27,6 +27,7 @@ _SHARER: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(/[A-Za-z0-9]([A-Za-z0-9._
 _LEAST_WEIGHT: Final = (
     0.001  # a thousandth of the places is hardly a share any more; a hundredth of it would be a way to starve
 )
+_QUEUE: Final = r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)?$"
 _CLASS: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 
 
@@ -132,6 +133,9 @@ class Settings(DatabaseSettings):
     """Shares of the places, by namespace, or by namespace/kbId within it, as a JSON object; who is not named has 1."""
     pool_fallback: Literal["wait", "job"] = "wait"
     """What becomes of tasks for worker pools while Redis cannot be used: they wait; or, after a minute, they run as Jobs."""
+    kueue_queue: Annotated[str, Field(pattern=_QUEUE)] = ""
+    """LocalQueue of Kueue in each task namespace, for Jobs of tasks that name none in spec.kueue; empty: they need no
+    admission."""
     task_budget: Annotated[int, Field(ge=0)] = 10_000
     """So many tasks of a namespace stay: over it, the oldest finished ones go before their TTL; 0: any number."""
     instance: Annotated[str, Field(pattern=_LABEL_VALUE)] = "processing-tasks"
@@ -200,6 +204,7 @@ class Settings(DatabaseSettings):
             tolerations=self.runner_tolerations,
             lost_node_seconds=self.runner_lost_node_seconds,
             image_pull_secrets=self.image_pull_secrets,
+            kueue_queue=self.kueue_queue,
             instance=self.instance,
             version=product_version(),
         )

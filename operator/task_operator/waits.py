@@ -32,6 +32,9 @@ NO_POOL: Final = "NoPool"
 QUEUE_UNAVAILABLE: Final = "QueueUnavailable"
 """Reason of a wait for Redis."""
 
+KUEUE_ADMISSION: Final = "KueueAdmission"
+"""Reason of a task whose Job Kueue has not admitted, or has taken its admission from."""
+
 _QUOTA: Final = "QuotaExceeded"
 _FORBIDDEN: Final = "PodForbidden"
 _ROOM: Final = frozenset({"Unschedulable", "SchedulingGated", _QUOTA})
@@ -42,6 +45,7 @@ _WANTED: Final = frozenset(Limit) | {
     NOT_BEFORE,
     "Suspended",
     "JobSuspended",
+    KUEUE_ADMISSION,
     "HandedBack",
     "StoreUnavailable",
     "SourceUnavailable",
@@ -91,6 +95,9 @@ def waiting(status: Status, reason: str, message: str, *, now: datetime) -> Queu
 def wait_of(observed: Observed, job: JobState, *, now: datetime) -> QueueStatus | Need | None:
     """Return why the pod of a Job does not run; or what must be known to tell; or None: it does run, or did."""
     status = observed.task.status
+    if job.suspended and job.kueue_queue is not None:
+        message = f"Job {job.name} waits to be admitted by Kueue, in queue {job.kueue_queue}"
+        return waiting(status, KUEUE_ADMISSION, message, now=now)
     if job.suspended:
         return waiting(status, "JobSuspended", f"Job {job.name} is suspended", now=now)
     if Need.PODS not in observed.answered:

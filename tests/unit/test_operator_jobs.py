@@ -11,6 +11,7 @@ import yaml
 
 from task_contract.models import Priority, ProcessingTask, parse_manifest
 from task_operator.jobs import (
+    KUEUE_QUEUE_LABEL,
     JobState,
     PodReport,
     RunnerTemplate,
@@ -91,6 +92,18 @@ def test_a_task_that_writes_a_file_can_write_to_the_folder_of_outputs_and_to_not
     assert claims == [{"claimName": "documents", "readOnly": False}, {"claimName": "documents", "readOnly": True}]
     read = {"name": "documents", "mountPath": "/data", "readOnly": True}
     assert mounts == [[read, {"name": "documents", "mountPath": "/data/outputs", "subPath": "outputs"}], [read]]
+
+
+@pytest.mark.parametrize(
+    ("spec", "default", "queue"),
+    [({}, "", None), ({}, "team", "team"), ({"kueue": {"queueName": "own"}}, "team", "own")],
+)
+def test_a_job_for_kueue_is_made_suspended_in_its_queue(spec: dict[str, Any], default: str, queue: str | None) -> None:
+    made = build_job(task(spec=spec), attempt=1, template=replace(FULL, kueue_queue=default))
+    assert made["metadata"]["labels"].get(KUEUE_QUEUE_LABEL) == queue
+    assert made["spec"].get("suspend", False) is (queue is not None)
+    read = JobState.from_manifest(made | {"metadata": made["metadata"] | {"uid": "u", "resourceVersion": "1"}})
+    assert (read.suspended, read.kueue_queue) == (queue is not None, queue)
 
 
 def test_equal_arguments_make_equal_jobs() -> None:

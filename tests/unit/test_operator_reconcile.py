@@ -429,6 +429,19 @@ ROWS = [
         after=19.5,
     ),
     Row(
+        "a Job that Kueue has not admitted waits for that, without end",
+        Observed(task=waits_since("KueueAdmission", 10), jobs=(job(suspended=True, kueue_queue="team"),)),
+        after=60,
+        now=10_000_000,
+    ),
+    Row(
+        "an attempt that Kueue takes its place from is given back, uncounted, and keeps its Job",
+        Observed(task=task(status=processing()), jobs=(job(suspended=True, kueue_queue="team"),)),
+        status={"phase": "Queued", "queue.reason": "KueueAdmission", "attempt": 1, "attempts": []},
+        after=49.5,
+        now=100,
+    ),
+    Row(
         "a pod that runs makes the task Processing",
         Observed(task=QUEUED, jobs=(job(ready=1),)),
         status={

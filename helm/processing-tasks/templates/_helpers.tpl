@@ -163,6 +163,8 @@ redis: TASKS_REDIS_URL
   value: {{ toJson $root.Values.operator.limits.perType | quote }}
 - name: OPERATOR_FAIR_WEIGHTS
   value: {{ toJson $root.Values.operator.limits.weights | quote }}
+- name: OPERATOR_KUEUE_QUEUE
+  value: {{ $root.Values.operator.kueueQueue | quote }}
 - name: OPERATOR_TASK_BUDGET
   value: {{ int $root.Values.operator.taskBudget | quote }}
 - name: OPERATOR_JOB_TTL_SECONDS
