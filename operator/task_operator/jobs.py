@@ -86,6 +86,12 @@ class RunnerTemplate:
     tolerations: tuple[Mapping[str, Any], ...] = ()
     lost_node_seconds: int = 30
     """So long a pod stays on a node that is lost, before another one takes the attempt; Kubernetes' own default is 300."""
+    affinity: Mapping[str, Any] = field(default_factory=dict)
+    env: tuple[Mapping[str, Any], ...] = ()
+    """More variables, as in a pod; those of the operator's own go before them."""
+    pod_labels: Mapping[str, str] = field(default_factory=dict)
+    """More labels; none replaces one of ours, by which pods are found."""
+    pod_annotations: Mapping[str, str] = field(default_factory=dict)
     image_pull_secrets: tuple[str, ...] = ()
     kueue_queue: str = ""
     """LocalQueue of Kueue for Jobs of tasks that name none; empty: they start without Kueue."""
@@ -181,6 +187,14 @@ def is_batch(task: ProcessingTask) -> bool:
     return task.spec.type is TaskType.BATCH_PROCESSING
 
 
+def pod_metadata(
+    template: RunnerTemplate, labels: Mapping[str, str], annotations: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return the metadata of a pod: ours, and what the settings add to it."""
+    notes = {**template.pod_annotations, **(annotations or {})}
+    return {"labels": {**template.pod_labels, **labels}, **({"annotations": notes} if notes else {})}
+
+
 def build_job(task: ProcessingTask, *, attempt: int, template: RunnerTemplate, shards: Sequence[int] = ()) -> dict[str, Any]:
     """Return the Job of one attempt, under the restrictions of Pod Security ``restricted``.
 
@@ -246,13 +260,9 @@ def build_job(task: ProcessingTask, *, attempt: int, template: RunnerTemplate, s
                 ]
             },
             "template": {
-                "metadata": {
-                    "labels": labels,
-                    "annotations": {
-                        TASK_NAME_ANNOTATION: metadata.name,
-                        TASK_ANNOTATION: task_document(task),
-                    },
-                },
+                "metadata": pod_metadata(
+                    template, labels, {TASK_NAME_ANNOTATION: metadata.name, TASK_ANNOTATION: task_document(task)}
+                ),
                 "spec": _task_pod(task, attempt=attempt, template=template, shards=shards),
             },
         },
@@ -294,7 +304,7 @@ def build_sweep_job(namespace: str, *, last: datetime | None, template: RunnerTe
             "activeDeadlineSeconds": int(SWEEP_DEADLINE.total_seconds()),
             "ttlSecondsAfterFinished": int(SWEEP_TTL.total_seconds()),
             "template": {
-                "metadata": {"labels": labels},
+                "metadata": pod_metadata(template, labels),
                 "spec": runner_pod(
                     ["python", "-m", "job_runner", "sweep", "--namespace", namespace],
                     priority_class=template.priority_classes.get(Priority.LOW),
@@ -395,7 +405,7 @@ def runner_pod(
                 "image": template.image,
                 "imagePullPolicy": template.image_pull_policy,
                 "command": command,
-                **({"env": list(env)} if env else {}),
+                **({"env": [*template.env, *env]} if template.env or env else {}),
                 "envFrom": [{"secretRef": {"name": template.stores_secret}}],
                 "resources": dict(resources),
                 "terminationMessagePolicy": "FallbackToLogsOnError",
@@ -415,6 +425,8 @@ def runner_pod(
         pod["nodeSelector"] = nodes
     if tolerations := _tolerations(template):
         pod["tolerations"] = tolerations
+    if template.affinity:
+        pod["affinity"] = dict(template.affinity)
     if template.image_pull_secrets:
         pod["imagePullSecrets"] = [{"name": name} for name in template.image_pull_secrets]
     return pod

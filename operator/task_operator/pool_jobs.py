@@ -27,6 +27,7 @@ from task_operator.jobs import (
     common_labels,
     document_volume,
     parse_time,
+    pod_metadata,
     pod_report,
     runner_pod,
 )
@@ -96,7 +97,7 @@ def _spec(pool: Pool, template: RunnerTemplate, *, labels: Mapping[str, str]) ->
             "rules": [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
         },
         "template": {
-            "metadata": {"labels": dict(labels)},
+            "metadata": pod_metadata(template, labels),
             "spec": runner_pod(
                 ["python", "-m", "job_runner", "work"],
                 priority_class=spec.priority_class_name or template.priority_classes.get(Priority.NORMAL),

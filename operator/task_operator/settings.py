@@ -107,6 +107,14 @@ class Settings(DatabaseSettings):
     """Labels of the nodes that runner pods may run on, as a JSON object."""
     runner_tolerations: tuple[dict[str, Any], ...] = ()
     """Taints of nodes that runner pods tolerate, as a JSON list."""
+    runner_affinity: dict[str, Any] = {}
+    """Affinity rules of runner pods, as a JSON object."""
+    runner_env: tuple[dict[str, Any], ...] = ()
+    """More variables of runner pods, as in a pod, as a JSON list. They go before what the Secret of the stores has."""
+    runner_pod_labels: dict[str, str] = {}
+    """More labels of runner pods, as a JSON object; none replaces one of ours."""
+    runner_pod_annotations: dict[str, str] = {}
+    """More annotations of runner pods, as a JSON object."""
     runner_lost_node_seconds: Annotated[int, Field(ge=0, le=86_400)] = 30
     """So long a pod stays on a node that is lost, unless the tolerations name its taints."""
     image_pull_secrets: tuple[str, ...] = ()
@@ -202,6 +210,10 @@ class Settings(DatabaseSettings):
             memory_growth=MemoryGrowth(factor=self.runner_memory_factor, limit=self.runner_memory_limit),
             node_selector=self.runner_node_selector,
             tolerations=self.runner_tolerations,
+            affinity=self.runner_affinity,
+            env=self.runner_env,
+            pod_labels=self.runner_pod_labels,
+            pod_annotations=self.runner_pod_annotations,
             lost_node_seconds=self.runner_lost_node_seconds,
             image_pull_secrets=self.image_pull_secrets,
             kueue_queue=self.kueue_queue,

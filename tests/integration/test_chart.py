@@ -19,15 +19,17 @@ from devstack import Endpoints, tools
 from task_contract.models import parse_manifest
 from task_contract.pools import WorkerPool
 from task_gateway.settings import Settings as GatewaySettings
+from task_operator.jobs import build_job, build_sweep_job
 from task_operator.projection import DefaultCallback
 from task_operator.settings import Settings
 from task_platform.settings import load_settings
 from tests.support.devstack import Kubectl
+from tests.support.operator_values import task
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm/processing-tasks"
 DATA = ROOT / "tests/data/chart"
-SETS = ("minimal", "full", "existing")
+SETS = ("minimal", "full", "existing", "hardened", "cluster-wide", "one-namespace")
 POSTGRES = "stores.postgres.url=postgresql://tasks:secret@postgres:5432/tasks"
 # A helm built from its module believes in a cluster of v1.20 when it has none to ask.
 KUBE_VERSION = ("--kube-version", "1.34.0")
@@ -61,6 +63,13 @@ def key(document: Document) -> str:
 
 @pytest.fixture(scope="session", params=SETS)
 def rendered(request: pytest.FixtureRequest, helm: Helm) -> tuple[str, dict[str, Document]]:
+    documents = render(helm, "--values", DATA / f"{request.param}.values.yaml")
+    return request.param, {key(document): document for document in documents}
+
+
+@pytest.fixture(scope="session", params=SETS[:3])
+def expected_of(request: pytest.FixtureRequest, helm: Helm) -> tuple[str, dict[str, Document]]:
+    """The same for the sets whose accounts, rights and addresses these tests have tables of."""
     documents = render(helm, "--values", DATA / f"{request.param}.values.yaml")
     return request.param, {key(document): document for document in documents}
 
@@ -148,6 +157,13 @@ BAD_VALUES: list[tuple[list[str], list[str]]] = [
     (["operator.resyncSeconds=0"], ["/operator/resyncSeconds"]),
     (["operator.sweepIntervalSeconds=-1"], ["/operator/sweepIntervalSeconds"]),
     (["operator.historyDays=-1"], ["/operator/historyDays"]),
+    (["networkPolicies.storePorts[0]=0"], ["/networkPolicies/storePorts/0"]),
+    (["gateway.autoscaling.maxReplicas=0"], ["/gateway/autoscaling/maxReplicas"]),
+    (
+        [POSTGRES, "gateway.autoscaling.enabled=true", "gateway.autoscaling.maxReplicas=1"],
+        ["gateway.autoscaling.minReplicas"],
+    ),
+    ([POSTGRES, "gateway.ingress.enabled=true"], ["gateway.ingress.host"]),
     (["operator.pendingDeadlineSeconds=-1"], ["/operator/pendingDeadlineSeconds"]),
     (["operator.capacityDeadlineSeconds=1h"], ["/operator/capacityDeadlineSeconds"]),
     (["operator.limits.total=-1"], ["/operator/limits/total"]),
@@ -322,6 +338,9 @@ def test_only_crd_and_wanted_documents_stay_on_uninstall(rendered: tuple[str, di
         # The claim of the other namespace, research, says keep: false.
         "full": crds | {"Namespace -/knowledge", "PersistentVolumeClaim knowledge/processing-task-documents"},
         "existing": set(),
+        "hardened": crds,
+        "cluster-wide": set(),
+        "one-namespace": crds | {"PersistentVolumeClaim processing-tasks-system/processing-task-documents"},
     }
     assert kept == expected[name]
 
@@ -381,8 +400,8 @@ def test_namespaces_that_the_chart_makes_enforce_restricted(rendered: tuple[str,
     assert [labels.get("pod-security.kubernetes.io/enforce") for labels in made] == ["restricted"] * len(made)
 
 
-def test_credentials_stand_in_secrets_only(rendered: tuple[str, dict[str, Document]]) -> None:
-    name, documents = rendered
+def test_credentials_stand_in_secrets_only(expected_of: tuple[str, dict[str, Document]]) -> None:
+    name, documents = expected_of
     outside = json.dumps([document for document in documents.values() if document["kind"] != "Secret"])
     assert "canary" not in outside
     assert base64.b64encode(b"canary").decode()[:6] not in outside
@@ -462,8 +481,8 @@ PERMISSIONS = {
 }
 
 
-def test_operator_may_do_this_and_no_more(rendered: tuple[str, dict[str, Document]]) -> None:
-    name, documents = rendered
+def test_operator_may_do_this_and_no_more(expected_of: tuple[str, dict[str, Document]]) -> None:
+    name, documents = expected_of
     account = {"minimal": "processing-tasks-operator", "full": "kb-tasks-controller", "existing": "controllers"}[name]
     bindings = of_component(documents, "operator", "RoleBinding", "ClusterRoleBinding")
     expected = {"minimal": {"knowledge"}, "full": {"knowledge", "research"}, "existing": {None}}[name]
@@ -496,8 +515,8 @@ REVIEWS = {
 }
 
 
-def test_gateway_may_do_this_and_no_more(rendered: tuple[str, dict[str, Document]]) -> None:
-    name, documents = rendered
+def test_gateway_may_do_this_and_no_more(expected_of: tuple[str, dict[str, Document]]) -> None:
+    name, documents = expected_of
     account = {"minimal": "processing-tasks-gateway", "full": "kb-tasks-door", "existing": "doors"}[name]
     found: dict[str, list[str]] = {"reviews": [], "tasks": []}
     for binding in of_component(documents, "gateway", "RoleBinding", "ClusterRoleBinding"):
@@ -514,7 +533,7 @@ def test_gateway_may_do_this_and_no_more(rendered: tuple[str, dict[str, Document
     assert found["tasks"] == {"minimal": ["knowledge"], "full": ["knowledge", "research"], "existing": ["-"]}[name]
 
 
-@pytest.mark.parametrize("values", SETS)
+@pytest.mark.parametrize("values", SETS[:3])
 def test_gateway_reads_its_settings_from_the_rendered_environment(
     helm: Helm, values: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -552,8 +571,8 @@ def test_a_gateway_in_the_namespace_of_the_tasks_uploads_into_their_claim(helm: 
         assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsUser"]
 
 
-def test_gateway_is_reached_by_the_names_that_callers_know(rendered: tuple[str, dict[str, Document]]) -> None:
-    name, documents = rendered
+def test_gateway_is_reached_by_the_names_that_callers_know(expected_of: tuple[str, dict[str, Document]]) -> None:
+    name, documents = expected_of
     services = of_component(documents, "gateway", "Service")
     names = [service["metadata"]["name"] for service in services]
     expected = {"minimal": "processing-tasks-gateway", "full": "kb-tasks-gateway", "existing": "processing-tasks-gateway"}
@@ -576,6 +595,67 @@ def test_documented_permissions_are_the_granted_ones() -> None:
     everything = [*PERMISSIONS.items(), *GATEWAY_PERMISSIONS.items(), *REVIEWS.items()]
     rows = [f"| `{resource}` | {', '.join(verbs)} |" for (_, resource), verbs in everything]
     assert [row for row in rows if row not in text] == []
+
+
+# ------------------------------------------------------------------------------------------------------------ the network
+
+
+def flows(policy: Document, direction: str) -> set[tuple[int, bool]]:
+    """Return (port, whether only for named peers) of what a policy lets through."""
+    peers = {"ingress": "from", "egress": "to"}[direction]
+    return {(port["port"], peers in rule) for rule in policy["spec"].get(direction, []) for port in rule.get("ports", [])}
+
+
+def test_pods_may_speak_to_these_and_to_nobody_else(helm: Helm) -> None:
+    documents = {key(one): one for one in render(helm, "--values", DATA / "hardened.values.yaml")}
+    policies = {name: one for name, one in documents.items() if one["kind"] == "NetworkPolicy"}
+    system, dns = "NetworkPolicy processing-tasks-system/processing-tasks-", {(53, False)}
+    stores = {(5432, True), (6379, True)}
+    assert {name: flows(one, "ingress") for name, one in policies.items()} == {
+        f"{system}operator": {(8081, True)},
+        f"{system}gateway": {(8084, True), (8080, True)},
+        "NetworkPolicy knowledge/processing-tasks-deny": set(),
+        "NetworkPolicy knowledge/processing-tasks-runner": set(),
+        "NetworkPolicy research/processing-tasks-runner": set(),
+    }
+    assert flows(policies[f"{system}operator"], "egress") == dns | stores | {(6443, True), (5672, True), (8080, True)}
+    more = {(6443, True), (5672, True), (19530, True), (9200, True)}
+    assert flows(policies[f"{system}gateway"], "egress") == dns | stores | more
+    for namespace in ("knowledge", "research"):
+        runner = policies[f"NetworkPolicy {namespace}/processing-tasks-runner"]
+        assert flows(runner, "egress") == dns | stores | {(19530, True), (9200, True), (443, True)}, "no Kubernetes API"
+    for name, policy in policies.items():
+        assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"], name
+    assert policies["NetworkPolicy knowledge/processing-tasks-deny"]["spec"]["podSelector"] == {}
+    for component in ("operator", "gateway"):
+        [deployment] = of_component(documents, component, "Deployment")
+        labels = deployment["spec"]["template"]["metadata"]["labels"]
+        assert policies[f"{system}{component}"]["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
+
+
+def test_the_policy_of_runners_selects_the_pods_that_the_operator_makes(helm: Helm, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = render(helm, "--values", DATA / "hardened.values.yaml")
+    for name, value in environment(containers(pod_of(documents, "operator"))[-1]).items():
+        monkeypatch.setenv(name, value)
+    template = load_settings(Settings, program="operator").runner_template()
+    [selector] = [
+        one["spec"]["podSelector"] for one in documents if key(one) == "NetworkPolicy research/processing-tasks-runner"
+    ]
+    [components] = [one["values"] for one in selector["matchExpressions"]]
+    sweep = build_sweep_job("research", last=None, template=template)["spec"]["template"]["metadata"]["labels"]
+    of_task = build_job(task(), attempt=1, template=template)["spec"]["template"]["metadata"]["labels"]
+    for labels in (sweep, of_task):
+        assert selector["matchLabels"].items() <= labels.items()
+        assert labels["app.kubernetes.io/component"] in components
+
+
+def test_a_trusted_network_has_to_be_named(helm: Helm) -> None:
+    answer = helm(
+        *("template", "x", CHART, *KUBE_VERSION, "--set", POSTGRES),
+        *("--set", "networkPolicies.enabled=true", "--set", "gateway.auth=trust-the-network"),
+    )
+    assert answer.returncode != 0
+    assert "networkPolicies.gatewayFrom: required" in answer.stderr
 
 
 def test_users_roles_never_include_the_status(helm: Helm) -> None:

@@ -17,6 +17,7 @@ from task_operator.jobs import (
     RunnerTemplate,
     Waiting,
     build_job,
+    build_sweep_job,
     current_attempt,
     pod_report,
     pods_of,
@@ -513,3 +514,23 @@ def test_a_lost_node_is_left_soon_unless_the_settings_say_otherwise(
 ) -> None:
     made = build_job(task(), attempt=1, template=replace(FULL, tolerations=tuple(given), lost_node_seconds=45))
     assert made["spec"]["template"]["spec"]["tolerations"] == expected
+
+
+def test_what_the_settings_add_to_every_pod_of_the_runner() -> None:
+    added = replace(
+        FULL,
+        affinity={"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}},
+        env=({"name": "TZ", "value": "UTC"}, {"name": "TASKS_ATTEMPT", "value": "99"}),
+        pod_labels={"team": "knowledge", "app.kubernetes.io/component": "other"},
+        pod_annotations={"example.com/scrape": "true"},
+    )
+    of_task = build_job(task(), attempt=2, template=added)["spec"]["template"]
+    of_sweep = build_sweep_job("knowledge", last=None, template=added)["spec"]["template"]
+    for made, component in ((of_task, "runner"), (of_sweep, "sweep")):
+        assert made["spec"]["affinity"] == added.affinity
+        assert made["metadata"]["labels"]["team"] == "knowledge"
+        assert made["metadata"]["labels"]["app.kubernetes.io/component"] == component, "pods are found by it"
+        assert made["metadata"]["annotations"]["example.com/scrape"] == "true"
+        assert {"name": "TZ", "value": "UTC"} in made["spec"]["containers"][0]["env"]
+    [*_, last] = [one for one in of_task["spec"]["containers"][0]["env"] if one["name"] == "TASKS_ATTEMPT"]
+    assert last["value"] == "2", "the operator's own goes before it: of two the last counts"

@@ -135,6 +135,14 @@ redis: TASKS_REDIS_URL
   value: {{ toJson $root.Values.runner.nodeSelector | quote }}
 - name: OPERATOR_RUNNER_TOLERATIONS
   value: {{ toJson $root.Values.runner.tolerations | quote }}
+- name: OPERATOR_RUNNER_AFFINITY
+  value: {{ toJson $root.Values.runner.affinity | quote }}
+- name: OPERATOR_RUNNER_ENV
+  value: {{ toJson $root.Values.runner.extraEnv | quote }}
+- name: OPERATOR_RUNNER_POD_LABELS
+  value: {{ toJson $root.Values.runner.podLabels | quote }}
+- name: OPERATOR_RUNNER_POD_ANNOTATIONS
+  value: {{ toJson $root.Values.runner.podAnnotations | quote }}
 - name: OPERATOR_RUNNER_LOST_NODE_SECONDS
   value: {{ int $root.Values.runner.lostNodeSeconds | quote }}
 {{- $secrets := list }}
@@ -491,4 +499,32 @@ app.kubernetes.io/component: gateway
 {{- end }}
 {{- end }}
 {{- dict "claims" $claims | toYaml }}
+{{- end }}
+
+{{/* Egress rules that several pods have. Takes a dict of policies, api (whether the Kubernetes API is spoken to) and ports (of stores). */}}
+{{- define "processing-tasks.egress" -}}
+# Names.
+- ports:
+    - {protocol: UDP, port: 53}
+    - {protocol: TCP, port: 53}
+{{- if .api }}
+# The Kubernetes API, behind whatever address: policies see it after the Service's has been replaced.
+- ports:
+    {{- range .policies.apiServerPorts }}
+    - {protocol: TCP, port: {{ int . }}}
+    {{- end }}
+  {{- with .policies.apiServerTo }}
+  to:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+{{- end }}
+# Stores.
+- ports:
+    {{- range .ports }}
+    - {protocol: TCP, port: {{ int . }}}
+    {{- end }}
+  {{- with .policies.storesTo }}
+  to:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
 {{- end }}
