@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     logs.configure(loaded.log_level)
     commands = {
         "run": _run,
+        "work": _work,
         "search": search_command.search,
         "quality": search_command.quality,
         "health": _health,
@@ -63,12 +64,19 @@ def _parser() -> argparse.ArgumentParser:
         description="Carries out tasks of knowledge bases: documents into Milvus and Elasticsearch.",
         epilog=f"environment:\n{settings.describe()}\n\n"
         "exit codes of run: 0 succeeded, 65 the task cannot succeed, 69 a store cannot be reached, 75 try again,\n"
-        "76 canceled or taken over, 143 handed back after SIGTERM",
+        "76 canceled or taken over, 143 handed back after SIGTERM\n"
+        "exit codes of work: 0 drained, 65 no such model, 69 settings, 75 a task hangs, 143 ended by SIGTERM",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="carry out one task", description="Carries out one attempt at one task.")
     run.add_argument("task", type=Path, metavar="TASK_FILE", help="ProcessingTask manifest, JSON or YAML")
+    commands.add_parser(
+        "work",
+        help="carry out the tasks of a worker pool",
+        description="Takes tasks of the pool that TASKS_POOL names, one after the other and several at once, until it is "
+        "told to drain or gets SIGTERM.",
+    )
     search_command.add_commands(commands)
     sweep = commands.add_parser(
         "sweep",
@@ -135,6 +143,15 @@ async def _run(options: argparse.Namespace, loaded: "Settings") -> int:
     else:
         outcome, code = await run_attempt(task, settings=loaded, started=STARTED, last_resort=end)
     end(outcome, code)
+
+
+async def _work(options: argparse.Namespace, loaded: "Settings") -> int:
+    from job_runner.worker import Worker
+
+    code = await Worker(loaded, started=STARTED).run()
+    sys.stderr.flush()
+    # As of run: nothing that is stuck must keep the pod.
+    os._exit(code)
 
 
 async def _sweep(options: argparse.Namespace, loaded: "Settings") -> int:

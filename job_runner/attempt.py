@@ -1,13 +1,16 @@
-"""One attempt: from a task file to a result row, a termination message and an exit code, whatever happens in between."""
+"""One attempt: from a task to a result row, an outcome and an exit code, whatever happens in between.
+
+Of a process of its own (:func:`run_attempt`), or one of many in a worker (:mod:`job_runner.worker`).
+"""
 
 import asyncio
 import contextlib
 import json
 import signal
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID, uuid4
@@ -21,7 +24,7 @@ from job_runner.embed import Embedder, make_embedder
 from job_runner.embedding import embedding_generation
 from job_runner.indexing import Indexing
 from job_runner.knowledge_indexing import KnowledgeIndexing
-from job_runner.ledger import Ledger
+from job_runner.ledger import Ended, Ledger
 from job_runner.progress import Progress, RedisProgress, SilentProgress
 from job_runner.settings import Settings, revealed
 from job_runner.stores import labelled_opener, opener
@@ -33,9 +36,9 @@ from task_contract.lifecycle import ExitCode, exit_code
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.models import Action, ProcessingTask, Stage, TaskType, format_duration, parse_manifest
 
-_RECORD_SECONDS: Final = 5.0
-"""How long the result row may take: the termination message says the same."""
-_USAGE_SECONDS: Final = 2.0
+RECORD_SECONDS: Final = 5.0
+"""How long the result row may take: the termination message, or the report of a worker, says the same."""
+USAGE_SECONDS: Final = 2.0
 """How long the row of what was used may take: figures, of which nothing else depends on one."""
 
 log = structlog.get_logger(__name__)
@@ -56,11 +59,16 @@ def read_task(path: Path) -> ProcessingTask:
         raise InvalidTask(f"cannot read the task file {path}: it holds no object; give one ProcessingTask manifest")
     metadata = manifest.get("metadata")
     if isinstance(metadata, dict) and metadata.get("uid"):
-        try:
-            return ProcessingTask.model_validate(manifest)
-        except ValueError as error:
-            raise InvalidTask(f"cannot read the task file {path}: {error}") from error
+        return known_task(manifest, called=f"task file {path}")
     return parse_manifest(manifest)
+
+
+def known_task(manifest: object, *, called: str) -> ProcessingTask:
+    """Return a task that the API server has checked. Raises InvalidTask where this release cannot read it all the same."""
+    try:
+        return ProcessingTask.model_validate(manifest)
+    except ValueError as error:
+        raise InvalidTask(f"cannot read the {called}: {error}") from error
 
 
 def _parse(text: str, path: Path) -> Any:
@@ -106,133 +114,159 @@ async def run_attempt(
     make: Callable[..., Embedder] = make_embedder,
     last_resort: Callable[[AttemptOutcome, ExitCode], None] | None = None,
 ) -> tuple[AttemptOutcome, ExitCode]:
-    """Carry out a task; ``started`` is the monotonic time at which the process started.
+    """Carry out a task in a process of its own; ``started`` is the monotonic time at which the process started.
 
     Never raises for anything that a task, a store or a signal can do: the outcome says it. The result row is written; the
     caller writes the termination message. ``last_resort`` is called from another thread when the attempt hangs and the event
     loop with it: it ends the process. Without it nothing does.
     """
     uid, created_at = identity(task)
-    structlog.contextvars.bind_contextvars(
-        task=f"{task.metadata.namespace}/{task.metadata.name}", uid=str(uid), attempt=settings.attempt
-    )
+    name_in_logs(task, uid, settings.attempt)
     ledger = Ledger(settings.postgres_url.get_secret_value())
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(ledger.aclose)
-        pulse = Pulse()
         progress: Progress = SilentProgress()
         if (redis_url := revealed(settings.redis_url)) is not None:
             progress = await stack.enter_async_context(
                 RedisProgress(redis_url, task=task, uid=str(uid), attempt=settings.attempt)
             )
-        progress = _Reported(progress, pulse)
-        work = Work(
-            task, uid=uid, created_at=created_at, settings=settings, ledger=ledger, progress=progress, make_embedder=make
+        attempt = Attempt(
+            Work(
+                task, uid=uid, created_at=created_at, settings=settings, ledger=ledger, progress=progress, make_embedder=make
+            ),
+            until=started + task.spec.effective_timeout.total_seconds(),
+            meter=Meter(since=started),
+            last_resort=last_resort,
         )
-
-        timeout = task.spec.effective_timeout.total_seconds()
-        async with PROCESS.metered(meter := Meter(since=started)):
-            outcome, code = await _ended(
-                partial(_carried_out, work),
-                until=started + timeout,
-                pulse=pulse,
-                last_resort=last_resort,
-                task=task,
-                settings=settings,
-            )
-        outcome = _with_log(outcome, settings)
+        # They stay until the loop is closed: a signal that comes while the outcome is being written must not cut it off.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, attempt.hand_back)
+        outcome, code = await attempt.run()
         try:
-            async with asyncio.timeout(_RECORD_SECONDS):
+            async with asyncio.timeout(RECORD_SECONDS):
                 if says_of_the_task(outcome, task):
-                    await ledger.record(outcome, task_uid=uid, holder=settings.holder)
+                    await ledger.record([Ended(uid, settings.holder, outcome)])
         except (TaskError, TimeoutError) as error:
             log.warning("the result is not in PostgreSQL; the termination message says the same", error=str(error))
         else:
-            await _record_usage(ledger, Used(task, uid, settings.attempt, settings.holder, outcome.outcome, meter.usage))
+            await record_usage(ledger, [attempt.used(outcome)])
     return outcome, code
 
 
-async def _record_usage(ledger: Ledger, used: Used) -> None:
-    """Enter what an attempt has used, in a time that it can do without."""
+async def record_usage(ledger: Ledger, used: Sequence[Used]) -> None:
+    """Enter what attempts have used, in a time that it can do without."""
     try:
-        async with asyncio.timeout(_USAGE_SECONDS):
-            await ledger.record_usage([used])
+        async with asyncio.timeout(USAGE_SECONDS):
+            await ledger.record_usage(used)
     except (TaskError, TimeoutError) as error:
-        log.warning("what the attempt used is not in PostgreSQL", error=str(error))
+        log.warning("what was used is not in PostgreSQL", attempts=len(used), error=str(error))
 
 
-async def _ended(
-    work: Callable[[], Coroutine[Any, Any, AttemptOutcome]],
-    *,
-    until: float,
-    pulse: Pulse,
-    last_resort: Callable[[AttemptOutcome, ExitCode], None] | None,
-    task: ProcessingTask,
-    settings: Settings,
-) -> tuple[AttemptOutcome, ExitCode]:
-    """Do the work within its time, while it makes progress and until SIGTERM; return how it ended."""
-    loop = asyncio.get_running_loop()
-    limit = task.spec.effective_stall_timeout
-    why: TaskError | None = None
-    current: asyncio.Task[AttemptOutcome]
+def name_in_logs(task: ProcessingTask, uid: UUID, attempt: int) -> None:
+    """Have all that is logged from now on, in this asyncio task and in what it starts, name an attempt."""
+    structlog.contextvars.bind_contextvars(
+        task=f"{task.metadata.namespace}/{task.metadata.name}", uid=str(uid), attempt=attempt
+    )
 
-    def end(error: TaskError) -> None:
-        """Cancel, and again each second: a library may swallow a cancellation that meets its own timeout."""
-        nonlocal why
-        why = error if isinstance(error, HandedBack) else why or error
-        if not current.done():
-            current.cancel()
-            loop.call_later(1, end, error)
 
-    def stop() -> None:
+class Attempt:
+    """One attempt at one task. A process may have any number of them, one after the other and at once."""
+
+    def __init__(
+        self,
+        work: Work,
+        *,
+        until: float,
+        meter: Meter,
+        last_resort: Callable[[AttemptOutcome, ExitCode], None] | None = None,
+    ) -> None:
+        """``until``: the monotonic time at which it has taken too long. ``last_resort`` as of :func:`run_attempt`."""
+        self._pulse = Pulse()
+        self._work = replace(work, progress=_Reported(work.progress, self._pulse))
+        self._until = until
+        self._meter = meter
+        self._last_resort = last_resort
+        self._why: TaskError | None = None
+        self._current: asyncio.Task[AttemptOutcome] | None = None
+
+    async def run(self) -> tuple[AttemptOutcome, ExitCode]:
+        """Do the work within its time, while it makes progress and until it is stopped; return how it ended.
+
+        Never raises for anything that a task, a store or a signal can do.
+        """
+        async with PROCESS.metered(self._meter):
+            outcome, code = await self._ended()
+        return _with_log(outcome, self._work.settings), code
+
+    def used(self, outcome: AttemptOutcome) -> Used:
+        """Return what it has used, after its end."""
+        work = self._work
+        return Used(work.task, work.uid, work.settings.attempt, work.settings.holder, outcome.outcome, self._meter.usage)
+
+    def stop(self, error: TaskError) -> None:
+        """End it with an error, soon: cancel, and again each second, as a library may swallow a cancellation that meets its
+        own timeout. To be handed back comes before other reasons, and of those the first one counts."""
+        self._why = error if isinstance(error, HandedBack) else self._why or error
+        if self._current is not None and not self._current.done():
+            self._current.cancel()
+            asyncio.get_running_loop().call_later(1, self.stop, error)
+
+    def hand_back(self) -> None:
+        """End it uncounted: the process was asked to stop."""
         log.info("asked to stop: the attempt is handed back")
-        end(HandedBack("cannot go on: the process was asked to stop; the attempt is handed back"))
+        self.stop(HandedBack("cannot go on: the process was asked to stop; the attempt is handed back"))
 
-    def late() -> None:
-        most = format_duration(task.spec.effective_timeout)
-        end(AttemptTimeout(f"cannot finish within {most}; raise spec.timeout or split the document"))
+    async def _ended(self) -> tuple[AttemptOutcome, ExitCode]:
+        loop = asyncio.get_running_loop()
+        # Monotonic clocks of Linux are one clock: loop.time() and time.monotonic() agree.
+        timer = loop.call_at(self._until, self._late)
+        watchdog = Watchdog(
+            self._pulse,
+            limit=self._work.task.spec.effective_stall_timeout.total_seconds(),
+            on_stall=lambda: self.stop(self._stalled()),
+            in_loop=loop.call_soon_threadsafe,
+            last_resort=self._last_resort and self._end_all,
+        )
+        try:
+            with watchdog:
+                self._current = asyncio.create_task(_carried_out(self._work))
+                if self._why is not None:  # stopped before it had begun
+                    self._current.cancel()
+                outcome = await self._current
+        except asyncio.CancelledError:
+            error = self._why or TaskError(
+                "cannot go on: the work was canceled; this is an error of the runner, see its log"
+            )
+        except TaskError as raised:
+            error = raised
+        except Exception as raised:
+            log.exception("the runner failed")
+            error = TaskError(
+                f"cannot go on: {type(raised).__name__}: {raised}; this is an error of the runner, see its log"
+            )
+        else:
+            return outcome, ExitCode.SUCCEEDED if outcome.error is None else ExitCode.RETRYABLE
+        finally:
+            timer.cancel()
+        return AttemptOutcome.of_error(error, attempt=self._work.settings.attempt), exit_code(error)
 
-    def stalled() -> AttemptStalled:
-        at = "" if pulse.stage is None else f" in stage {pulse.stage}"
+    def _late(self) -> None:
+        most = format_duration(self._work.task.spec.effective_timeout)
+        self.stop(AttemptTimeout(f"cannot finish within {most}; raise spec.timeout or split the document"))
+
+    def _stalled(self) -> AttemptStalled:
+        stage, limit = self._pulse.stage, self._work.task.spec.effective_stall_timeout
+        at = "" if stage is None else f" in stage {stage}"
         return AttemptStalled(
             f"cannot go on: no progress{at} for {format_duration(limit)}; the stacks in the pod's log say what it hangs in, "
             "raise spec.stallTimeout if it may take so long",
-            stage=pulse.stage,
+            stage=stage,
         )
 
-    def end_all() -> None:
-        assert last_resort is not None  # noqa: S101 - for the type checker: it is called only then
-        outcome = AttemptOutcome.of_error(error := stalled(), attempt=settings.attempt)
-        last_resort(_with_log(outcome, settings), exit_code(error))
-
-    # They stay until the loop is closed: a signal that comes while the outcome is being written must not cut it off.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    # Monotonic clocks of Linux are one clock: loop.time() and time.monotonic() agree.
-    timer = loop.call_at(until, late)
-    watchdog = Watchdog(
-        pulse,
-        limit=limit.total_seconds(),
-        on_stall=lambda: end(stalled()),
-        in_loop=loop.call_soon_threadsafe,
-        last_resort=last_resort and end_all,
-    )
-    try:
-        with watchdog:
-            current = asyncio.create_task(work())
-            outcome = await current
-    except asyncio.CancelledError:
-        error = why or TaskError("cannot go on: the work was canceled; this is an error of the runner, see its log")
-    except TaskError as raised:
-        error = raised
-    except Exception as raised:
-        log.exception("the runner failed")
-        error = TaskError(f"cannot go on: {type(raised).__name__}: {raised}; this is an error of the runner, see its log")
-    else:
-        return outcome, ExitCode.SUCCEEDED if outcome.error is None else ExitCode.RETRYABLE
-    finally:
-        timer.cancel()
-    return AttemptOutcome.of_error(error, attempt=settings.attempt), exit_code(error)
+    def _end_all(self) -> None:
+        assert self._last_resort is not None  # noqa: S101 - for the type checker: it is called only then
+        outcome = AttemptOutcome.of_error(error := self._stalled(), attempt=self._work.settings.attempt)
+        self._last_resort(_with_log(outcome, self._work.settings), exit_code(error))
 
 
 def says_of_the_task(outcome: AttemptOutcome, task: ProcessingTask) -> bool:
@@ -278,8 +312,11 @@ async def _health_check(work: Work) -> AttemptOutcome:
     work.progress.report(Stage.CHECK, 0)
     started = time.monotonic()
     asked = health.checks(work.task.spec.payload.components, settings=work.settings, ledger=work.ledger, embedder=embedder)
-    await health.warm_up(asked, embedder=embedder)
-    result = await health.check(asked)
+    if work.shared_checks is None:
+        await health.warm_up(asked, embedder=embedder)
+        result = await health.check(asked)
+    else:
+        result = await work.shared_checks.check(asked, embedder=embedder)
     result = result.model_copy(update={"seconds": {str(Stage.CHECK): round(time.monotonic() - started, 3)}})
     work.progress.report(Stage.CHECK, 100)
     if (error := health.unhealthy(result)) is None:

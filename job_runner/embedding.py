@@ -154,7 +154,7 @@ class EmbeddingGeneration:
         with self._stages.enter(Stage.EMBED):
             await self._embed(texts, kept.vectors, keep)
         with self._stages.enter(Stage.PUBLISH):
-            await self._work.ledger.keep_vectors(kept, parts)
+            await self._work.ledger.keep_vectors(kept, parts, attempt=self._settings.attempt)
 
     async def _into_file(self, kept: KeptVectors, texts: Texts) -> None:
         from job_runner.vector_files import writing
@@ -171,7 +171,8 @@ class EmbeddingGeneration:
                 async def publish() -> None:
                     await asyncio.to_thread(output.publish)
 
-                await to_the_end(self._work.ledger.keep_vectors(whole, before_commit=publish))
+                attempt = self._settings.attempt
+                await to_the_end(self._work.ledger.keep_vectors(whole, attempt=attempt, before_commit=publish))
 
     async def _embed(self, texts: Texts, count: int, sink: "Sink") -> None:
         """Compute vectors batch by batch, and hand them on window by window, in the order of their texts."""

@@ -6,6 +6,7 @@ import importlib
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextvars import Context
 from typing import Final
 
 from job_runner.embed import Embedder
@@ -17,6 +18,8 @@ from task_contract.models import Component, ComponentHealth, Result
 
 DEADLINE: Final = 5.0
 """Seconds for one component; all are asked at once."""
+SHARED_SECONDS: Final = 1.0
+"""So long an answer holds for other tasks of the same worker."""
 _MESSAGE_LIMIT: Final = 250
 """Characters: six messages fit a termination message."""
 
@@ -48,6 +51,34 @@ async def check(components: Mapping[Component, Check], *, deadline: float = DEAD
     """Ask all components at once; the answer of each stands in the result, in order."""
     found = await asyncio.gather(*(_ask(name, ask, deadline=deadline) for name, ask in components.items()))
     return Result(components=list(found))
+
+
+class SharedChecks:
+    """Checks for several tasks of one process: who asks within a second of another is told what that one was told.
+
+    So a health check among many of a worker costs it next to nothing, and its components no more than one question a second.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._asked: dict[Component, tuple[float, asyncio.Task[ComponentHealth]]] = {}
+        self._warm: set[Component] = set()
+
+    async def check(self, components: Mapping[Component, Check], *, embedder: Embedder) -> Result:
+        """Ask those components that nobody has asked within the last second, all at once."""
+        if cold := components.keys() - self._warm:
+            await warm_up(cold, embedder=embedder)
+            self._warm |= cold
+        now = self._clock()
+        for name, ask in components.items():
+            if name not in self._asked or now - self._asked[name][0] >= SHARED_SECONDS:
+                # In no attempt's context: the answer is for all of them.
+                question = asyncio.create_task(_ask(name, ask, deadline=DEADLINE), context=Context())
+                self._asked[name] = now, question
+        asked = [self._asked[name][1] for name in components]
+        if not all(question.done() for question in asked):
+            await asyncio.wait(asked)  # whoever is canceled meanwhile leaves the others their answer
+        return Result(components=[question.result() for question in asked])
 
 
 async def _ask(name: Component, ask: Check, *, deadline: float) -> ComponentHealth:

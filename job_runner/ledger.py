@@ -220,6 +220,15 @@ class Commit(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Ended:
+    """How an attempt ended, and who says so."""
+
+    task_uid: UUID
+    holder: str
+    outcome: AttemptOutcome
+
+
+@dataclass(frozen=True, slots=True)
 class KeptVectors:
     """What embedding_generation has computed, in the order of the columns of ``task_vectors``."""
 
@@ -719,18 +728,24 @@ class Ledger(Generations):
 
     # -------------------------------------------------------------------------------------------------------- results
 
-    async def record(self, outcome: AttemptOutcome, *, task_uid: UUID, holder: str) -> None:
-        """Keep how an attempt ended; a success is never replaced, and a fenced process says nothing over another one."""
+    async def record(self, ended: Sequence["Ended"]) -> None:
+        """Keep how attempts ended, in one statement; a success is never replaced, and a fenced process says nothing over
+        another one.
+
+        Of an attempt that is named twice the last one counts.
+        """
+        rows = list({(one.task_uid, one.outcome.attempt): one for one in ended}.values())
         async with self.connection("record the result") as connection:
             await connection.execute(
-                "INSERT INTO task_results (task_uid, attempt, holder, outcome) VALUES ($1, $2, $3, $4::jsonb) "
+                "INSERT INTO task_results (task_uid, attempt, holder, outcome) "
+                "SELECT * FROM unnest($1::uuid[], $2::smallint[], $3::text[], $4::jsonb[]) "
                 "ON CONFLICT (task_uid, attempt) DO UPDATE "
                 "SET holder = excluded.holder, outcome = excluded.outcome, created_at = now() "
                 "WHERE task_results.outcome->>'outcome' <> 'Succeeded' AND excluded.outcome->>'outcome' <> 'Fenced'",
-                task_uid,
-                outcome.attempt,
-                holder,
-                outcome.model_dump_json(by_alias=True, exclude_none=True),
+                [one.task_uid for one in rows],
+                [one.outcome.attempt for one in rows],
+                [one.holder for one in rows],
+                [one.outcome.model_dump_json(by_alias=True, exclude_none=True) for one in rows],
             )
 
     async def record_usage(self, used: Sequence[Used]) -> None:
@@ -766,12 +781,14 @@ class Ledger(Generations):
         kept: "KeptVectors",
         parts: Sequence["VectorPart"] = (),
         *,
+        attempt: int,
         before_commit: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """Enter the vectors of a task, whole or not at all, in place of what an earlier attempt has entered.
 
         ``before_commit`` gives a file its name: if the commit fails after it, the next attempt replaces the file. Raises
-        Fenced when the task was canceled: fence and commit exclude each other, as those of a version.
+        Fenced when the task was canceled: fence and commit exclude each other, as those of a version; and when a later
+        attempt has ended well: this one was given up for dead, and woke up.
         """
         async with self.connection("keep the vectors") as connection, connection.transaction():
             await connection.execute(
@@ -779,6 +796,12 @@ class Ledger(Generations):
             )
             if await connection.fetchval("SELECT 1 FROM task_fences WHERE task_uid = $1", kept.task_uid):
                 raise Fenced("cannot keep the vectors: the task was canceled; this one stops")
+            if await connection.fetchval(
+                "SELECT 1 FROM task_results WHERE task_uid = $1 AND attempt > $2 AND outcome->>'outcome' = 'Succeeded'",
+                kept.task_uid,
+                attempt,
+            ):
+                raise Fenced("cannot keep the vectors: a later attempt has ended well; this one stops")
             await connection.execute("DELETE FROM task_vectors WHERE task_uid = $1", kept.task_uid)
             await connection.execute(
                 "INSERT INTO task_vectors (task_uid, vectors, dimension, model, model_fingerprint, source_sha256, output, "

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterable
+from contextvars import ContextVar
 from typing import Final, TextIO, cast
 
 import structlog
@@ -13,14 +14,22 @@ _KEPT: Final = 4 * LOG_LIMIT
 """Characters, so that there is something left when secrets and colours are taken out."""
 
 
+class _End:
+    """The end of a log."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+
+_end: ContextVar[_End] = ContextVar("end", default=_End())  # noqa: B039 - that of the process, which all share by intent
+
+
 class _Kept:
     """Standard error, whose end is kept."""
 
-    def __init__(self) -> None:
-        self.end = ""
-
     def write(self, text: str) -> int:
-        self.end = (self.end + text)[-_KEPT:]
+        end = _end.get()
+        end.text = (end.text + text)[-_KEPT:]
         return sys.stderr.write(text)
 
     def flush(self) -> None:
@@ -30,9 +39,14 @@ class _Kept:
 _kept = _Kept()
 
 
+def keep_apart() -> None:
+    """Keep the end of what this task logs, with its threads and tasks, apart from that of others in the process."""
+    _end.set(_End())
+
+
 def tail(*, secrets: Iterable[str] = ()) -> str | None:
-    """Return the last lines that were logged by this process, without the secrets; None when there are none."""
-    text = _kept.end
+    """Return the last lines that were logged by this process or task, without the secrets; None when there are none."""
+    text = _end.get().text
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
     return last_lines(text) or None

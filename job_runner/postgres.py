@@ -20,8 +20,10 @@ _CLOSE_SECONDS: Final = 2.0
 class Connected:
     """Who asks PostgreSQL. Construct it cheaply; :meth:`warm_up` connects."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, connections: int = 2) -> None:
+        """``connections``: most of them at once."""
         self._url = url
+        self._most = connections
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
         self._connecting = asyncio.Lock()
 
@@ -32,7 +34,7 @@ class Connected:
                 return
             with _guarded("connect"):
                 self._pool = await asyncpg.create_pool(
-                    self._url, min_size=1, max_size=2, command_timeout=TIMEOUT, timeout=TIMEOUT
+                    self._url, min_size=1, max_size=self._most, command_timeout=TIMEOUT, timeout=TIMEOUT
                 )
 
     async def aclose(self) -> None:

@@ -131,6 +131,24 @@ class Settings(BaseSettings):
     """Of a batch: which shards the Job is for, in the order of its indexes, set by the operator. Default: all."""
     shard_index: Annotated[int, Field(ge=0)] = 0
     """Of a batch: the index of this pod in the Job, set by the operator."""
+    pool: Annotated[str, Field(min_length=1, max_length=63)] | None = None
+    """Of a worker: name of its pool, set by the operator."""
+    pool_namespace: Annotated[str, Field(min_length=1, max_length=63)] = "default"
+    """Of a worker: namespace of its pool, set by the operator."""
+    pool_revision: Annotated[str, Field(max_length=63)] = ""
+    """Of a worker: what it was made from, set by the operator."""
+    pool_concurrency: Annotated[int, Field(ge=1, le=64)] = 4
+    """Of a worker: tasks that it has at once."""
+    pool_batch_size: Annotated[int, Field(ge=1, le=256)] = 64
+    """Of a worker: most texts, of several tasks, in one call of the model."""
+    pool_lease_seconds: Annotated[float, Field(ge=1, le=3600)] = 30
+    """Of a worker: so long it may be silent before its tasks go to others."""
+    pool_grace_seconds: Annotated[float, Field(ge=0, le=86_400)] = 60
+    """Of a worker: after SIGTERM it hands back what it has not finished in time to end within this."""
+    worker: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """Of a worker: its name, that of its pod. Two workers of one name would take each other's tasks for their own."""
+    worker_job: Annotated[str, Field(max_length=253)] = ""
+    """Of a worker: name of its Job."""
     termination_log: Path = Path(TERMINATION_LOG)
     """File for the termination message; skipped where it does not exist."""
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
@@ -153,6 +171,12 @@ class Settings(BaseSettings):
         values = {field.get_secret_value() for field in fields if isinstance(field, SecretStr)}
         passwords = {_password(value) for value in values}
         return frozenset({*values, *passwords, *map(unquote, passwords)} - {""})
+
+    @property
+    def worker_missing(self) -> list[str]:
+        """Names of the variables that a worker needs and that are not set."""
+        needed = {"pool": self.pool, "worker": self.worker, "redis_url": self.redis_url}
+        return [PREFIX + name.upper() for name, value in needed.items() if value is None]
 
     @property
     def document_stores_missing(self) -> list[str]:

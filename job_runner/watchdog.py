@@ -1,7 +1,8 @@
 """An attempt that makes no progress is ended, whatever it hangs in: a library, a lock, the event loop itself.
 
-Whatever works says so (:func:`beat`), in any thread, and a thread of its own looks how long it has been silent. After
-``spec.stallTimeout`` it ends the attempt in three steps, each for what the one before cannot end:
+Whatever works says so (:func:`beat`), in any thread, and a thread of its own, one for all attempts of the process, looks
+how long each has been silent. After ``spec.stallTimeout`` it ends the attempt in three steps, each for what the one before
+cannot end:
 
 1. *The event loop is told*: it cancels the work and ends the attempt as it does at a timeout, with a result row.
 2. Where that takes more than :data:`LOOP_SECONDS` the loop hangs itself: the thread writes the termination message and
@@ -16,12 +17,13 @@ at whose end the attempt is given back, uncounted (:func:`asking`). Redis is not
 
 import contextlib
 import faulthandler
+import math
 import os
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar, copy_context
 from pathlib import Path
 from types import TracebackType
@@ -97,6 +99,11 @@ def beat() -> None:
         pulse.beat()
 
 
+def current_pulse() -> Pulse | None:
+    """Return the pulse of the attempt that this task or thread works for, if any, for another thread that works for it."""
+    return _pulse.get(None)
+
+
 def asking() -> contextlib.AbstractContextManager[None]:
     """Say that a store is being asked, in the attempt that this task or thread works for, if any."""
     pulse = _pulse.get(None)
@@ -104,7 +111,10 @@ def asking() -> contextlib.AbstractContextManager[None]:
 
 
 class Watchdog:
-    """Watches over an attempt while it is entered; what is called in it (tasks and threads too) finds the pulse."""
+    """Watches over an attempt while it is entered; what is called in it (tasks and threads too) finds the pulse.
+
+    Any number of them may be entered at once; one thread of the process looks after all.
+    """
 
     def __init__(
         self,
@@ -121,55 +131,108 @@ class Watchdog:
         alone, and goes on.
         """
         self._pulse = pulse
-        self._limit = limit
+        self.limit = limit
         self._on_stall = on_stall
         self._in_loop = in_loop
-        self._last_resort = last_resort
-        self._ended = threading.Event()
-        self._arming = threading.Lock()
+        self.last_resort = last_resort
+        self._told_at: float | None = None
         shortest, longest = _LOOK_SECONDS
         self._pause = min(max(limit / 20, shortest), longest)
 
+    @property
+    def soon(self) -> float:
+        """Seconds until the first look at it, at most."""
+        return min(self.limit, self._pause)
+
     def __enter__(self) -> Self:
         self._token = _pulse.set(self._pulse)
-        self._arm()
-        threading.Thread(target=copy_context().run, args=(self._watch,), name="watchdog", daemon=True).start()
+        self._context = copy_context()
+        _watcher.add(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         _pulse.reset(self._token)
-        with self._arming:
-            self._ended.set()
-            if self._last_resort is not None:
-                faulthandler.cancel_dump_traceback_later()
+        _watcher.remove(self)
 
-    def _watch(self) -> None:
-        while (left := self._pulse.left(self._limit)) > 0:
-            self._arm()
-            self._call(self._pulse.loop_turned)
-            if self._ended.wait(min(left, self._pause)):
-                return
+    def look(self) -> float:
+        """Tell of a stall, and end the process when that was of no use; return after how many seconds to look again."""
+        if self._told_at is None:
+            if (left := self._pulse.left(self.limit)) > 0:
+                self._call(self._pulse.loop_turned)
+                return min(left, self._pause)
+            self._told_at = time.monotonic()
+            self._context.copy().run(self._tell)
+        left = self._told_at + LOOP_SECONDS - time.monotonic()
+        if left <= 0 and self.last_resort is not None:
+            self._context.copy().run(self.last_resort)
+        return max(left, self._pause)
+
+    def _tell(self) -> None:
         # The threads of this moment: a loop that is told ends what hangs in it.
         stacks = stacks_of_all_threads()
-        log.error("no progress: the attempt is ended", seconds=self._limit, threads=innermost_frames())
+        log.error("no progress: the attempt is ended", seconds=self.limit, threads=innermost_frames())
         self._call(self._on_stall)
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.write(stacks)
             sys.stderr.flush()
-        if not self._ended.wait(LOOP_SECONDS) and self._last_resort is not None:
-            self._last_resort()
 
     def _call(self, function: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the attempt has ended meanwhile
             self._in_loop(function)
 
-    def _arm(self) -> None:
+
+class _Watcher:
+    """The thread that looks after all attempts of the process. It is started by the first one, and stays."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._watched: dict[Watchdog, None] = {}
+        self._next = math.inf
+        """When it looks next, as the monotonic clock has it."""
+        self._armed_until = math.inf
+        self._started = False
+
+    def add(self, one: Watchdog) -> None:
+        """Look after an attempt."""
+        with self._changed:
+            self._watched[one] = None
+            self._arm([one], again=False)
+            if not self._started:
+                self._started = True
+                threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+            if time.monotonic() + one.soon < self._next:
+                self._changed.notify()
+
+    def remove(self, one: Watchdog) -> None:
+        """Leave it alone from now on."""
+        with self._changed:
+            self._watched.pop(one, None)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                watched = list(self._watched)
+            pauses = [one.look() for one in watched if one in self._watched]
+            with self._changed:
+                self._arm(self._watched, again=True)
+                # Attempts that were begun since are looked at in time, and those that follow soon need not wake this thread.
+                pause = min([*pauses, *(one.soon for one in self._watched if one not in watched)], default=None)
+                self._next = math.inf if pause is None else time.monotonic() + pause
+                self._changed.wait(pause)
+
+    def _arm(self, watched: Iterable[Watchdog], *, again: bool) -> None:
         """Have the process ended from outside of the interpreter, should this thread not come to arm it anew in time."""
-        if self._last_resort is None:
-            return
-        with self._arming:
-            if not self._ended.is_set():
-                faulthandler.dump_traceback_later(self._limit + LOOP_SECONDS + LOCK_SECONDS, exit=True)
+        limit = min((one.limit for one in watched if one.last_resort is not None), default=math.inf)
+        until = time.monotonic() + limit + LOOP_SECONDS + LOCK_SECONDS
+        if until < self._armed_until or (again and until < math.inf):
+            faulthandler.dump_traceback_later(limit + LOOP_SECONDS + LOCK_SECONDS, exit=True)
+            self._armed_until = until
+        elif again and self._armed_until < math.inf:
+            faulthandler.cancel_dump_traceback_later()
+            self._armed_until = math.inf
+
+
+_watcher = _Watcher()
 
 
 def innermost_frames() -> dict[str, str]:

@@ -9,9 +9,11 @@ from functools import partial
 from uuid import UUID
 
 from job_runner.embed import Embedder, find_embedder
+from job_runner.health import SharedChecks
 from job_runner.ledger import Ledger
 from job_runner.progress import Progress
 from job_runner.settings import Settings
+from job_runner.shared_model import SharedModels
 from task_contract.errors import ModelUnavailable
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.models import ProcessingTask, Result, Stage
@@ -39,9 +41,15 @@ class Work:
     progress: Progress
     make_embedder: Callable[..., Embedder]
     """As :func:`job_runner.embed.make_embedder`."""
+    shared_checks: SharedChecks | None = None
+    """Of a worker, whose health checks have their answers in common."""
 
     async def embedder(self, name: str | None = None, fingerprint: str | None = None) -> Embedder:
         """Return a model of the settings, not loaded yet, as :func:`job_runner.embed.find_embedder` finds it."""
+        if isinstance(self.make_embedder, SharedModels) and fingerprint is None:
+            known = self.make_embedder.known(name or self.settings.models[0])
+            if known is not None:  # no thread is needed, which would cost as much as a small task
+                return known
         make = partial(self.make_embedder, threads=self.settings.threads)
         found = partial(find_embedder, self.settings.models, make, name=name, fingerprint=fingerprint)
         return await asyncio.to_thread(found)

@@ -62,6 +62,11 @@ class PoolKeys:
         return f"{self.base}:reports"
 
     @property
+    def large(self) -> str:
+        """The hash of tasks that are too large for a stream, by uid."""
+        return f"{self.base}:large"
+
+    @property
     def control(self) -> str:
         """The pub/sub channel on which workers hear of a withdrawal at once: the uid of the task; or ``drain``."""
         return f"{self.base}:control"
@@ -129,7 +134,7 @@ class WorkerState(Model):
     texts: Annotated[int, Field(ge=0)] = 0
     """Texts in them."""
     room: Annotated[int, Field(ge=0)] = 0
-    """Texts that would have fitted in them."""
+    """Texts that would have fitted in them: full calls have as many texts as room."""
 
 
 # ------------------------------------------------------------------------------------------------------------- scripts
@@ -158,6 +163,14 @@ local function fields(entry)
   local found = {}
   for i = 1, #entry, 2 do found[entry[i]] = entry[i + 1] end
   return found
+end
+local function position(n)
+  local groups = redis.pcall('XINFO', 'GROUPS', KEYS[n])
+  for _, group in ipairs(groups.err and {} or groups) do
+    local values = fields(group)
+    if values['name'] == 'workers' then return values['last-delivered-id'] end
+  end
+  return '0-0'
 end
 """
 
@@ -193,16 +206,8 @@ TAKE: Final = (
     + """
 local worker, count, taken = ARGV[1], tonumber(ARGV[2]), {}
 local function head(n)
-  local found = redis.call('XRANGE', KEYS[n], '(' .. (redis.call('HGET', TURNS, 'last' .. n) or '0-0'), '+', 'COUNT', 1)
+  local found = redis.call('XRANGE', KEYS[n], '(' .. position(n), '+', 'COUNT', 1)
   return found[1] and tonumber(fields(found[1][2])['rank']) or nil
-end
-local function read(n)
-  ensure(n)
-  local answer = redis.call('XREADGROUP', 'GROUP', 'workers', worker, 'COUNT', 1, 'STREAMS', KEYS[n], '>')
-  if not answer then return nil end
-  local entry = answer[1][2][1]
-  redis.call('HSET', TURNS, 'last' .. n, entry[1])
-  return entry
 end
 if redis.call('SISMEMBER', DRAIN, worker) == 1 then return taken end
 while #taken < count do
@@ -215,37 +220,32 @@ while #taken < count do
   -- One pick in 4 is a normal one's and one in 16 a low one's, whatever waits above them.
   local turn = redis.call('HINCRBY', TURNS, 'turn', 1)
   if turn % 16 == 0 and ranks[3] then first = 3 elseif turn % 4 == 0 and ranks[2] then first = 2 end
-  local entry = read(first)
-  if not entry then
-    -- The position is older than the group's: this pool's keys were restored from a copy. Look from the beginning.
-    redis.call('HDEL', TURNS, 'last' .. first)
-    entry = read(1) or read(2) or read(3)
-    if not entry then break end
-  end
+  ensure(first)
+  local answer = redis.call('XREADGROUP', 'GROUP', 'workers', worker, 'COUNT', 1, 'STREAMS', KEYS[first], '>')
+  if not answer then break end
+  local entry = answer[1][2][1]
   local value = fields(entry[2])
   local known = redis.call('HGET', ENTRIES, value['uid'])
   local a, s, m, id
   if known then a, s, m, id = parts(known) end
-  m = tonumber(m) or first
-  if id == entry[1] then
+  if id == entry[1] and tonumber(m) == first then
     local task = value['task'] or redis.call('HGET', LARGE, value['uid'])
     if task then
-      taken[#taken + 1] = {m, id, value['uid'], value['attempt'], value['stamp'], value['at'], task}
+      taken[#taken + 1] = {first, id, value['uid'], value['attempt'], value['stamp'], value['at'], task}
     else
-      forget(value['uid'], m, id)
+      forget(value['uid'], first, id)
     end
   else
-    for n = 1, 3 do
-      redis.pcall('XACK', KEYS[n], 'workers', entry[1])
-      redis.call('XDEL', KEYS[n], entry[1])
-    end
+    -- Of nobody any more. Entries of other streams may have the same number.
+    redis.call('XACK', KEYS[first], 'workers', entry[1])
+    redis.call('XDEL', KEYS[first], entry[1])
   end
 end
 return taken
 """
 )
 """Arguments: worker, most tasks. Returns leases: stream, id, uid, attempt, stamp, offered at, task as JSON. Who is to drain
-gets none. Never waits: see :data:`WAIT_STREAMS`."""
+gets none. Never waits."""
 
 RENEW: Final = (
     _PRELUDE

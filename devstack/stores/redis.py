@@ -34,7 +34,7 @@ def up() -> None:
     configuration = folder / "redis.conf"
     common.write_private(configuration, render(folder, port(), password(NAME)))
     # The digest restarts a server whose configuration has changed; the password must not be on the command line.
-    start(NAME, [_program(), str(configuration)], env=common.digest_of(configuration), cwd=folder)
+    start(NAME, [program(), str(configuration)], env=common.digest_of(configuration), cwd=folder)
     wait_until("an answer of Redis", _answers, seconds=30, processes=[NAME])
 
 
@@ -57,7 +57,8 @@ def render(folder: Path, port: int, secret: str) -> str:
     return "".join(f"{key} {value}\n" for key, value in lines.items())
 
 
-def _program() -> str:
+def program() -> str:
+    """Return the path of a server."""
     for name in ("redis-server", "valkey-server"):
         if found := shutil.which(name):
             return found

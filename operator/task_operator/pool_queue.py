@@ -193,4 +193,4 @@ async def _answered(request: Awaitable[T]) -> T:
     try:
         return await request
     except (RedisError, OSError, TimeoutError) as error:
-        raise QueueUnavailable(f"cannot use Redis: {error!r}") from error
+        raise QueueUnavailable(f"cannot use Redis: {str(error) or type(error).__name__}") from error

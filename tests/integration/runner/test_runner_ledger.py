@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 
 from job_runner.index import Stale
-from job_runner.ledger import Claim, Commit, Ledger, Standing
+from job_runner.ledger import Claim, Commit, Ended, Ledger, Standing
 from task_contract.errors import Fenced, ModelMismatch, StoreUnavailable
 from task_contract.messages import AttemptOutcome, Outcome
 from task_operator.metrics import Metrics
@@ -330,8 +330,19 @@ async def test_results_are_kept_and_a_success_stays(ledger: Ledger, sql: Any) ->
     fenced = AttemptOutcome.of_error(Fenced("late"), attempt=1)
     expected = [(failed, "GivenBack"), (fenced, "GivenBack"), (done, "Succeeded"), (failed, "Succeeded")]
     for outcome, kept in expected:
-        await ledger.record(outcome, task_uid=uid, holder="pod")
+        await ledger.record([Ended(uid, "pod", outcome)])
         assert await sql.fetchval("SELECT outcome->>'outcome' FROM task_results WHERE task_uid = $1", uid) == kept
+
+
+async def test_results_of_many_attempts_are_kept_together(ledger: Ledger, sql: Any) -> None:
+    uids = [uuid.uuid4() for _ in range(3)]
+    failed = AttemptOutcome.of_error(StoreUnavailable("down"), attempt=2)
+    done = AttemptOutcome(outcome=Outcome.SUCCEEDED, attempt=2)
+    await ledger.record([])
+    await ledger.record([Ended(uids[0], "a", done)])
+    await ledger.record([*(Ended(uid, "b", failed) for uid in uids), Ended(uids[2], "c", done)])  # one of them twice
+    rows = await sql.fetch("SELECT holder, outcome->>'outcome' AS kept FROM task_results WHERE task_uid = ANY($1)", uids)
+    assert sorted(tuple(row) for row in rows) == [("a", "Succeeded"), ("b", "GivenBack"), ("c", "Succeeded")]
 
 
 async def test_a_server_that_is_down_or_empty_is_unavailable(store_urls: dict[str, str]) -> None:
