@@ -45,12 +45,14 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any, Final, Protocol
 
+import orjson
 import structlog
 from pydantic import ValidationError
 
 from task_contract.leases import PoolReport, ReportKind
 from task_contract.messages import Outcome, ProgressEvent
 from task_contract.models import Metadata, Phase, ProcessingTask, Stage, Status, TaskType, describe
+from task_contract.names import API_VERSION, KIND
 from task_operator.cache import FINISHED, Cache, CachedTask, Key, job_key, surplus
 from task_operator.dependencies import Dependencies, Dependency, circle_through
 from task_operator.dispatch import Claim, Dispatch, Limit, Limits, Place
@@ -64,7 +66,6 @@ from task_operator.jobs import (
     parse_time,
     pod_report,
     queue_stamp,
-    task_document,
 )
 from task_operator.metrics import Metrics, Waiting
 from task_operator.observation import Batch, Decision, Fence, Need, Observed, Policy, Refusal, Store, StoredOutcome, view_of
@@ -87,6 +88,7 @@ _ROUNDS: Final = 12  # a decision asks for at most one thing a round, and there 
 _POSITIONS: Final = 10.0  # seconds between two looks whose position in line is to be told
 _TOLD: Final = 100  # of them, those in front: ten writes a second, however fast a long line moves
 _PRUNED: Final = 500  # tasks of a namespace deleted in a row
+_EPOCH: Final = datetime.fromtimestamp(0, UTC)
 _REACHED_STORES: Final = frozenset({Stage.ANALYZE, Stage.VERIFY, Stage.GATE, Stage.PUBLISH})
 
 
@@ -459,13 +461,13 @@ class Controller:
             return
         cached = self._cache.task(key)
         if cached is not None and self._has_job(key, cached):
-            self._dispatch.hold(key, _claim(key, cached, pool=None))
+            self._dispatch.hold(key, _claim_of(key, cached, pool=None))
             return
         lease = None if cached is None or self._pools is None else self._pools.lease(cached.uid)
         if cached is not None and lease is not None:
             claim = facts.claim
             if claim is None or claim.pool != (key[0], lease.pool):
-                claim = _claim(key, cached, pool=(key[0], lease.pool))
+                claim = _claim_of(key, cached, pool=lease.pool)
             self._dispatch.hold(key, claim)
         elif cached is None or facts.place is None or facts.place.granted:
             self._dispatch.release(key)
@@ -521,7 +523,7 @@ class Controller:
         namespace, name = task.key
         of = (namespace, pool)
         if facts.claim is None or facts.claim.pool != of:
-            facts.claim = _claim(task.key, task.cached, pool=of)
+            facts.claim = _claim(task.parsed, pool=pool)
         offer = Offer(
             uid=task.cached.uid,
             namespace=namespace,
@@ -530,7 +532,7 @@ class Controller:
             stamp=queue_stamp(task.parsed),
             priority=str(task.parsed.spec.priority),
             rank=facts.claim.rank,
-            task=task_document(task.parsed),
+            task=_document(task.cached),
         )
         try:
             await self._pools.offer(task.key, of, offer)
@@ -636,7 +638,7 @@ class Controller:
             if known is None:
                 self._queue.add(key)
             elif self._dispatch is not None and self._has_job(key, known):
-                self._dispatch.hold(key, _claim(key, known, pool=None))  # before anybody asks for a place
+                self._dispatch.hold(key, _claim_of(key, known, pool=None))  # before anybody asks for a place
         for namespace in {key[0] for key, _ in self._cache.tasks()}:
             self._count_tasks(namespace)
         self._metrics.resyncs.labels("done").inc()
@@ -791,12 +793,13 @@ class Controller:
         live = self._live.get(task.cached.uid)
         random = self._random()
         uid, pools = task.cached.uid, self._pools
+        usable, lease = (None, None) if pools is None else (pools.facts(task.parsed), pools.lease(uid))
+        facts.reports = () if pools is None else pools.reports(uid)
         for _ in range(_ROUNDS):
-            facts.reports = () if pools is None else pools.reports(uid)
             observed = Observed(
                 task=task.parsed,
-                pools=None if pools is None else pools.facts(task.parsed),
-                lease=None if pools is None else pools.lease(uid),
+                pools=usable,
+                lease=lease,
                 reports=facts.reports,
                 jobs=self._jobs_of(task.parsed),
                 jobs_changed_at=self._cache.jobs_changed_at(task.key),
@@ -819,9 +822,9 @@ class Controller:
             )
             decision = decide(observed, now=self._clock(), random=random, policy=self._policy)
             if not decision.needs:
-                if decision.awaits_pool and pools is not None and observed.pools is not None:
+                if decision.awaits_pool and pools is not None and usable is not None:
                     since = task.status.queued_at or task.metadata.creation_timestamp
-                    pools.waits(task.key, task.key[0], observed.pools.serving, since)
+                    pools.waits(task.key, task.key[0], usable.serving, since)
                 return decision
             for need in decision.needs:
                 await self._answer(need, task.parsed, facts, decision)
@@ -834,26 +837,26 @@ class Controller:
 
     async def _answer(self, need: Need, task: ProcessingTask, facts: _Facts, decision: Decision) -> None:
         namespace, uid = task.metadata.namespace, task.metadata.uid or ""
-        view = view_of(Observed(task=task, jobs=self._jobs_of(task)))
         match need:
             case Need.PODS:
                 facts.pods = tuple(pod_report(pod) for pod in await self._api.list_pods(namespace, task_uid=uid))
             case Need.POD_REFUSAL:
-                job_uid = "" if view.job is None else view.job.uid
+                job = view_of(Observed(task=task, jobs=self._jobs_of(task))).job
+                job_uid = "" if job is None else job.uid
                 try:
                     facts.pod_refusal = await self._api.pod_refusal(namespace, job_uid=job_uid)
                 except Forbidden as error:  # the reason for a wait is worth less than the wait itself
                     _log.warning("cannot read why a pod was refused; grant list on events", error=error.message)
             case Need.JOB:
                 try:
-                    self.on_job("MODIFIED", await self._api.get_job(namespace, view.name))
+                    name = view_of(Observed(task=task)).name
+                    self.on_job("MODIFIED", await self._api.get_job(namespace, name))
                 except NotFound:
                     return
             case Need.PLACE:
                 key = (namespace, task.metadata.name)
-                cached = self._cache.task(key)
-                if self._dispatch is not None and cached is not None:
-                    facts.claim = _claim(key, cached, pool=None if decision.offer is None else (namespace, decision.offer))
+                if self._dispatch is not None and self._cache.task(key) is not None:
+                    facts.claim = _claim(task, pool=decision.offer)
                     facts.place = self._dispatch.ask(key, facts.claim)
             case Need.DEPENDENCIES:
                 facts.dependencies = await self._dependencies(task)
@@ -861,7 +864,7 @@ class Controller:
                 if self._database is None:
                     return
                 try:
-                    await self._ask(self._database, need, uid, facts, decision, attempt=view.attempt)
+                    await self._ask(self._database, need, uid, facts, decision, attempt=current_attempt(task.status))
                 except DatabaseUnavailable as error:
                     _log.warning("PostgreSQL does not answer", task=task.metadata.name, error=str(error))
 
@@ -1041,7 +1044,31 @@ def merged(before: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any
     return after
 
 
-def _claim(key: Key, cached: CachedTask, *, pool: tuple[str, str] | None) -> Claim:
+def _document(cached: CachedTask) -> str:
+    """Return what a worker reads as its task: as :func:`task_operator.jobs.task_document`, but for what is a default."""
+    manifest = cached.manifest()
+    kept = ("name", "namespace", "uid", "generation", "creationTimestamp")
+    metadata = {key: manifest["metadata"][key] for key in kept if key in manifest["metadata"]}
+    document = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": manifest["spec"]}
+    return orjson.dumps(document).decode()
+
+
+def _claim(task: ProcessingTask, *, pool: str | None) -> Claim:
+    """Return what a task's place counts against; ``pool``: the one that is to have it."""
+    metadata, spec = task.metadata, task.spec
+    return Claim(
+        namespace=metadata.namespace,
+        kb_id=spec.kb_id,
+        type=str(spec.type),
+        priority=str(spec.priority),
+        created_at=metadata.creation_timestamp or _EPOCH,
+        stores=spec.type is not TaskType.HEALTH_CHECK,
+        pool=None if pool is None else (metadata.namespace, pool),
+    )
+
+
+def _claim_of(key: Key, cached: CachedTask, *, pool: str | None) -> Claim:
+    """Return the same of a task that may be one that cannot be parsed."""
     spec = cached.manifest()["spec"]
     kb_id = spec.get("kbId")
     return Claim(
@@ -1049,9 +1076,9 @@ def _claim(key: Key, cached: CachedTask, *, pool: tuple[str, str] | None) -> Cla
         kb_id=None if kb_id is None else str(kb_id),
         type=str(spec.get("type")),
         priority=cached.priority,
-        created_at=parse_time(cached.created) or datetime.fromtimestamp(0, UTC),
+        created_at=parse_time(cached.created) or _EPOCH,
         stores=spec.get("type") != TaskType.HEALTH_CHECK,
-        pool=pool,
+        pool=None if pool is None else (key[0], pool),
     )
 
 

@@ -128,7 +128,7 @@ def queue_stamp(task: ProcessingTask) -> str:
 def stamp_of(status: Status, metadata: Metadata) -> str:
     """Return the name of the stay in the queue that a status tells of."""
     at = status.queued_at or metadata.creation_timestamp
-    return "" if at is None else at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return "" if at is None else f"{at.astimezone(UTC).isoformat()[:19]}Z"
 
 
 class _Numbered(Protocol):

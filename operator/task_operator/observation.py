@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
+from functools import lru_cache
 
 from task_contract.leases import PoolReport, ReportKind
 from task_contract.messages import AttemptOutcome, Outcome, ProgressEvent
@@ -310,7 +311,7 @@ def view_of(observed: Observed) -> View:
     """Return what follows from an observation at once."""
     task, status = observed.task, observed.task.status
     attempt = current_attempt(status)
-    name = job_name(task_name=task.metadata.name, task_uid=task.metadata.uid or "", attempt=attempt)
+    name = _job_name(task_name=task.metadata.name, task_uid=task.metadata.uid or "", attempt=attempt)
     stamp = queue_stamp(task)
     same = [job for job in observed.jobs if job.name == name]
     job = next((job for job in same if job.queue_stamp == stamp), None)
@@ -337,6 +338,9 @@ def view_of(observed: Observed) -> View:
         ran_as=ran_as,
         executor=executor,
     )
+
+
+_job_name = lru_cache(maxsize=1024)(job_name)  # a look needs it several times
 
 
 def _last_word(reports: tuple[PoolReport, ...], *, attempt: int, stamp: str) -> PoolReport | None:

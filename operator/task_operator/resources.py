@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, Final, NamedTuple
 
@@ -139,6 +140,7 @@ def in_bytes(quantity: str | float) -> int:
     return math.ceil(_number(quantity))
 
 
+@lru_cache(maxsize=256)
 def _number(quantity: str | float) -> Decimal:
     found = _QUANTITY.fullmatch(str(quantity))
     if found is None:
