@@ -28,7 +28,7 @@ PoolId = tuple[str, str]
 """Namespace and name."""
 
 _TICK: Final = 0.5  # seconds between two looks at which pools there are
-_LINGER: Final = 0.003  # seconds in which offers gather for one request
+_LINGER: Final = 0.01  # seconds in which offers gather for one request
 _SETTLE: Final = 0.05  # the same of reports
 _WINDOW: Final = 64  # tasks of a priority that are offered to a pool whatever its size
 _PER_PLACE: Final = 4  # and as many for each task that its workers can have at once, for they take many in a second

@@ -773,8 +773,8 @@ def _with_pools(decision: Decision, observed: Observed, view: View) -> Decision:
         return decision
     pools, status = observed.pools, decision.status or observed.task.status
     if observed.reports:
-        waits = view.report is not None and decision.status is None and not _told_running(view, status)
-        decision = replace(decision, heard=not waits)
+        told = not view.over and _told_running(view, status)
+        decision = replace(decision, heard=view.report is None or decision.status is not None or told)
     present = None if pools is None else pools.present
     if decision.offer is not None or (observed.lease is None and present is None):
         return decision
