@@ -27,6 +27,17 @@ place safe, in the order in which the writes of a task come:
   task has ended is deleted; its runner fails at the fence.
 - *intents taken from a pod that does not stop → Queued written*: taking them again is harmless, and the pod that takes them
   up next raises the epoch anyway.
+- *offered to a pool, answer or process lost*: nothing of it stands in the status. The task is Queued (or Retrying, and its
+  time has come), so it is offered again; the same attempt in the same stay in the queue is there once, whoever offers it.
+  What may have ended meanwhile is looked for in ``task_results`` before.
+- *a worker reported → status written → report removed*: a report stays in Redis until the status says what it says. Read
+  again, by whichever process, it is one of an attempt that is spent, of an earlier stay, or of a finished task, and goes.
+- *worker silent for its lease → intents taken → Retrying written → next attempt offered*: the report that the lease ran out
+  stays until Retrying is written; taking the intents again is harmless, and the worker cannot commit from the first time on.
+- *ended, suspended, or gone to a Job: written → withdrawn from the pool*: each look at the pool takes out what should not be
+  there; until then a worker may go on, and fails at the fence, or reports what concerns nobody.
+- *Redis wiped*: what was offered is not there in two looks in a row, and is offered again. What Redis knew of the end of an
+  attempt, ``task_results`` knows.
 - *end written → last Job, and in the end the task deleted (TTL)*: deletion needs the end to be known to be in PostgreSQL:
   written by this process, or found there by it.
 
