@@ -28,6 +28,21 @@ _COLUMNS: Final = (
 )
 
 
+_KNOWLEDGE: Final = (
+    "SELECT base.kb_id, base.generation, base.model_fingerprint, base.dimension, documents, chunks::bigint AS chunks, "
+    "missing::bigint AS missing, extra::bigint AS extra, checked_at, intents, base.state, updated_at, "
+    "(SELECT embedding_model FROM generations own WHERE own.namespace = $1 AND own.kb_id = base.kb_id "
+    "AND own.generation = base.generation) AS embedding_model, "
+    "kept.generation AS retained_generation, kept.model_fingerprint AS retained_model, kept.keep_until, "
+    "filling.generation AS filling_generation, filling.model_fingerprint AS filling_model, "
+    "filling.task_uid::text AS filling_task_uid FROM knowledge_base_states base "
+    "LEFT JOIN generations kept ON kept.namespace = $1 AND kept.kb_id = base.kb_id AND kept.state = 'retained' "
+    "LEFT JOIN generations filling ON filling.namespace = $1 AND filling.kb_id = base.kb_id AND filling.state = 'filling' "
+    "WHERE base.namespace = $1"
+)
+"""Knowledge bases of a namespace, with the generations beside the one that serves."""
+
+
 class DatabaseUnavailable(Exception):
     """PostgreSQL cannot be used at the moment."""
 
@@ -304,21 +319,14 @@ class Database:
 
     async def knowledge_base(self, namespace: str, kb_id: str) -> asyncpg.Record | None:
         """Return the state of a knowledge base; None for one in which nothing was ever published."""
-        found = await self.rows(
-            "SELECT base.generation, base.model_fingerprint, base.dimension, documents, chunks::bigint AS chunks, "
-            "missing::bigint AS missing, extra::bigint AS extra, checked_at, intents, base.state, updated_at, "
-            "(SELECT embedding_model FROM generations own WHERE own.namespace = $1 AND own.kb_id = $2 "
-            "AND own.generation = base.generation) AS embedding_model, "
-            "kept.generation AS retained_generation, kept.model_fingerprint AS retained_model, kept.keep_until, "
-            "filling.generation AS filling_generation, filling.model_fingerprint AS filling_model, "
-            "filling.task_uid::text AS filling_task_uid FROM knowledge_base_states base "
-            "LEFT JOIN generations kept ON kept.namespace = $1 AND kept.kb_id = $2 AND kept.state = 'retained' "
-            "LEFT JOIN generations filling ON filling.namespace = $1 AND filling.kb_id = $2 AND filling.state = 'filling' "
-            "WHERE base.namespace = $1 AND base.kb_id = $2",
-            namespace,
-            kb_id,
-        )
+        found = await self.rows(f"{_KNOWLEDGE} AND base.kb_id = $2", namespace, kb_id)
         return found[0] if found else None
+
+    async def knowledge_bases(self, namespace: str, *, after: str | None, limit: int) -> list[asyncpg.Record]:
+        """Return the states of knowledge bases, in the order of their ids, from the one after ``after``."""
+        return await self.rows(
+            f"{_KNOWLEDGE} AND base.kb_id > $2 ORDER BY base.kb_id LIMIT $3", namespace, after or "", limit
+        )
 
     async def documents(self, namespace: str, kb_id: str, *, after: str | None, limit: int) -> list[asyncpg.Record]:
         """Return documents that readers see, in the order of their ids, from the one after ``after``."""

@@ -19,6 +19,7 @@ from task_gateway.routes import (
     Parameter,
     Route,
     answer,
+    answer_page,
     asked_namespace,
     caller_of,
     query_parameters,
@@ -82,6 +83,13 @@ class KnowledgeBase(Answer):
     updated_at: Timestamp
 
 
+class KnowledgeBasePage(Answer):
+    """Part of the knowledge bases of a namespace, by their ids."""
+
+    items: list[KnowledgeBase]
+    next_cursor: str | None
+
+
 class Document(Answer):
     """A document that readers see."""
 
@@ -103,7 +111,7 @@ class DocumentPage(Answer):
 
 
 def _cursor(text: str) -> str:
-    """Return the document id at which a page ended."""
+    """Return the id at which a page ended."""
     try:
         document_id = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode()
     except (binascii.Error, ValueError):
@@ -113,13 +121,13 @@ def _cursor(text: str) -> str:
     return document_id
 
 
-class DocumentsQuery(BaseModel):
-    """Parameters of GET /api/v1/knowledge/{kb_id}/documents."""
+class PageQuery(BaseModel):
+    """Parameters of GET /api/v1/knowledge and of /api/v1/knowledge/{kb_id}/documents."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     limit: Annotated[int, Field(ge=1, le=200)] = 50
-    """Documents of a page."""
+    """Entries of a page."""
     cursor: Annotated[str, Field(max_length=4096), AfterValidator(_cursor)] | None = None
     """next_cursor of the page before."""
 
@@ -134,6 +142,17 @@ class Knowledge:
     def routes(self) -> Sequence[Route]:
         """Return the operations."""
         return (
+            Route(
+                "GET",
+                "/api/v1/knowledge",
+                self._list,
+                "Knowledge bases",
+                {200: {_JSON: KnowledgeBasePage}},
+                problems=(422,),
+                parameters=(*query_parameters(PageQuery), *NAMESPACE),
+                tag="knowledge",
+                description="Those of a namespace in which something was published, in the order of their ids.",
+            ),
             Route(
                 "GET",
                 "/api/v1/knowledge/{kb_id}",
@@ -151,7 +170,7 @@ class Knowledge:
                 "Documents of a knowledge base",
                 {200: {_JSON: DocumentPage}},
                 problems=(404, 422),
-                parameters=(_KB, *query_parameters(DocumentsQuery), *NAMESPACE),
+                parameters=(_KB, *query_parameters(PageQuery), *NAMESPACE),
                 tag="knowledge",
                 description="Those that readers see, in the order of their ids.",
             ),
@@ -161,28 +180,24 @@ class Knowledge:
         kb_id, namespace = await self._named(request)
         return answer(await self._base(kb_id, namespace))
 
+    async def _list(self, request: web.Request) -> web.Response:
+        namespace = await self._allowed(request)
+        query = read_query(request, PageQuery)
+        rows = await self._database.knowledge_bases(namespace, after=query.cursor, limit=query.limit + 1)
+        return answer_page(
+            rows,
+            limit=query.limit,
+            view=lambda row: _base(row, row["kb_id"], namespace),
+            end=lambda row: _cursor_after(row["kb_id"]),
+        )
+
     async def _documents(self, request: web.Request) -> web.Response:
         kb_id, namespace = await self._named(request)
-        query = read_query(request, DocumentsQuery)
+        query = read_query(request, PageQuery)
         rows = await self._database.documents(namespace, kb_id, after=query.cursor, limit=query.limit + 1)
         if not rows and query.cursor is None:
             await self._base(kb_id, namespace)  # one without documents, or none at all
-        page = rows[: query.limit]
-        last = page[-1]["document_id"] if len(rows) > query.limit else None
-        items = [
-            {
-                "document_id": row["document_id"],
-                "version": row["published_version"],
-                "chunks": row["chunk_count"],
-                "content_hash": row["content_hash"],
-                "task_uid": row["task_uid"],
-                "consistency": _consistency(row),
-                "updated_at": timestamp(row["updated_at"]),
-            }
-            for row in page
-        ]
-        cursor = None if last is None else base64.urlsafe_b64encode(last.encode()).decode().rstrip("=")
-        return answer({"items": items, "next_cursor": cursor})
+        return answer_page(rows, limit=query.limit, view=_document, end=lambda row: _cursor_after(row["document_id"]))
 
     async def _base(self, kb_id: str, namespace: str) -> dict[str, Any]:
         row = await self._database.knowledge_base(namespace, kb_id)
@@ -192,39 +207,63 @@ class Knowledge:
                 "not-found",
                 f"cannot find knowledge base {kb_id[:63]!r} in namespace {namespace}: no document was published in it yet",
             )
-        return {
-            "kb_id": kb_id,
-            "namespace": namespace,
-            "state": row["state"],
-            "generation": row["generation"],
-            "model": row["model_fingerprint"],
-            "embedding_model": row["embedding_model"],
-            "dimension": row["dimension"],
-            "documents": row["documents"],
-            "chunks": row["chunks"],
-            "intents": row["intents"],
-            "retained": None
-            if row["retained_generation"] is None
-            else {
-                "generation": row["retained_generation"],
-                "model": row["retained_model"],
-                "until": timestamp(row["keep_until"]),
-            },
-            "rebuild": None
-            if row["filling_generation"] is None
-            else {
-                "generation": row["filling_generation"],
-                "model": row["filling_model"],
-                "task_uid": row["filling_task_uid"],
-            },
-            "consistency": _consistency(row),
-            "updated_at": timestamp(row["updated_at"]),
-        }
+        return _base(row, kb_id, namespace)
 
     async def _named(self, request: web.Request) -> tuple[str, str]:
+        return request.match_info["kb_id"].replace("\0", "\ufffd"), await self._allowed(request)
+
+    async def _allowed(self, request: web.Request) -> str:
         namespace = self._callers.namespace(*asked_namespace(request))
         await self._callers.check(caller_of(request), "list", namespace)
-        return request.match_info["kb_id"].replace("\0", "\ufffd"), namespace
+        return namespace
+
+
+def _cursor_after(identity: str) -> str:
+    """Return what :func:`_cursor` reads."""
+    return base64.urlsafe_b64encode(identity.encode()).decode().rstrip("=")
+
+
+def _document(row: Any) -> dict[str, Any]:
+    return {
+        "document_id": row["document_id"],
+        "version": row["published_version"],
+        "chunks": row["chunk_count"],
+        "content_hash": row["content_hash"],
+        "task_uid": row["task_uid"],
+        "consistency": _consistency(row),
+        "updated_at": timestamp(row["updated_at"]),
+    }
+
+
+def _base(row: Any, kb_id: str, namespace: str) -> dict[str, Any]:
+    return {
+        "kb_id": kb_id,
+        "namespace": namespace,
+        "state": row["state"],
+        "generation": row["generation"],
+        "model": row["model_fingerprint"],
+        "embedding_model": row["embedding_model"],
+        "dimension": row["dimension"],
+        "documents": row["documents"],
+        "chunks": row["chunks"],
+        "intents": row["intents"],
+        "retained": None
+        if row["retained_generation"] is None
+        else {
+            "generation": row["retained_generation"],
+            "model": row["retained_model"],
+            "until": timestamp(row["keep_until"]),
+        },
+        "rebuild": None
+        if row["filling_generation"] is None
+        else {
+            "generation": row["filling_generation"],
+            "model": row["filling_model"],
+            "task_uid": row["filling_task_uid"],
+        },
+        "consistency": _consistency(row),
+        "updated_at": timestamp(row["updated_at"]),
+    }
 
 
 def _consistency(row: Any) -> dict[str, Any]:

@@ -341,6 +341,28 @@ async def test_the_state_of_a_knowledge_base_is_that_of_the_ledger(
         assert (status, problem["type"].rpartition("/")[2]) == (404, "not-found")
 
 
+async def test_knowledge_bases_of_a_namespace_come_in_pages(
+    trusting: GatewayProcess, filled: str, place: Place, sql: "asyncpg.Connection[Any]"
+) -> None:
+    for namespace, name in ((place.namespace, "kb-43"), (place.namespace, "知识库"), ("another", "kb-44")):
+        await sql.execute(
+            "INSERT INTO knowledge_bases (namespace, kb_id, generation, model_fingerprint, dimension) "
+            "VALUES ($1, $2, 1, 'usem3', 256)",
+            *(namespace, name),
+        )
+    seen: list[dict[str, Any]] = []
+    cursor = ""
+    for _ in range(3):
+        page = await trusting.do("GET", f"/api/v1/knowledge?limit=1{cursor}")
+        seen += page["items"]
+        cursor = f"&cursor={page['next_cursor']}"
+    assert page["next_cursor"] is None
+    assert [one["kb_id"] for one in seen] == [filled, "kb-43", "知识库"]
+    assert seen[0] == await trusting.do("GET", f"/api/v1/knowledge/{filled}")
+    status, problem = await trusting.ask("GET", "/api/v1/knowledge?limit=0")
+    assert (status, problem["errors"][0]["field"]) == (422, "limit")
+
+
 async def test_generations_beside_the_one_that_serves_are_told(
     trusting: GatewayProcess, filled: str, place: Place, sql: "asyncpg.Connection[Any]"
 ) -> None:
