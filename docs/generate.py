@@ -15,11 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import typer.main
 import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 import job_runner.settings
+import ptask.app
 import task_gateway
 import task_gateway.settings
 import task_operator.settings
@@ -447,6 +449,65 @@ def comment(lines: Sequence[str], line: int) -> Iterator[str]:
     yield from (one.strip().removeprefix("# ") for one in lines[first:line])
 
 
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def command_line() -> Iterator[str]:
+    """Yield the page of the commands: what `--help` prints, as a page."""
+    yield "# ptask\n"
+    yield NOTE
+    yield "\nThe same as `kubectl ptask`. [The command line](../cli.md) shows how it is used.\n"
+    yield from commands(typer.main.get_command(ptask.app.app), "ptask")
+
+
+def commands(command: Any, path: str) -> Iterator[str]:
+    """Yield the sections of a command and of those below it."""
+    if not command.help:
+        raise Undescribed(f"the command {path} has no description: give it a docstring in client/ptask/app.py")
+    below = getattr(command, "commands", {})
+    if path != "ptask":
+        yield f"\n## {path}\n"
+    yield "\n" + "\n\n".join(cell(part) for part in inspect.cleandoc(command.help).split("\n\n")) + "\n"
+    if not below:
+        yield "\n" + table(
+            ("Argument or option", "Meaning"),
+            [(code(" ".join([*spelled(one), *value_of(one)])), cell(described(one, path))) for one in command.params],
+        )
+    if command.epilog and "Examples:" in command.epilog:
+        lines = [line.strip() for line in command.epilog.splitlines() if line.startswith("  ")]
+        yield "\n```text\n" + "\n".join(lines) + "\n```\n"
+    elif command.epilog:
+        yield f"\n{cell(command.epilog)}\n"
+    for name, one in below.items():
+        yield from commands(one, f"{path} {name}")
+
+
+def spelled(parameter: Any) -> list[str]:
+    """Return how a parameter is written, the short form first."""
+    return [parameter.metavar] if parameter.param_type_name == "argument" else sorted(parameter.opts, key=len)
+
+
+def value_of(parameter: Any) -> list[str]:
+    """Return what follows an option on the command line; nothing for a flag or an argument."""
+    if parameter.param_type_name == "argument" or parameter.is_flag:
+        return []
+    shown = str(parameter.display_type).strip("<>").removeprefix("list[").removesuffix("]")
+    return [shown if "|" in shown else "VALUE"]
+
+
+def described(parameter: Any, path: str) -> str:
+    """Return the description of a parameter, with its default and its variable."""
+    if not parameter.help:
+        raise Undescribed(f"{parameter.name} of {path} has no description: give it help= in client/ptask/app.py")
+    variable = getattr(parameter, "envvar", None)
+    default = parameter.default
+    shown = getattr(default, "value", default)
+    told = [parameter.help]
+    if shown and not isinstance(shown, bool) and not callable(shown) and "efault" not in parameter.help:
+        told.append(f"Default: `{shown}`.")
+    return " ".join([*told, *([f"Variable: `{variable}`."] if variable else [])])
+
+
 # ------------------------------------------------------------------------------------------------------------------ all
 
 
@@ -466,6 +527,7 @@ def pages() -> dict[str, str]:
         "processingtask.md": "".join([*task, *reasons()]),
         "workerpool.md": "".join(pool),
         "rest.md": "".join(rest()),
+        "ptask.md": "".join(command_line()),
         "settings.md": "".join(settings()),
         "values.md": "".join(values(VALUES.read_text(encoding="utf-8"))),
     }

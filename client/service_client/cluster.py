@@ -125,7 +125,7 @@ class ClusterTransport:
         """Ask for its end."""
 
         def patch() -> Manifest:
-            with _translated(f"cannot cancel task {task_id}"):
+            with translated(f"cannot cancel task {task_id}"):
                 return cast(
                     "Manifest",
                     self._api.patch_namespaced_custom_object(
@@ -211,7 +211,7 @@ class ClusterTransport:
 
     def _follow(self, watched: Watched, selector: str, told: dict[str, Task], version: str) -> Program[str | None]:
         """Emit what one watch brings; return the version to go on from, None if that is forgotten."""
-        stream: _Watch | None = None
+        stream: WatchStream | None = None
         left = _WATCH if watched.until is None else min(_WATCH, watched.until - self._clock())
         try:
             stream = yield from call(lambda: self._open(selector, version, seconds=max(1, round(left))))
@@ -279,12 +279,17 @@ class ClusterTransport:
 
     def _create(self, order: Order, spec: Manifest, annotations: Mapping[str, str] | None = None) -> Submitted:
         name = order.name or f"task-{names.digest(self._namespace, FIELD_MANAGER, order.key)}"
-        metadata = {"name": name, "labels": dict(order.labels), "annotations": dict(annotations or {})}
+        metadata = {
+            "name": name,
+            "labels": dict(order.labels),
+            "annotations": {**order.annotations, **(annotations or {})},
+        }
         body = {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": metadata, "spec": spec}
+        options: dict[str, Any] = {"dry_run": "All"} if order.dry_run else {}
         try:
-            with _translated("cannot create the task" if order.name is None else f"cannot create task {name}"):
+            with translated("cannot create the task" if order.name is None else f"cannot create task {name}"):
                 created: Any = self._api.create_namespaced_custom_object(
-                    **self._where, body=body, field_manager=FIELD_MANAGER, _request_timeout=_TIMEOUT
+                    **self._where, body=body, field_manager=FIELD_MANAGER, _request_timeout=_TIMEOUT, **options
                 )
             return _submitted(created, replayed=False)
         except TaskConflict as conflict:
@@ -294,7 +299,7 @@ class ClusterTransport:
             raise TaskConflict(f"cannot create task {name}: it exists with another spec; choose another name") from conflict
 
     def _read(self, task_id: str) -> Manifest:
-        with _translated(f"cannot read task {task_id}"):
+        with translated(f"cannot read task {task_id}"):
             return cast(
                 "Manifest", self._api.get_namespaced_custom_object(**self._where, name=task_id, _request_timeout=_TIMEOUT)
             )
@@ -304,13 +309,13 @@ class ClusterTransport:
         options: dict[str, Any] = {"limit": limit, "_request_timeout": timeout}
         options |= {"field_selector": selector} if selector else {}
         options |= {"_continue": cursor} if cursor else {}
-        with _translated("cannot list tasks"):
+        with translated("cannot list tasks"):
             return cast("Manifest", self._api.list_namespaced_custom_object(**self._where, **options))
 
-    def _open(self, selector: str, version: str, *, seconds: int) -> "_Watch":
+    def _open(self, selector: str, version: str, *, seconds: int) -> "WatchStream":
         options: dict[str, Any] = {"field_selector": selector} if selector else {}
-        with _translated("cannot watch tasks"):
-            return _Watch(
+        with translated("cannot watch tasks"):
+            return WatchStream(
                 self._api.list_namespaced_custom_object(
                     **self._where,
                     **options,
@@ -324,7 +329,7 @@ class ClusterTransport:
             )
 
 
-class _Watch:
+class WatchStream:
     """The events of one watch, line by line. ``kubernetes.watch`` cannot be ended from another thread."""
 
     def __init__(self, response: Any) -> None:
@@ -334,7 +339,7 @@ class _Watch:
 
     def next(self) -> Manifest | None:
         """Return the next event, None at the end."""
-        with _translated("cannot watch tasks"):
+        with translated("cannot watch tasks"):
             line = next(self._lines, None)
         try:
             return None if line is None else json.loads(line)
@@ -359,7 +364,7 @@ class _Watch:
 
 
 @contextlib.contextmanager
-def _translated(what: str) -> Iterator[None]:
+def translated(what: str) -> Iterator[None]:
     """Turn what the Kubernetes client raises into errors of ours that begin with ``what``."""
     try:
         yield

@@ -1,7 +1,7 @@
 """What callers see of tasks, the same over REST and over the Kubernetes API; and tasks as callers describe them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Final
@@ -181,6 +181,10 @@ class Order:
     namespace: str | None
     name: str | None
     """Over the Kubernetes API alone: over REST the name follows from the key."""
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    """Over the Kubernetes API alone."""
+    dry_run: bool = False
+    """Over the Kubernetes API alone: it is judged, and not stored."""
 
     @classmethod
     def of(cls, task: TaskLike, *, key: str, labels: Mapping[str, str] | None = None, name: str | None = None) -> "Order":

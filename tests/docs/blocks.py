@@ -40,6 +40,14 @@ ELSEWHERE = {
         "docs/gateway.md",
         "curl -s http://processing-tasks-gateway",
     ): "`tests/integration/gateway/test_gateway_tasks.py:test_each_change_has_an_audit_line` sends one",
+    (
+        "README.md",
+        "pip install 'processing-tasks[cli]'",
+    ): "`tests/e2e/test_cli.py:test_a_document_from_the_command_line_to_the_knowledge_base` runs these commands",
+    (
+        "docs/cli.md",
+        "ptask submit --kb",
+    ): "`tests/e2e/test_cli.py:test_a_document_from_the_command_line_to_the_knowledge_base` runs these commands",
     ("CONTRIBUTING.md", "make lint"): "`.ci/run` runs the same",
     (
         "docs/images.md",
