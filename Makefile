@@ -75,14 +75,16 @@ lint: $(READY) ## ruff, mypy strict, import-linter, generated files in sync
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python crds/generate.py --check
 	@$(BIN)/python docs/generate.py --check
+	@$(BIN)/python helm/dashboards.py --check
 	@echo "lint: all good"
 
 format: $(READY) ## Format the code and sort imports
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format .
 
-generate: $(READY) ## Write what follows from the code: the CRDs, docs/reference
+generate: $(READY) ## Write what follows from the code: the CRDs, docs/reference, the dashboard
 	@$(BIN)/python crds/generate.py
 	@$(BIN)/python docs/generate.py
+	@$(BIN)/python helm/dashboards.py
 
 lock: $(READY) ## Pin what pyproject.toml has new; with UPGRADE=1 the newest of everything within its bounds
 	@for extras in "operator gateway" runner dev; do \

@@ -21,7 +21,7 @@ _PAGES: Final = {
     "Use": "tasks pools cli client gateway callbacks api-routing sources quality",
     "Reference": "reference/processingtask reference/workerpool reference/rest reference/ptask reference/settings "
     "reference/values metrics",
-    "Operate": "operating security troubleshooting performance ../SECURITY ../manifests/argocd/README",
+    "Operate": "operating security troubleshooting runbooks/README performance ../SECURITY ../manifests/argocd/README",
     "Understand": "architecture operator pipeline walkthrough adr/README ../examples/documents/README",
     "Project": "../CONTRIBUTING ../CHANGELOG",
 }
@@ -29,7 +29,7 @@ NAVIGATION: Final = {
     heading: [page.removeprefix("../") if page.startswith("../") else f"docs/{page}" for page in pages.split()]
     for heading, pages in _PAGES.items()
 }
-"""Pages by the heading in the sidebar that they stand under, in their order; those of docs/adr follow their README."""
+"""Pages by the heading in the sidebar that they stand under, in their order; decisions and runbooks follow their README."""
 
 # Names that Sphinx reads.
 project = "processing-tasks"
@@ -54,8 +54,9 @@ def with_navigation(name: str, source: list[str]) -> None:
     trees = {}
     if name == root_doc:
         trees = NAVIGATION
-    elif name == "docs/adr/README":
-        trees = {"": [f"docs/adr/{path.stem}" for path in sorted((ROOT / "docs/adr").glob("0*.md"))]}
+    elif name in {"docs/adr/README", "docs/runbooks/README"}:
+        folder = (ROOT / name).parent
+        trees = {"": [f"docs/{folder.name}/{path.stem}" for path in sorted(folder.glob("[0T]*.md"))]}
     for caption, pages in trees.items():
         options = "\n".join([":hidden:", *([f":caption: {caption}"] if caption else [])])
         entries = "\n".join(f"/{page}" for page in pages)

@@ -35,6 +35,7 @@ from task_contract.errors import AttemptStalled, AttemptTimeout, HandedBack, Inv
 from task_contract.lifecycle import ExitCode, exit_code
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.models import Action, ProcessingTask, Stage, TaskType, format_duration, parse_manifest
+from task_contract.tracing import trace_of
 
 RECORD_SECONDS: Final = 5.0
 """How long the result row may take: the termination message, or the report of a worker, says the same."""
@@ -165,7 +166,10 @@ async def record_usage(ledger: Ledger, used: Sequence[Used]) -> None:
 def name_in_logs(task: ProcessingTask, uid: UUID, attempt: int) -> None:
     """Have all that is logged from now on, in this asyncio task and in what it starts, name an attempt."""
     structlog.contextvars.bind_contextvars(
-        task=f"{task.metadata.namespace}/{task.metadata.name}", uid=str(uid), attempt=attempt
+        task=f"{task.metadata.namespace}/{task.metadata.name}",
+        uid=str(uid),
+        attempt=attempt,
+        trace_id=trace_of(task.metadata.annotations, uid=str(uid)),
     )
 
 

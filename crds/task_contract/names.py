@@ -43,6 +43,9 @@ SHARDS_ANNOTATION: Final = f"{GROUP}/shards"
 RETRY_OF_ANNOTATION: Final = f"{GROUP}/retry-of"
 """On a task that was made to do a finished one again: the name of that one."""
 
+TRACEPARENT_ANNOTATION: Final = f"{GROUP}/traceparent"
+"""On a task: the trace of its caller, as of W3C Trace Context."""
+
 TASK_FILE: Final = "/etc/processing-task/task.json"
 """Where the pod finds its task."""
 TERMINATION_LOG: Final = "/dev/termination-log"

@@ -16,6 +16,7 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler as AiohttpHandler
 
+from task_gateway import tracing
 from task_gateway.callers import ANYBODY, Caller, Callers
 from task_gateway.database import DatabaseUnavailable
 from task_gateway.limits import RateLimit
@@ -118,6 +119,7 @@ class Gate:
         request[REQUEST_ID] = given if _ID.fullmatch(given) else secrets.token_hex(8)
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request[REQUEST_ID])
+        tracing.begin(request.headers)
         began = time.perf_counter()
         self._metrics.in_flight.inc()
         status = 499  # as nginx has it: the client went away

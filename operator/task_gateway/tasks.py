@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from task_contract.messages import ProgressEvent
 from task_contract.models import TaskType, spec_again
 from task_contract.names import RETRY_OF_ANNOTATION
+from task_gateway import tracing
 from task_gateway.callers import Caller, Callers
 from task_gateway.cluster import Cluster
 from task_gateway.database import Database, TaskFilter
@@ -232,7 +233,7 @@ class Tasks:
         name = f"task-{secrets.token_hex(10)}" if key is None else name_of(namespace=namespace, caller=caller.name, key=key)
         structlog.contextvars.bind_contextvars(namespace=namespace, task=name)
         manifest = manifest_of(wanted, name=name, namespace=namespace, caller=caller.name)
-        manifest["metadata"]["annotations"] |= annotations or {}
+        manifest["metadata"]["annotations"] |= tracing.annotations() | dict(annotations or {})
         for _ in range(2):
             with refused("cannot create the task"):
                 try:

@@ -16,6 +16,7 @@ from typing import Any, Final
 import orjson
 
 from task_contract.models import Phase
+from task_contract.names import TRACEPARENT_ANNOTATION
 from task_operator.jobs import JobState, parse_time
 
 Key = tuple[str, str]
@@ -257,8 +258,10 @@ def _cached(manifest: Mapping[str, Any], version: int) -> CachedTask:
     spec: Mapping[str, Any] = _mapping(manifest.get("spec"))
     status: Mapping[str, Any] = _mapping(manifest.get("status"))
     phase = str(status.get("phase") or Phase.QUEUED)
+    traceparent = _mapping(metadata.get("annotations")).get(TRACEPARENT_ANNOTATION)
     body = {
-        "metadata": {key: value for key, value in metadata.items() if key not in {"managedFields", "annotations"}},
+        "metadata": {key: value for key, value in metadata.items() if key not in {"managedFields", "annotations"}}
+        | ({} if traceparent is None else {"annotations": {TRACEPARENT_ANNOTATION: traceparent}}),
         "spec": spec,
         "status": status,
     }

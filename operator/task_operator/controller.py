@@ -64,6 +64,7 @@ from task_contract.leases import PoolReport, ReportKind
 from task_contract.messages import Outcome, ProgressEvent
 from task_contract.models import Metadata, Phase, ProcessingTask, Stage, Status, TaskType, describe
 from task_contract.names import API_VERSION, KIND
+from task_contract.tracing import trace_of
 from task_operator.cache import FINISHED, Cache, CachedTask, Key, job_key, surplus
 from task_operator.dependencies import Dependencies, Dependency, circle_through
 from task_operator.dispatch import Claim, Dispatch, Limit, Limits, Place
@@ -325,6 +326,8 @@ class Controller:
             key = await self._queue.get()
             started = time.perf_counter()
             news = self._news.pop(key, None)
+            structlog.contextvars.clear_contextvars()
+            structlog.contextvars.bind_contextvars(namespace=key[0], task=key[1])
             try:
                 await self._look(key, news=news)
             except (asyncio.CancelledError, VersionsWentBack):
@@ -753,6 +756,8 @@ class Controller:
             self._look_after(key, idle)
             return
         task = _read(key, cached)
+        trace = trace_of(task.metadata.annotations, uid=cached.uid)
+        structlog.contextvars.bind_contextvars(uid=cached.uid, attempt=task.status.attempt, trace_id=trace)
         decision = await self._decide(task, facts)
         changed = False
         if decision.status is not None:
@@ -1058,7 +1063,7 @@ def merged(before: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any
 def _document(cached: CachedTask) -> str:
     """Return what a worker reads as its task: as :func:`task_operator.jobs.task_document`, but for what is a default."""
     manifest = cached.manifest()
-    kept = ("name", "namespace", "uid", "generation", "creationTimestamp")
+    kept = ("name", "namespace", "uid", "generation", "creationTimestamp", "annotations")  # those that the cache keeps
     metadata = {key: manifest["metadata"][key] for key in kept if key in manifest["metadata"]}
     document = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": manifest["spec"]}
     return orjson.dumps(document).decode()

@@ -31,10 +31,12 @@ from task_contract.names import (
     TASK_FILE,
     TASK_NAME_ANNOTATION,
     TASK_UID_LABEL,
+    TRACEPARENT_ANNOTATION,
     TYPE_LABEL,
     digest,
     job_name,
 )
+from task_contract.tracing import trace_id
 from task_operator.resources import OOM_KILLED, MemoryGrowth, Resources, Size, class_of, resources_of
 
 QUEUED_AT_ANNOTATION: Final = f"{GROUP}/queued-at"
@@ -166,7 +168,7 @@ def task_document(task: ProcessingTask) -> str:
     they are; escaped, Chinese text would be twice as long.
     """
     metadata = task.metadata
-    created = metadata.creation_timestamp
+    created, given = metadata.creation_timestamp, metadata.annotations.get(TRACEPARENT_ANNOTATION)
     document = {
         "apiVersion": API_VERSION,
         "kind": KIND,
@@ -176,7 +178,8 @@ def task_document(task: ProcessingTask) -> str:
             "uid": metadata.uid,
             "generation": metadata.generation,
             "creationTimestamp": None if created is None else created.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        },
+        }
+        | ({"annotations": {TRACEPARENT_ANNOTATION: given}} if trace_id(given) else {}),
         "spec": task.spec.manifest(),
     }
     return json.dumps(document, ensure_ascii=False, separators=(",", ":"))

@@ -1,8 +1,10 @@
-"""docs/metrics.md against the registries of operator and gateway."""
+"""docs/metrics.md, alerts and dashboard against the registries of operator and gateway."""
 
+import json
 import re
 from pathlib import Path
 
+import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
@@ -11,7 +13,9 @@ from task_gateway.metrics import Metrics as GatewayMetrics
 from task_operator.metrics import Metrics, Waiting
 from task_operator.pool_metrics import PoolMetrics
 
-PAGE = Path(__file__).parents[2] / "docs/metrics.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/metrics.md"
+DASHBOARD = ROOT / "helm/processing-tasks/files/dashboards/processing-tasks.json"
 WORST = {"namespace", "name", "uid", "kb_id", "job", "task", "user", "url", "document_id"}
 """Labels with as many values as there are tasks or callers."""
 
@@ -58,7 +62,7 @@ def _gateway() -> dict[str, Metric]:
 
 
 def test_the_page_names_every_metric_with_its_labels_and_no_other() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", PAGE.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", PAGE.read_text().partition("## Prometheus and Grafana")[0], re.MULTILINE)
     told = {name: tuple(sorted(re.findall(r"`(\w+)`", labels))) for name, labels in rows}
     metrics, gateway = Metrics(), GatewayMetrics()
     labels = {
@@ -94,3 +98,50 @@ def test_what_others_ask_for_has_exactly_these_names() -> None:
     known = _operator()
     assert {name: known[name].type for name in asked} == asked
     assert Metrics().failed._labelnames == Metrics().succeeded._labelnames == ("type",)
+
+
+ALERTS = ROOT / "helm/processing-tasks/files/alerts/alerts.yaml"
+OF_OTHERS = re.compile(r"process_\w+")
+NOT_YET: set[str] = {"task_operator_leader"}
+
+
+def _asked() -> dict[str, str]:
+    """Return every query of alerts and dashboard by what asks it."""
+    rules = yaml.safe_load(ALERTS.read_text())["groups"][0]["rules"]
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    return {rule["alert"]: rule["expr"] for rule in rules} | {
+        f"{panel['title']} {target['refId']}": target["expr"] for panel in panels for target in panel.get("targets", [])
+    }
+
+
+def test_alerts_and_dashboard_ask_for_metrics_that_there_are() -> None:
+    known = _operator() | _gateway()
+    names = set(known) | {
+        f"{name}_{part}" for name, one in known.items() if one.type == "histogram" for part in ("bucket", "sum", "count")
+    }
+    asked = {name for query in _asked().values() for name in re.findall(r"\b(?:task|process|worker)_\w+\b(?=[{\[)])", query)}
+    assert len(asked) > 20
+    assert {name for name in asked if not OF_OTHERS.fullmatch(name)} - names == NOT_YET
+
+
+def test_every_alert_has_its_page_and_every_page_its_alert() -> None:
+    rules = yaml.safe_load(ALERTS.read_text())["groups"][0]["rules"]
+    pages = {f"docs/runbooks/{page.name}" for page in (ROOT / "docs/runbooks").glob("T*.md")}
+    assert (
+        {rule["annotations"]["runbook_url"] for rule in rules}
+        == pages
+        == {f"docs/runbooks/{rule['alert']}.md" for rule in rules}
+    )
+    listed = (ROOT / "docs/runbooks/README.md").read_text()
+    assert all(f"[{rule['alert']}]({rule['alert']}.md)" in listed for rule in rules)
+    assert {rule["labels"]["severity"] for rule in rules} == {"warning", "critical"}
+
+
+def test_the_dashboard_has_what_is_asked_of_it() -> None:
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    rows = [panel["title"] for panel in panels if panel["type"] == "row"]
+    assert rows == ["Overview", "One knowledge base", "One task", "Capacity and cost"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken = [(x, y) for p in panels for x in range(p["gridPos"]["x"], p["gridPos"]["x"] + p["gridPos"]["w"])
+             for y in range(p["gridPos"]["y"], p["gridPos"]["y"] + p["gridPos"]["h"])]  # fmt: skip
+    assert len(taken) == len(set(taken)), "panels overlap"

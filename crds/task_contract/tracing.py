@@ -1,0 +1,35 @@
+"""Which trace a task belongs to: that of the caller who says so, else one of its own.
+
+A caller gives ``traceparent`` (W3C Trace Context) as a header to the gateway, or as the annotation
+:data:`task_contract.names.TRACEPARENT_ANNOTATION` of the resource. Lines that operator and runner log about the task have
+its trace id, so that they are found beside what the caller logged.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from task_contract.names import TRACEPARENT_ANNOTATION
+
+_TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+"""Later versions may add fields behind; version ff is none."""
+_LONGEST: Final = 256
+
+
+def trace_id(traceparent: str | None) -> str | None:
+    """Return the 32 hexadecimal digits of the trace; None for none, and for what is no ``traceparent``.
+
+    >>> trace_id("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")
+    '4bf92f3577b34da6a3ce929d0e0e4736'
+    """
+    if traceparent is None or len(traceparent) > _LONGEST:
+        return None
+    found = _TRACEPARENT.fullmatch(traceparent)
+    if found is None or (traceparent.startswith("00") and found[2]):
+        return None
+    return found[1]
+
+
+def trace_of(annotations: Mapping[str, str], *, uid: str) -> str:
+    """Return the trace id of a task: that of its annotation, else the digits of its uid, which are one as well."""
+    return trace_id(annotations.get(TRACEPARENT_ANNOTATION)) or uid.replace("-", "")
