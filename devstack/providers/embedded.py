@@ -27,7 +27,8 @@ class Embedded:
         apply_namespace(Kubectl(endpoints.kubectl, endpoints.kubeconfig), self.place.namespace)
         documents = cluster.document_volume(self.place.task_namespace)
         chosen = loaded(references) | stores(endpoints.pod_urls) | local_documents(self.place.task_namespace)
-        chosen["gateway"] = {"replicas": 1}  # a second one on the same node would keep nobody company
+        for part in ("operator", "gateway"):  # a second one on the same node would keep nobody company
+            chosen[part] = {**chosen.get(part, {}), "replicas": 1}
         return Prepared(chosen, documents)
 
     def clear(self, endpoints: Endpoints) -> None:

@@ -5,9 +5,11 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
-from collections.abc import Coroutine, Sequence
+import uuid
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -23,8 +25,9 @@ from task_operator.archive import Archive
 from task_operator.callbacks import Sender
 from task_operator.channel import RedisSink
 from task_operator.cloud_events import Publisher, Sink
-from task_operator.cluster import Cluster, Watches
+from task_operator.cluster import USER_AGENT, Cluster, Watches
 from task_operator.controller import Controller, VersionsWentBack
+from task_operator.election import Alone, Election, LeaseStore
 from task_operator.events import Events, of_dead_callback
 from task_operator.handlers import build_registry, event_sinks, kopf_settings
 from task_operator.health import Health
@@ -45,30 +48,43 @@ from task_platform.progress import ProgressFeed
 from task_platform.settings import SettingsError, load_settings, product_version
 
 _log = structlog.get_logger("task_operator")
+NAME: Final = "processing-tasks"
+"""For the label app.kubernetes.io/name."""
 _STOP_TIMEOUT: Final = 3.0  # seconds for a look in progress to end
 
 
 async def run(settings: Settings) -> int:
     """Run until a signal or a fault; return the exit code.
 
+    Several operators may run: each watches, and the one that leads acts (:mod:`task_operator.election`). One that is told to
+    stop ends its work, writes what waits, and gives its Lease back, in this order.
+
     kopf gives up on some errors of a watch; then, or when one of the parts fails, the process ends with 1 and is started
     again by its supervisor: everything begins with a full list, so nothing is lost by it.
     """
     access = Access.from_environment()
     metrics = Metrics()
-    cluster = Cluster(access, observe=metrics.requested)
+    template = settings.runner_template()
+    leases, election = _election(settings, access, metrics, labels=common_labels(template, name=NAME, component="operator"))
+    cluster = Cluster(access, observe=metrics.requested, leads=election.leads)
     await cluster.warm_up()
     with_pools = await cluster.has_pools(settings.namespaces)
     # Tasks, Jobs and pools. Without their CRD kopf would not watch pools; they are listed now and then instead.
     watches = Watches(expected=(3 if with_pools else 2) * max(1, len(settings.namespaces)))
     database = None
     if settings.postgres_url is not None:
-        database = Database(settings.postgres_url, metrics=metrics, default_callback=settings.default_callback())
-    template = settings.runner_template()
+        database = Database(
+            settings.postgres_url,
+            metrics=metrics,
+            default_callback=settings.default_callback(),
+            leads=election.leads,
+            rest=settings.timing().margin,
+        )
+        database.stand_by()
     events = Events(
         cluster.create_event,
         instance=socket.gethostname(),
-        labels=common_labels(template, name="processing-tasks", component="operator"),
+        labels=common_labels(template, name=NAME, component="operator"),
         metrics=metrics,
     )
     pool_queue = None if settings.redis_url is None else PoolQueue(settings.redis_url)
@@ -95,6 +111,7 @@ async def run(settings: Settings) -> int:
         policy=settings.policy(),
         limits=settings.limits(),
         budget=settings.task_budget,
+        leads=election.leads,
         resync_seconds=settings.resync_seconds,
     )
     sweeper = None
@@ -142,6 +159,7 @@ async def run(settings: Settings) -> int:
         watches=watches,
         ready=lambda: controller.synced,
         metrics=metrics,
+        leads=election.leads,
     )
     feed = None if settings.redis_url is None else ProgressFeed(settings.redis_url, sink=controller.on_progress)
 
@@ -154,35 +172,69 @@ async def run(settings: Settings) -> int:
     watches.on_reopen = controller.check_versions
     if database is not None:
         database.on_incomplete = controller.relist
+    if leases is not None:
+        await leases.warm_up()
     if database is not None:
         await database.warm_up()
     if sender is not None:
         await sender.warm_up()
     await health.warm_up()
-    # Started before kopf: on its way out kopf cancels every task that began after it did.
+
+    # Whoever leads writes, and does all of this; whoever stands by does none of it.
+    leading: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
+        "controller": controller.lead,
+        "pools": lambda: pools.run(watches.open),
+        "events": events.run,
+        **({} if database is None else {"projection": database.run}),
+        **({} if feed is None else {"progress": feed.run}),
+        **({} if sweeper is None else {"sweeper": sweeper.run}),
+        **({} if archive is None else {"archive": archive.run}),
+        **({} if accounts is None else {"accounts": accounts.run}),
+        **({} if sender is None else {"callbacks": sender.run}),
+        **({} if listener is None else {"listener": listener.run}),
+        **{f"publisher {number}": publisher.run for number, publisher in enumerate(publishers)},
+    }
+
+    async def lead() -> None:
+        if database is not None:
+            database.act()
+        try:
+            async with asyncio.TaskGroup() as group:
+                for name, part in leading.items():
+                    group.create_task(part(), name=name)
+        finally:
+            if database is not None and not election.leads():
+                database.stand_by()  # else it stops, and writes what waits
+
+    # Both of them watch. Started before kopf: on its way out kopf cancels every task that began after it did.
     parts = [
-        _start("controller", controller.run(watches.open)),
-        _start("pools", pools.run(watches.open)),
         _start("health", health.run()),
-        _start("events", events.run()),
-        *([] if database is None else [_start("projection", database.run())]),
-        *([] if feed is None else [_start("progress", feed.run())]),
-        *([] if sweeper is None else [_start("sweeper", sweeper.run())]),
-        *([] if archive is None else [_start("archive", archive.run())]),
-        *([] if accounts is None else [_start("accounts", accounts.run())]),
-        *([] if sender is None else [_start("callbacks", sender.run())]),
-        *([] if listener is None else [_start("listener", listener.run())]),
-        *(_start("publisher", publisher.run()) for publisher in publishers),
+        _start("election", election.run(lead)),
+        _start("watching", controller.observe(watches.open)),
     ]
 
     async def cleanup() -> None:
-        await _stop(parts)
+        await _stop(parts)  # the work of a leader with them
+        if sender is not None:
+            await sender.aclose()
+        if database is not None:
+            await database.aclose()
+        await election.release()
         await health.aclose()
+
+    told_to_stop = asyncio.Event()
+
+    def begun() -> None:
+        loop = asyncio.get_running_loop()
+        for one in (signal.SIGTERM, signal.SIGINT):  # in place of kopf's, which first takes its time
+            loop.add_signal_handler(one, told_to_stop.set)
 
     watching = _start(
         "kopf",
         kopf.operator(
-            registry=build_registry(watches.sinks, access=access, watches=watches, with_pools=with_pools, cleanup=cleanup),
+            registry=build_registry(
+                watches.sinks, access=access, watches=watches, with_pools=with_pools, cleanup=cleanup, begun=begun
+            ),
             settings=kopf_settings(),
             clusterwide=not settings.namespaces,
             namespaces=list(settings.namespaces),
@@ -191,11 +243,15 @@ async def run(settings: Settings) -> int:
             identity="task-operator",  # type: ignore[arg-type]  # a NewType of str that kopf does not export
         ),
     )
+    stopping = _start("signal", _wait(told_to_stop))
     try:
         _log.info("operator started", namespaces=settings.namespaces or "all", server=access.server)
-        await asyncio.wait([watching, *parts], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([watching, stopping, *parts], return_when=asyncio.FIRST_COMPLETED)
         failed = [part for part in parts if part.done() and not part.cancelled()]
-        if failed:
+        if stopping.done():
+            _log.info("told to stop")
+            await cleanup()
+        if failed or stopping.done():
             watching.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await watching
@@ -207,6 +263,7 @@ async def run(settings: Settings) -> int:
         _log.error("watching failed", error=_explain(error))
         return 1
     finally:
+        stopping.cancel()
         await cleanup()
         if feed is not None:
             await feed.aclose()
@@ -214,12 +271,30 @@ async def run(settings: Settings) -> int:
             await publisher.aclose()
         if pool_queue is not None:
             await pool_queue.aclose()
-        if sender is not None:
-            await sender.aclose()
-        if database is not None:
-            await database.aclose()
+        if leases is not None:
+            await leases.aclose()
         await cluster.aclose()
         _log.info("operator stopped")
+
+
+def _election(
+    settings: Settings, access: Access, metrics: Metrics, *, labels: Mapping[str, str]
+) -> tuple[LeaseStore | None, Election | Alone]:
+    if not settings.lease_name:
+        return None, Alone()
+    store = LeaseStore(
+        access,
+        user_agent=USER_AGENT,
+        namespace=settings.lease_namespace or access.own_namespace(),
+        name=settings.lease_name,
+        labels=labels,
+    )
+    me = f"{socket.gethostname()}_{uuid.uuid4().hex[:12]}"  # a process of its own, also in the same pod
+    return store, Election(store, me=me, timing=settings.timing(), metrics=metrics)
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()
 
 
 def _start(name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -147,6 +147,16 @@ class Backlog:
         self._newest = newest
         self.incomplete = False
 
+    def clear(self) -> None:
+        """Forget what waits, and what is known of the table."""
+        self._rows.clear()
+        self._since.clear()
+        self._stored.clear()
+        self._newest = -1
+        self.size = 0
+        self.incomplete = False
+        self.forgotten = 0
+
     def forget(self, uid: str) -> None:
         """Forget that a task is in the table: its row says now that it is gone."""
         self._stored.pop(uid, None)

@@ -383,11 +383,15 @@ class Sender:
 
     async def _tell_all(self) -> None:
         while untold := await self._outbox.untold(most=_TELL):
+            again = len(untold) < _TELL
             for one in untold:
                 try:
                     await self._api.patch_callback(one.namespace, one.name, uid=one.task_uid, callback=status_of(one))
-                except (NotFound, Conflict):
+                except NotFound:
                     pass  # the task is gone: the outbox alone knows
+                except Conflict:
+                    again = True  # somebody has written it, perhaps another sender: to be read again, from the outbox too
+                    continue
                 except (Forbidden, Invalid) as error:
                     _log.warning("cannot tell a task of its callback", task=one.name, error=error.message)
                 except ClusterError as error:
@@ -396,7 +400,7 @@ class Sender:
                 await self._outbox.told(one)
                 if one.state == "dead":
                     self._announce(one)
-            if len(untold) < _TELL:
+            if again:
                 return
 
     async def _count(self) -> None:

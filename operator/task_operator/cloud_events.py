@@ -31,6 +31,8 @@ _LOOK: Final = 5.0  # seconds between two looks when nobody calls: also whether 
 _TURN: Final = 3.0  # seconds between two tries to become the one that publishes
 _MAX_BACKOFF: Final = 15.0  # seconds
 _TIMEOUT: Final = 10.0  # seconds of a statement
+_ALOUD: Final = "SELECT set_config('idle_session_timeout', '20s', false)"
+"""PostgreSQL ends the session of a publisher that was paused, and its lock with it: longer than a sink takes for a round."""
 
 _BEGIN: Final = (  # a sink that is new begins with what happens from now on
     "INSERT INTO event_cursors (sink, number) SELECT $1, coalesce(max(number), 0) FROM task_events ON CONFLICT DO NOTHING"
@@ -150,6 +152,7 @@ class Publisher:
             try:
                 connection = await asyncpg.connect(self._url, timeout=_TIMEOUT, command_timeout=_TIMEOUT)
                 try:
+                    await connection.execute(_ALOUD)
                     await self._take_turn(connection)
                     while True:
                         await self._publish(connection)
@@ -178,6 +181,7 @@ class Publisher:
             events = [Event(dict(row), source=self._source) for row in rows]
             for each in rounds(events):
                 await self._sink.put(each)
+                await connection.execute("SELECT 1")  # whose turn it is not any more stops here
             await connection.execute(_ADVANCE, self._sink.name, events[-1].number)
             self._metrics.events_published.labels(self._sink.name).inc(len(events))
             await self._measure(connection)

@@ -31,6 +31,7 @@ from task_platform.kubernetes import (
     NotFound,
     Observe,
     Page,
+    Unavailable,
     open_session,
     path_of,
 )
@@ -45,6 +46,10 @@ FIELD_MANAGER: Final = "processing-tasks-operator"
 """Who the operator is in ``metadata.managedFields``. Its status writes are told apart there by ``subresource: status``."""
 MANAGED_SELECTOR: Final = f"{MANAGED_BY_LABEL}={MANAGED_BY}"
 """Selects the Jobs that are ours, on the server."""
+
+
+class NotLeading(Unavailable):
+    """A write that was not sent, since another operator may lead by now."""
 
 
 class Watches:
@@ -201,11 +206,20 @@ class _PodLists:
 
 
 class Cluster(Kubernetes):
-    """Requests of the operator."""
+    """Requests of the operator; those that change something are sent only while it leads."""
 
-    def __init__(self, access: Access, *, observe: Observe = lambda *_: None) -> None:
+    def __init__(
+        self, access: Access, *, observe: Observe = lambda *_: None, leads: Callable[[], bool] = lambda: True
+    ) -> None:
         super().__init__(access, user_agent=USER_AGENT, observe=observe)
+        self._leads = leads
         self._pod_lists: dict[str, _PodLists] = {}
+
+    async def request(self, method: str, path: str, **options: Any) -> bytes:
+        """Make a request, as :meth:`Kubernetes.request` does. Raises :class:`NotLeading` in place of a write."""
+        if method != "GET" and not self._leads():
+            raise NotLeading(f"cannot {method} {path}: this operator does not lead any more")
+        return await super().request(method, path, **options)
 
     async def check_access(self, namespace: str | None) -> None:
         """Raise :class:`Forbidden` or :class:`NotFound` unless tasks and Jobs can be listed."""
@@ -341,14 +355,23 @@ class Cluster(Kubernetes):
         )
 
     async def patch_callback(self, namespace: str, name: str, *, uid: str, callback: Mapping[str, Any]) -> None:
-        """Merge ``callback`` into ``status.callback`` of this very task, whatever its version: nobody else writes it.
+        """Merge ``callback`` into ``status.callback`` of this very task, unless that tells of a later attempt already.
 
-        :class:`NotFound` or :class:`Conflict` if it is gone.
+        :class:`NotFound` if the task is gone; :class:`Conflict` if it has changed meanwhile.
         """
+        task = await self.get_task(namespace, name)
+        metadata = task["metadata"]
+        if metadata["uid"] != uid:
+            raise NotFound(f"cannot find {namespace}/{name} of uid {uid}: another task has its name", status=404)
+        told = (task.get("status") or {}).get("callback") or {}
+        # Times of PostgreSQL in one form, to the second at most: they compare as texts, and attempts are seconds apart.
+        if (told.get("lastAttemptAt") or "") > (callback.get("lastAttemptAt") or ""):
+            return
+        body = {"metadata": {"uid": uid, "resourceVersion": metadata["resourceVersion"]}, "status": {"callback": callback}}
         await self.ask(
             "PATCH",
             f"{path_of(TASKS_API, namespace, PLURAL, name)}/status",
-            body={"metadata": {"uid": uid}, "status": {"callback": callback}},
+            body=body,
             params={"fieldManager": FIELD_MANAGER},
             content_type="application/merge-patch+json",
         )

@@ -201,12 +201,14 @@ class Controller:
         policy: Policy | None = None,
         limits: Limits = Limits(),  # noqa: B008 - frozen
         budget: int = 0,
+        leads: Callable[[], bool] = lambda: True,
         resync_seconds: float = 300,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         random: Callable[[], float] = random_module.random,
         workers: int = _WORKERS,
     ) -> None:
         """``budget``: so many tasks of a namespace stay; over it, finished ones go before their time. 0: any number.
+        ``leads``: whether this operator acts at the moment, or stands by and only watches.
 
         Without ``pools`` and ``pool_queue`` no task gets to a worker pool.
         """
@@ -224,10 +226,11 @@ class Controller:
         self._cache = Cache()
         self._queue: WorkQueue[Key] = WorkQueue()
         self._limited = bool(limits)
-        self._dispatch: Dispatch | None = None
-        self._pools: PoolTasks | None = None
-        if pools is not None and pool_queue is not None:
-            self._pools = PoolTasks(
+
+        def places() -> tuple[PoolTasks | None, Dispatch | None]:
+            if pools is None or pool_queue is None:
+                return None, Dispatch(limits, wake=self._queue.add, clock=clock) if limits else None
+            tasks = PoolTasks(
                 queue=pool_queue,
                 pools=pools,
                 metrics=metrics,
@@ -238,16 +241,20 @@ class Controller:
                 grown=self._grown,
                 clock=clock,
             )
-            self._dispatch = Dispatch(limits, wake=self._queue.add, window=self._pools.window, clock=clock)
-        elif limits:
-            self._dispatch = Dispatch(limits, wake=self._queue.add, clock=clock)
+            return tasks, Dispatch(limits, wake=self._queue.add, window=tasks.window, clock=clock)
+
+        self._places = places
+        self._pools, self._dispatch = places()
         self._budget = budget
         self._crowded: set[str] = set()
         self._crowd = asyncio.Event()
         self._live: dict[str, _Live] = {}
         self._news: dict[Key, float] = {}
         """Since when news of a task wait for a look, on the clock of time.perf_counter."""
-        self._synced = False
+        self._leads = leads
+        self._term = 0  # how often it was called to act
+        self._confirmed: int | None = None  # the term in which everything was last listed
+        self._listed = asyncio.Event()
         self._resync_now = asyncio.Event()
         self._reopened = asyncio.Event()
         metrics.watch_queue(self._waiting)
@@ -257,29 +264,56 @@ class Controller:
     @property
     def synced(self) -> bool:
         """Whether everything has been listed once."""
-        return self._synced
+        return self._listed.is_set()
 
     def alive(self) -> set[str] | None:
-        """Return the uids of all tasks that have not finished; None before everything has been listed once."""
-        return {task.uid for _, task in self._cache.tasks() if not task.finished} if self._synced else None
+        """Return the uids of all tasks that have not finished; None before everything has been listed since it leads.
 
-    async def run(self, watching: asyncio.Event) -> None:
-        """Wait for the watches, list everything, then work until cancelled. Raises what listing is refused with.
+        What is not among them may be barred from publishing for ever, so a cache that a watch may be late for is not enough.
+        """
+        if not self._leads() or self._confirmed != self._term:
+            return None
+        return {task.uid for _, task in self._cache.tasks() if not task.finished}
+
+    async def observe(self, watching: asyncio.Event) -> None:
+        """Wait for the watches, list everything, then keep up until cancelled, whoever leads. Raises what listing is refused
+        with.
 
         In this order: what is deleted after the list reaches the watches, what was deleted before is not listed. The other
         way round, a Job deleted between list and watch would be believed in until the next resync.
         """
         await self._begin(watching)
         async with asyncio.TaskGroup() as group:
-            for number in range(self._workers):
-                group.create_task(self._work(), name=f"worker {number}")
             group.create_task(self._resync_forever(), name="resync")
             group.create_task(self._check_versions_forever(), name="versions")
+
+    async def lead(self) -> None:
+        """Act until cancelled, as soon as everything is listed; again whenever this operator is called to lead.
+
+        It begins with what it knows from its watches. What it may be wrong about is asked for, or refused to it, where it
+        matters: before a Job counts as lost or as an orphan, and by the resourceVersion of each write. A list of everything,
+        for the projection and for what went unseen, follows while it works.
+        """
+        self._term += 1
+        await self._listed.wait()
+        self._take_over()
+        async with asyncio.TaskGroup() as group:
+            for number in range(self._workers):
+                group.create_task(self._work(), name=f"worker {number}")
             group.create_task(self._prune_forever(), name="prune")
             if self._pools is not None:
                 group.create_task(self._pools.run(), name="pools")
             if self._dispatch is not None:
                 group.create_task(self._tell_positions_forever(self._dispatch), name="positions")
+
+    def _take_over(self) -> None:
+        """Look at everything as if it had just been listed; places and progress of an earlier term are forgotten."""
+        self._live.clear()
+        self._news.clear()  # how long they waited for another leader's death is no delay of this one
+        self._pools, self._dispatch = self._places()
+        self._look_after_all()
+        if self._confirmed != self._term:
+            self._resync_now.set()
 
     async def _begin(self, watching: asyncio.Event) -> None:
         wait = 1.0
@@ -294,7 +328,7 @@ class Controller:
                 await asyncio.sleep(wait)
                 wait = min(2 * wait, 15.0)
             else:
-                self._synced = True
+                self._listed.set()
                 _log.info("everything is listed", tasks=len(self._cache))
                 return
 
@@ -330,7 +364,11 @@ class Controller:
             structlog.contextvars.bind_contextvars(namespace=key[0], task=key[1])
             try:
                 await self._look(key, news=news)
-            except (asyncio.CancelledError, VersionsWentBack):
+            except VersionsWentBack:
+                raise
+            except asyncio.CancelledError:  # it leads no more: the look is to be taken again when it does
+                self._queue.add(key)
+                self._queue.done(key)
                 raise
             except ClusterError as error:
                 self._keep_news(key, news)
@@ -380,6 +418,8 @@ class Controller:
 
     def _waiting(self) -> Waiting:
         now, waiting = self._clock().timestamp(), Waiting()
+        if not self._leads():  # two operators would count each task twice
+            return waiting
         for _, task in self._cache.tasks():
             if task.phase not in {"Queued", "Retrying"}:
                 continue
@@ -503,7 +543,7 @@ class Controller:
 
     def on_look(self, pool: Pool, look: Look | None) -> None:
         """Take in what there is of a pool in Redis; None: Redis cannot be used."""
-        if self._pools is not None and self._synced:
+        if self._pools is not None and self.synced and self._leads():
             self._pools.on_look(pool, look)
 
     def backlog(self, pool: Pool) -> Backlog:
@@ -638,12 +678,18 @@ class Controller:
 
     async def _resync(self) -> None:
         """List tasks and Jobs, take in what is new, forget what is gone, and look at all that may need it."""
+        term = self._term if self._leads() else None
         held = await self._held()
         for namespace in self._namespaces:
             await self._list_tasks(namespace)
             await self._list_jobs(namespace)
         if held is not None:
             await self._mark_deleted(held)
+        self._look_after_all()
+        self._confirmed = term
+        self._metrics.resyncs.labels("done").inc()
+
+    def _look_after_all(self) -> None:
         now = self._clock().timestamp()
         for key, cached in self._cache.tasks():
             self._look_after(key, (self._idle_until(key, cached) or now) - now)
@@ -655,7 +701,6 @@ class Controller:
                 self._dispatch.hold(key, _claim_of(key, known, pool=None))  # before anybody asks for a place
         for namespace in {key[0] for key, _ in self._cache.tasks()}:
             self._count_tasks(namespace)
-        self._metrics.resyncs.labels("done").inc()
 
     def _idle_until(self, key: Key, cached: CachedTask) -> float | None:
         """Return when there is next something to do about a task that has finished, in seconds since the epoch; None: now.
@@ -716,7 +761,7 @@ class Controller:
 
     async def _held(self) -> dict[str, Held] | None:
         """Return what PostgreSQL holds of tasks; None when it cannot be asked. To be asked before tasks are listed."""
-        if self._database is None:
+        if self._database is None or not self._leads():
             return None
         try:
             return await self._database.held(namespaces=[one for one in self._namespaces if one is not None])

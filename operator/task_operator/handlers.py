@@ -97,8 +97,10 @@ def build_registry(
     watches: Watches,
     with_pools: bool,
     cleanup: Callable[[], Awaitable[None]],
+    begun: Callable[[], None] = lambda: None,
 ) -> kopf.OperatorRegistry:
-    """Return the handlers, bound to who takes events. ``with_pools``: whether there is something to watch for them."""
+    """Return the handlers, bound to who takes events. ``with_pools``: whether there is something to watch for them.
+    ``begun`` is called when kopf has set itself up, its signals too."""
     registry = kopf.OperatorRegistry()
 
     def take(plural: str, event: Any) -> None:
@@ -113,6 +115,7 @@ def build_registry(
     async def startup(**_: Any) -> None:
         # Fewer full collections: the live objects of a process full of caches are walked for nothing.
         gc.set_threshold(20_000, 20, 50)
+        begun()
 
     @kopf.on.cleanup(registry=registry)
     async def stop(**_: Any) -> None:

@@ -1,7 +1,7 @@
 """The operator's HTTP side: /healthz, /readyz and /metrics.
 
 Liveness is the age of the last byte on the watches and the lag of the event loop: what a restart can cure. Stores are not
-asked: an operator that restarts because PostgreSQL is away helps nobody.
+asked: an operator that restarts because PostgreSQL is away helps nobody. One that stands by is ready when it could act.
 """
 
 import asyncio
@@ -30,6 +30,7 @@ class Health:
         watches: Watches,
         ready: Callable[[], bool],
         metrics: Metrics,
+        leads: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._host, _, port = listen.rpartition(":")
@@ -37,6 +38,7 @@ class Health:
         self._watches = watches
         self._ready = ready
         self._metrics = metrics
+        self._leads = leads
         self._clock = clock
         self._started = clock()
         self._lag = 0.0
@@ -81,8 +83,9 @@ class Health:
         return web.Response(text=f"{problem or 'ok'}\n", status=200 if problem is None else 503)
 
     async def _readyz(self, _: web.Request) -> web.Response:
-        ready = self._ready()
-        return web.Response(text="ok\n" if ready else "the first list is not complete\n", status=200 if ready else 503)
+        if not self._ready():
+            return web.Response(text="the first list is not complete\n", status=503)
+        return web.Response(text="ok\n" if self._leads() else "ok, standing by\n")
 
     async def _scrape(self, _: web.Request) -> web.Response:
         self._metrics.watch_age.set(self._watches.oldest() or 0)

@@ -235,6 +235,12 @@ class Metrics:
         self.watch_age = Gauge(
             "task_operator_watch_age_seconds", "Since the quietest watch brought a byte.", registry=self.registry
         )
+        self.leader = Gauge("task_operator_leader", "1: this process acts; 0: it stands by.", registry=self.registry)
+        self.leader.set(1)
+        self.lease_age = Gauge(
+            "task_operator_lease_age_seconds", "Since the Lease was last seen to change.", registry=self.registry
+        )
+        self.terms = Counter("task_operator_terms", "How often this process became the leader.", registry=self.registry)
 
         ProcessCollector(registry=self.registry)
 
@@ -270,6 +276,11 @@ class Metrics:
         self.projection_pending.set_function(pending)
         self.projection_bytes.set_function(size)
         self.projection_lag.set_function(lag)
+
+    def watch_lease(self, *, leads: Callable[[], bool], age: Callable[[], float]) -> None:
+        """Have the gauges of the election read when somebody asks."""
+        self.leader.set_function(lambda: float(leads()))
+        self.lease_age.set_function(age)
 
     def finished(self, *, type_: str, status: Status) -> None:
         """Count a task that has just reached its end by a write of this process."""

@@ -233,6 +233,7 @@ class PoolController:
         """Wait for the watches, list everything, then look at every pool each second."""
         await watching.wait()
         await self._list_until_done()
+        self._looking.clear()  # of an earlier term: a look that was cut off before it began is none
         async with asyncio.TaskGroup() as group:
             group.create_task(self._list_forever(), name="pool lists")
             full = self._monotonic()

@@ -13,9 +13,15 @@ somebody removed, that were dropped while PostgreSQL was away, or that are of a 
 restored backup, are written from the list.
 
 The callback of a task is written with its end, in the same transaction and once for all: its key is the task.
+
+An operator that stands by writes nothing. It keeps the last rows of tasks that it has seen deleted, for nobody can list
+those: should the leader have died before it wrote them, the next one does. Each transaction that writes asks once more
+whether this process leads, when it has its lock; and PostgreSQL ends one that rests for ``rest`` seconds in the middle, so
+that a process which was paused there has lost it before another one leads (:mod:`task_operator.election`).
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -47,10 +53,16 @@ _CONNECTIONS: Final = 4
 _LINGER: Final = 0.1  # seconds: a statement costs more than a row, and a task often changes twice in a moment
 FENCES: Final = 10_000
 """Fences of tasks that are gone that may wait for PostgreSQL, at 0.2 KB each."""
+_KEPT: Final = 2 * 1024 * 1024  # bytes of rows of deleted tasks that an operator keeps while it stands by
+_REST: Final = 20.0  # seconds
 
 
 class DatabaseUnavailable(Exception):
     """PostgreSQL cannot be used at the moment."""
+
+
+class NotLeading(DatabaseUnavailable):
+    """A write that was not made, since another operator may lead by now."""
 
 
 # Column of ``tasks`` and its type, in the order of the parameters.
@@ -88,10 +100,7 @@ _PLACE: Final = {name: place for place, (name, _) in enumerate(_COLUMNS)}
 # One writer at a time, from before the first number of an event is drawn until the commit: so events become visible in the
 # order of their numbers. The lock has a statement of its own, for the next one is to see what the last holder has committed.
 # A process that stands still in between (its node is lost) loses its connection, and the lock with it.
-_ALONE: Final = (
-    "SELECT set_config('idle_in_transaction_session_timeout', '20s', true), "
-    f"pg_advisory_xact_lock({0x7074_6576_656E_7473})"  # "ptevents" in ASCII
-)
+_ALONE: Final = f"SELECT pg_advisory_xact_lock({0x7074_6576_656E_7473})"  # "ptevents" in ASCII
 _LAST_EVENTS: Final = (
     "LEFT JOIN LATERAL (SELECT phase, attempt, reason, queued_at FROM task_events "
     "WHERE task_uid = written.uid ORDER BY number DESC LIMIT 1) AS last ON true"
@@ -276,8 +285,17 @@ class Database:
         limit: int = LIMIT,
         fences: int = FENCES,
         default_callback: DefaultCallback | None = None,
+        leads: Callable[[], bool] = lambda: True,
+        rest: float = _REST,
     ) -> None:
-        """``limit``: bytes of rows that may wait; ``fences``: how many fences of tasks that are gone."""
+        """``limit``: bytes of rows that may wait; ``fences``: how many fences of deleted tasks; ``leads``: whether this
+        process may write at the moment; ``rest``: seconds that a transaction may stand still, less than it takes from when
+        ``leads`` becomes false until it becomes true elsewhere."""
+        self._leads = leads
+        self._rest = rest
+        self._stands_by = False
+        self._kept: deque[Row] = deque()
+        self._kept_size = 0
         self._default_callback = default_callback
         self._url = url
         self._clock = clock
@@ -316,11 +334,16 @@ class Database:
             timeout=_COMMAND_TIMEOUT,
             command_timeout=_COMMAND_TIMEOUT,
             reset=_keep,
+            init=self._prepare,
         )
         try:
             await self._pool
         except (OSError, asyncpg.PostgresError) as error:
             _log.warning("cannot reach PostgreSQL yet", error=repr(error))
+
+    async def _prepare(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+        rest = f"{round(self._rest * 1000)}ms"
+        await connection.execute("SELECT set_config('idle_in_transaction_session_timeout', $1, false)", rest)
 
     async def aclose(self) -> None:
         """Write what is waiting if that is quickly done, and close all connections."""
@@ -328,7 +351,7 @@ class Database:
             return
         try:
             async with asyncio.timeout(2):
-                while self._backlog:
+                while self._backlog and not self._stands_by:
                     await self._flush()
                 await self._pool.close()
         except (DatabaseUnavailable, TimeoutError):
@@ -337,11 +360,36 @@ class Database:
 
     # ------------------------------------------------------------------------------------------------- projection
 
+    def stand_by(self) -> None:
+        """Take in nothing but rows of deleted tasks, and forget what waits: another operator writes it."""
+        self._stands_by = True
+        self._backlog.clear()
+        self._fences.clear()
+
+    def act(self) -> None:
+        """Take in rows again, and write those of deleted tasks that were kept meanwhile."""
+        self._stands_by = False
+        now = asyncio.get_running_loop().time()
+        for row in self._kept:
+            self._backlog.put(row, now=now)
+        self._kept.clear()
+        self._kept_size = 0
+        self._wake.set()
+        self._flushed.set()
+
+    def _keep_row(self, row: Row) -> None:
+        self._kept.append(row)
+        self._kept_size += row.size
+        while self._kept_size > _KEPT:
+            self._kept_size -= self._kept.popleft().size
+
     def submit(self, manifest: Mapping[str, Any], *, deleted: bool = False, lost: int | None = None) -> None:
         """Have a task written; returns at once. Of one task only the latest version waits.
 
         With ``lost`` it is from a list: versions up to that one were known before the list was asked for.
         """
+        if self._stands_by and not deleted:
+            return
         uid, version = manifest["metadata"]["uid"], int(manifest["metadata"]["resourceVersion"])
         bound = -1 if lost is None else lost
         if lost is not None:
@@ -349,6 +397,9 @@ class Database:
         if self._backlog.wants(uid, version, lost=bound):
             values = _values(manifest, deleted_at=self._clock() if deleted else None, now=self._clock())
             row = Row(uid=uid, version=version, values=values, deleted=deleted, lost=bound, listed=lost is not None)
+            if self._stands_by:
+                self._keep_row(row)
+                return
             self._backlog.put(row, now=asyncio.get_running_loop().time())
             self._wake.set()
 
@@ -358,7 +409,7 @@ class Database:
 
     async def room(self) -> None:
         """Wait until the backlog is half empty at most, or PostgreSQL is away: for who could submit more than it takes."""
-        while self._backlog.half_full and self._down_since is None:
+        while self._backlog.half_full and self._down_since is None and not self._stands_by:
             self._flushed.clear()
             await self._flushed.wait()
 
@@ -366,8 +417,10 @@ class Database:
         """Have the fence of a task that is gone raised as soon as PostgreSQL can be reached.
 
         When too many wait the oldest is left to the sweeper, which fences every intent whose task does not live, within half
-        a minute after PostgreSQL is back.
+        a minute after PostgreSQL is back. While this operator stands by, another one does it.
         """
+        if self._stands_by:
+            return
         self._fences[uid] = reason
         if len(self._fences) > self._most_fences:
             del self._fences[next(iter(self._fences))]
@@ -420,7 +473,7 @@ class Database:
     async def mark_deleted(self, gone: Mapping[str, Held]) -> None:
         """Mark rows of tasks that are gone without having been seen to go, and fence what they left unfinished."""
         for uids in _batches(list(gone)):
-            await self.ask(partial(_mark_deleted, uids=uids, default=self._default_callback))
+            await self.ask(partial(_mark_deleted, uids=uids, check=self._check, default=self._default_callback))
             for uid in uids:
                 self._backlog.forget(uid)
                 if not gone[uid].finished:
@@ -446,7 +499,9 @@ class Database:
     async def _write(self, rows: Sequence[Row]) -> set[str]:
         """Write rows that are newer than the table's; return the uids of those."""
         try:
-            written: set[str] = await self.ask(lambda connection: _upsert(connection, rows, default=self._default_callback))
+            written: set[str] = await self.ask(
+                lambda connection: _upsert(connection, rows, check=self._check, default=self._default_callback)
+            )
         except asyncpg.DataError as error:
             if len(rows) == 1:
                 # Held back it would block its neighbours for ever, and the task could never be deleted.
@@ -481,7 +536,7 @@ class Database:
         A runner commits under the shared advisory lock on the uid and looks for the fence there; this holds the exclusive
         one, so that one of the two comes first and the other one sees it.
         """
-        fence: Fence = await self.ask(lambda connection: _raise_fence(connection, uid, reason))
+        fence: Fence = await self.ask(lambda connection: _raise_fence(connection, uid, reason, check=self._check))
         return fence
 
     async def release(self, uid: str) -> Fence:
@@ -490,7 +545,7 @@ class Database:
         The pod cannot commit any more; the next one of the task takes them up as ever. May be repeated. Raises
         :class:`DatabaseUnavailable`.
         """
-        fence: Fence = await self.ask(lambda connection: _release(connection, uid))
+        fence: Fence = await self.ask(lambda connection: _release(connection, uid, check=self._check))
         return fence
 
     # ---------------------------------------------------------------------------------------------------------- batch
@@ -506,7 +561,7 @@ class Database:
         The fence is raised with it, so that none of them is published after it counts as failed. What was published already,
         by a pod that died before it could say so, counts as done. May be repeated. Raises :class:`DatabaseUnavailable`.
         """
-        batch: Batch = await self.ask(lambda connection: _settle_batch(connection, uid, reason, message))
+        batch: Batch = await self.ask(lambda connection: _settle_batch(connection, uid, reason, message, check=self._check))
         return batch
 
     # -------------------------------------------------------------------------------------------------------- archive
@@ -553,7 +608,7 @@ class Database:
         try:
             async with self._pool.acquire(timeout=_COMMAND_TIMEOUT) as connection:
                 answer = await work(connection)
-        except asyncpg.DataError:
+        except (asyncpg.DataError, NotLeading):
             raise
         except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             if self._down_since is None:
@@ -565,18 +620,28 @@ class Database:
         self._down_since = None
         return answer
 
+    def _check(self) -> None:
+        """Raise :class:`NotLeading` unless this process may write; to be called with the lock that keeps others from it."""
+        if not self._leads():
+            raise NotLeading("cannot write to PostgreSQL: this operator does not lead any more")
+
 
 async def _keep(_: object) -> None:
     """Take a connection as it is: nothing here leaves anything in its session, and asyncpg's reset is a request more."""
 
 
 async def _upsert(
-    connection: "asyncpg.Connection[asyncpg.Record]", rows: Sequence[Row], *, default: DefaultCallback | None = None
+    connection: "asyncpg.Connection[asyncpg.Record]",
+    rows: Sequence[Row],
+    *,
+    check: Callable[[], None],
+    default: DefaultCallback | None,
 ) -> set[str]:
     """Write rows that are newer than the table's, and what they tell; return the uids of those."""
     listed = [(row.uid, row.version, row.lost) for row in rows if row.listed]
     async with connection.transaction():
         await connection.execute(_ALONE)
+        check()
         if listed:
             await connection.execute(_GIVE_WAY, *_columns(listed))
         written = await connection.fetch(_UPSERT, *_columns([row.values for row in rows]))
@@ -586,10 +651,15 @@ async def _upsert(
 
 
 async def _mark_deleted(
-    connection: "asyncpg.Connection[asyncpg.Record]", *, uids: Sequence[str], default: DefaultCallback | None
+    connection: "asyncpg.Connection[asyncpg.Record]",
+    *,
+    uids: Sequence[str],
+    check: Callable[[], None],
+    default: DefaultCallback | None,
 ) -> None:
     async with connection.transaction():
         await connection.execute(_ALONE)
+        check()
         written = await connection.fetch(_MARK_DELETED, uids)
         await _tell(connection, [(_told(record), tuple(record)[: len(_COLUMNS)]) for record in written], default=default)
 
@@ -746,10 +816,11 @@ async def _committed(connection: "asyncpg.Connection[asyncpg.Record]", uid: str)
     return Fence(state=FenceState.COMMITTED, outcome=None if stored is None else stored.outcome)
 
 
-async def _release(connection: "asyncpg.Connection[asyncpg.Record]", uid: str) -> Fence:
+async def _release(connection: "asyncpg.Connection[asyncpg.Record]", uid: str, *, check: Callable[[], None]) -> Fence:
     async with connection.transaction():
         if (committed := await _committed(connection, uid)) is not None:
             return committed
+        check()
         await connection.execute(
             "UPDATE document_versions SET epoch = epoch + 1, holder = '', updated_at = now() "
             "WHERE task_uid = $1 AND state = 'intent'",
@@ -759,10 +830,13 @@ async def _release(connection: "asyncpg.Connection[asyncpg.Record]", uid: str) -
     return Fence(state=FenceState.RAISED)
 
 
-async def _raise_fence(connection: "asyncpg.Connection[asyncpg.Record]", uid: str, reason: str) -> Fence:
+async def _raise_fence(
+    connection: "asyncpg.Connection[asyncpg.Record]", uid: str, reason: str, *, check: Callable[[], None]
+) -> Fence:
     async with connection.transaction():
         if (committed := await _committed(connection, uid)) is not None:
             return committed
+        check()
         await _bar(connection, uid, reason)
     return Fence(state=FenceState.RAISED)
 
@@ -788,9 +862,12 @@ async def _batch(connection: "asyncpg.Connection[asyncpg.Record]", uid: str) -> 
     return Batch(**{**row, "shards": tuple(row["shards"])}, failures=failures)
 
 
-async def _settle_batch(connection: "asyncpg.Connection[asyncpg.Record]", uid: str, reason: str, message: str) -> Batch:
+async def _settle_batch(
+    connection: "asyncpg.Connection[asyncpg.Record]", uid: str, reason: str, message: str, *, check: Callable[[], None]
+) -> Batch:
     async with connection.transaction():
         await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended($1::uuid::text, 0))", uid)
+        check()
         await _bar(connection, uid, reason)
         await connection.execute(_PUBLISHED_UNSAID, uid)
         await connection.execute(_GIVE_UP, uid, reason, message)

@@ -12,6 +12,7 @@ from task_contract.location import check_callback_url
 from task_contract.models import Priority, TaskType
 from task_contract.networks import Address, AllowList
 from task_operator.dispatch import Limits
+from task_operator.election import Timing
 from task_operator.jobs import RunnerTemplate
 from task_operator.observation import Policy
 from task_operator.projection import DefaultCallback
@@ -28,6 +29,7 @@ _LEAST_WEIGHT: Final = (
     0.001  # a thousandth of the places is hardly a share any more; a hundredth of it would be a way to starve
 )
 _QUEUE: Final = r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)?$"
+_LEASE_NAME: Final = r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)?$"
 _CLASS: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 
 
@@ -150,6 +152,18 @@ class Settings(DatabaseSettings):
     """Name of the installation, for the label app.kubernetes.io/instance of what the operator makes."""
     listen: ListenAddress = "0.0.0.0:8081"
     """Where /healthz, /readyz and /metrics are served."""
+    lease_name: Annotated[str, Field(pattern=_LEASE_NAME)] = ""
+    """Name of the Lease that the one of several operators holds that acts; empty: there is one operator, and it acts."""
+    lease_namespace: Annotated[str, Field(pattern=_LEASE_NAME)] = ""
+    """Its namespace; empty: that of the pod, or of the kubeconfig's context."""
+    lease_duration_seconds: Annotated[float, Field(ge=1, le=300)] = 10
+    """An operator that has not renewed it for so long is replaced."""
+    lease_deadline_seconds: Annotated[float, Field(gt=0)] = 7
+    """After its last renewal an operator acts for so long, and stops."""
+    lease_renew_seconds: Annotated[float, Field(gt=0)] = 2
+    """From one renewal to the next."""
+    lease_look_seconds: Annotated[float, Field(gt=0)] = 1
+    """How often operators that stand by look: one that stops by itself is replaced within this."""
     resync_seconds: Annotated[float, Field(ge=1, le=3600)] = 300
     """How often everything is listed and looked at again, whatever the watch said."""
     sweep_interval_seconds: Annotated[float, Field(ge=0, le=86_400)] = 3600
@@ -181,6 +195,24 @@ class Settings(DatabaseSettings):
             if getattr(self, name) is not None and self.postgres_url is None:
                 raise ValueError(f"{PREFIX}{name.upper()} needs {PREFIX}POSTGRES_URL: what is sent waits in PostgreSQL")
         return self
+
+    @model_validator(mode="after")
+    def _leases_end_in_order(self) -> Self:
+        if not self.lease_renew_seconds < self.lease_deadline_seconds <= 0.8 * self.lease_duration_seconds:
+            raise ValueError(
+                f"{PREFIX}LEASE_RENEW_SECONDS, _DEADLINE_SECONDS and _DURATION_SECONDS must grow in this order, and the "
+                "deadline be 80 % of the duration at most: a leader is to have stopped before another one begins"
+            )
+        return self
+
+    def timing(self) -> Timing:
+        """Return the times of the election."""
+        return Timing(
+            duration=self.lease_duration_seconds,
+            deadline=self.lease_deadline_seconds,
+            renew=self.lease_renew_seconds,
+            look=self.lease_look_seconds,
+        )
 
     def default_callback(self) -> DefaultCallback | None:
         """Return the callback of tasks that name none."""

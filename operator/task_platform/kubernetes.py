@@ -47,6 +47,7 @@ TASKS_API: Final = f"/apis/{GROUP}/{VERSION}"
 JOBS_API: Final = "/apis/batch/v1"
 CORE_API: Final = "/api/v1"
 EVENTS_API: Final = "/apis/events.k8s.io/v1"
+LEASES_API: Final = "/apis/coordination.k8s.io/v1"
 
 
 class ClusterError(Exception):
@@ -133,6 +134,15 @@ class Access:
         if default.exists():
             return cls.from_kubeconfig(default)
         raise KubeconfigError("cannot find the API server: set KUBECONFIG, or run in a pod with a service account token")
+
+    def own_namespace(self) -> str:
+        """Return the namespace of the pod, or of the kubeconfig's context; ``default`` where neither names one."""
+        if self.namespace is not None:
+            return self.namespace
+        try:
+            return (_SERVICE_ACCOUNT / "namespace").read_text().strip() or "default"
+        except OSError:
+            return "default"
 
     @classmethod
     def from_kubeconfig(cls, path: Path) -> "Access":

@@ -154,6 +154,11 @@ BAD_VALUES: list[tuple[list[str], list[str]]] = [
     (["operator.image.tag=a b"], ["/operator/image/tag"]),
     (["runner.image.digest=sha256:12"], ["/runner/image/digest"]),
     (["operator.logLevel=debug"], ["/operator/logLevel"]),
+    (["operator.replicas=two"], ["/operator/replicas"]),
+    (["operator.leaderElection.enabled=false"], ["operator.replicas", "operator.leaderElection.enabled"]),
+    (["operator.leaderElection.deadlineSeconds=9"], ["operator.leaderElection.deadlineSeconds"]),
+    (["operator.leaderElection.renewSeconds=7"], ["operator.leaderElection.deadlineSeconds"]),
+    (["operator.flowControl.shares=0"], ["/operator/flowControl/shares"]),
     (["operator.resyncSeconds=0"], ["/operator/resyncSeconds"]),
     (["operator.sweepIntervalSeconds=-1"], ["/operator/sweepIntervalSeconds"]),
     (["operator.historyDays=-1"], ["/operator/historyDays"]),
@@ -479,12 +484,23 @@ PERMISSIONS = {
     ("events.k8s.io", "events"): ["create", "list"],
     ("", "secrets"): ["get"],
 }
+LEADER = {("coordination.k8s.io", "leases"): ["create", "get", "patch"]}
 
 
 def test_operator_may_do_this_and_no_more(expected_of: tuple[str, dict[str, Document]]) -> None:
     name, documents = expected_of
     account = {"minimal": "processing-tasks-operator", "full": "kb-tasks-controller", "existing": "controllers"}[name]
     bindings = of_component(documents, "operator", "RoleBinding", "ClusterRoleBinding")
+    leader = next(one for one in bindings if one["metadata"]["name"].endswith("-leader"))
+    bindings.remove(leader)
+    assert leader["subjects"] == [{"kind": "ServiceAccount", "name": account, "namespace": "processing-tasks-system"}]
+    assert leader["metadata"]["namespace"] == "processing-tasks-system"
+    role = documents[f"Role processing-tasks-system/{leader['roleRef']['name']}"]
+    lease = environment(pod_of(list(documents.values()), "operator")["containers"][0])["OPERATOR_LEASE_NAME"]
+    assert [(rule["resources"], rule["verbs"], rule.get("resourceNames")) for rule in role["rules"]] == [
+        (["leases"], ["create"], None),
+        (["leases"], ["get", "patch"], [lease]),
+    ]
     expected = {"minimal": {"knowledge"}, "full": {"knowledge", "research"}, "existing": {None}}[name]
     assert {binding["metadata"].get("namespace") for binding in bindings} == expected
     for binding in bindings:
@@ -592,7 +608,7 @@ def test_without_the_gateway_nothing_of_it_is_made(helm: Helm) -> None:
 
 def test_documented_permissions_are_the_granted_ones() -> None:
     text = (ROOT / "docs/install.md").read_text(encoding="utf-8")
-    everything = [*PERMISSIONS.items(), *GATEWAY_PERMISSIONS.items(), *REVIEWS.items()]
+    everything = [*PERMISSIONS.items(), *LEADER.items(), *GATEWAY_PERMISSIONS.items(), *REVIEWS.items()]
     rows = [f"| `{resource}` | {', '.join(verbs)} |" for (_, resource), verbs in everything]
     assert [row for row in rows if row not in text] == []
 
@@ -722,6 +738,45 @@ def test_operator_reads_its_settings_from_the_rendered_environment(
                 "high": "batch-high",
                 "low": "batch-low",
             }
+
+
+def test_a_lone_operator_without_election_is_stopped_before_the_next_one_starts(helm: Helm) -> None:
+    alone = ("--set", "operator.replicas=1", "--set", "operator.leaderElection.enabled=false")
+    documents = {key(document): document for document in render(helm, "--set", POSTGRES, *alone)}
+    [deployment] = of_component(documents, "operator", "Deployment")
+    assert deployment["spec"]["strategy"] == {"type": "Recreate"}
+    assert "OPERATOR_LEASE_NAME" not in environment(pod_of(list(documents.values()), "operator")["containers"][0])
+    assert [name for name in documents if name.endswith("-leader") and "Role" in name] == []
+    assert of_component(documents, "operator", "PodDisruptionBudget") == []
+
+
+def test_two_releases_in_one_cluster_share_no_name_but_those_of_the_crds(helm: Helm) -> None:
+    def names(release: str) -> set[str]:
+        command = ["template", release, CHART, *KUBE_VERSION, "--namespace", "shared", "--set", POSTGRES]
+        done = helm(*command, "--set", f"taskNamespaces[0].name=tasks-of-{release}")
+        assert done.returncode == 0, done.stderr
+        return {key(one) for one in yaml.safe_load_all(done.stdout) if one and one["kind"] != "CustomResourceDefinition"}
+
+    assert names("blue") & names("green") == set()
+
+
+def test_the_operators_requests_have_a_level_of_their_own(helm: Helm) -> None:
+    kinds = ("FlowSchema", "PriorityLevelConfiguration")
+    documents = {key(document): document for document in render(helm, "--set", POSTGRES)}
+    found = of_component(documents, "operator", *kinds)
+    assert sorted((one["kind"], one["metadata"]["name"]) for one in found) == [
+        ("FlowSchema", "processing-tasks-operator"),
+        ("FlowSchema", "processing-tasks-operator-leader"),
+        ("PriorityLevelConfiguration", "processing-tasks-operator"),
+    ]
+    account = {"name": "processing-tasks-operator", "namespace": "processing-tasks-system"}
+    for one in found:
+        if one["kind"] == "FlowSchema":
+            [rule] = one["spec"]["rules"]
+            assert [subject["serviceAccount"] for subject in rule["subjects"]] == [account]
+            assert one["spec"]["matchingPrecedence"] < 9000  # that of all service accounts
+    off = render(helm, "--set", POSTGRES, "--set", "operator.flowControl.enabled=false")
+    assert [one for one in off if one["kind"] in kinds] == []
 
 
 def test_without_documents_there_is_neither_claim_nor_volume(helm: Helm) -> None:

@@ -240,7 +240,8 @@ async def test_numbers_become_visible_in_order_whoever_writes(url: str, sql: "as
             made = _task(1, uid=str(uuid.uuid4()), status=finished())
             made["metadata"]["name"] = f"task-{part}-{number}"
             values = _values(made, deleted_at=None, now=at(0))
-            await _upsert(connection, [Row(uid=made["metadata"]["uid"], version=1, values=values)])
+            row = Row(uid=made["metadata"]["uid"], version=1, values=values)
+            await _upsert(connection, [row], check=lambda: None, default=None)
 
     async def read() -> None:
         last = 0
@@ -266,11 +267,12 @@ async def test_numbers_become_visible_in_order_whoever_writes(url: str, sql: "as
 async def test_a_writer_that_stands_still_holds_the_others_up_for_seconds_only(
     database: Database, url: str, sql: "asyncpg.Connection[Any]"
 ) -> None:
+    patience = "SHOW idle_in_transaction_session_timeout"
+    assert await database.ask(lambda connection: connection.fetchval(patience)) == "20s"
     frozen = await asyncpg.connect(url)
     transaction = frozen.transaction()
     await transaction.start()
     await frozen.execute(_ALONE)
-    assert await frozen.fetchval("SHOW idle_in_transaction_session_timeout") == "20s"
     await frozen.execute("SET LOCAL idle_in_transaction_session_timeout = '1s'")  # the test's own patience
     database.submit(_task(1))
     await _written(database, 1)

@@ -159,7 +159,8 @@ class Lab:
         watching = asyncio.Event()
         watching.set()
         work = [
-            asyncio.create_task(controller.run(watching)),
+            asyncio.create_task(controller.lead()),
+            asyncio.create_task(controller.observe(watching)),
             asyncio.create_task(database.run()),
             asyncio.create_task(_look_forever(controller, queue, self.pools)),
         ]

@@ -599,7 +599,7 @@ class Operator:
             )
             self._seen = len(self.world.events)
             await self._controller._resync()
-            self._controller._synced = True
+            self._controller._listed.set()
             self.look_at_pools()
         return self._controller
 

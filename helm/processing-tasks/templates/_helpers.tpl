@@ -153,6 +153,22 @@ redis: TASKS_REDIS_URL
   value: {{ toJson $secrets | quote }}
 - name: OPERATOR_INSTANCE
   value: {{ $root.Release.Name }}
+{{- with $root.Values.operator.leaderElection }}
+{{- if .enabled }}
+- name: OPERATOR_LEASE_NAME
+  value: {{ include "processing-tasks.fullname" $root }}-operator
+- name: OPERATOR_LEASE_NAMESPACE
+  value: {{ $root.Release.Namespace }}
+- name: OPERATOR_LEASE_DURATION_SECONDS
+  value: {{ .durationSeconds | quote }}
+- name: OPERATOR_LEASE_DEADLINE_SECONDS
+  value: {{ .deadlineSeconds | quote }}
+- name: OPERATOR_LEASE_RENEW_SECONDS
+  value: {{ .renewSeconds | quote }}
+- name: OPERATOR_LEASE_LOOK_SECONDS
+  value: {{ .lookSeconds | quote }}
+{{- end }}
+{{- end }}
 - name: OPERATOR_LISTEN
   value: 0.0.0.0:8081
 - name: OPERATOR_RESYNC_SECONDS
@@ -343,6 +359,16 @@ Secrets those alone that sign callbacks. */}}
 {{- end }}
 {{- if and $stores.existingSecret (include "processing-tasks.sources" .Values.sources) }}
 {{- fail (printf "sources: has no effect with stores.existingSecret; put the keys of docs/sources.md into its Secret %s" $stores.existingSecret) }}
+{{- end }}
+{{- with .Values.operator }}
+{{- if and (gt (int .replicas) 1) (not .leaderElection.enabled) }}
+{{- fail "operator.replicas: several operators need operator.leaderElection.enabled, or all of them act" }}
+{{- end }}
+{{- with .leaderElection }}
+{{- if not (and (lt (float64 .renewSeconds) (float64 .deadlineSeconds)) (le (float64 .deadlineSeconds) (mulf 0.8 .durationSeconds))) }}
+{{- fail "operator.leaderElection.deadlineSeconds: must be more than renewSeconds and 80 % of durationSeconds at most: a leader is to have stopped before another one begins" }}
+{{- end }}
+{{- end }}
 {{- end }}
 {{- $names := dict }}
 {{- range $index, $namespace := .Values.taskNamespaces }}
