@@ -81,7 +81,7 @@ lint: $(READY) ## ruff, mypy strict, import-linter, generated files in sync
 format: $(READY) ## Format the code and sort imports
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format .
 
-generate: $(READY) ## Write what follows from the code: the CRDs, docs/reference, the dashboard
+generate: $(READY) ## Write what follows from the code: the CRDs, docs/reference, pictures of recorded runs, the dashboard
 	@$(BIN)/python crds/generate.py
 	@$(BIN)/python docs/generate.py
 	@$(BIN)/python helm/dashboards.py

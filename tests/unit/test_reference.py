@@ -4,6 +4,7 @@ import ast
 import runpy
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -46,3 +47,12 @@ def test_a_value_without_a_description_is_told_by_its_path() -> None:
     assert "| `operator.replicas` | `2` | How many there are |" in page
     with pytest.raises(LookupError, match=r"operator\.limits has no description.*values\.yaml"):
         "".join(GENERATE["values"](good + "  limits: {}\n"))
+
+
+def test_a_recording_becomes_a_picture_in_which_lines_come_when_they_came() -> None:
+    picture = GENERATE["draw"]("0.0\t$ kubectl get ptask -w\n15.0\ta<b   Completed\n30.0\tlast\n")
+    root = ElementTree.fromstring(picture)
+    texts = root.findall("{*}text")
+    assert [text.text for text in texts] == ["$ kubectl get ptask -w", "a<b   Completed", "last"]
+    assert [text.find("{*}set").get("end") for text in texts] == ["0.00s", "7.50s", "15.00s"]  # type: ignore[union-attr]
+    assert "href" not in picture, "loads nothing"
