@@ -105,13 +105,13 @@ def kind() -> Path:
 
 
 def prometheus() -> Path:
-    """Return the folder with `prometheus` and `promtool`; built once, in 5 minutes. The server shows no pages."""
+    """Return the folder with `prometheus` and `promtool`; built once, in 6 minutes. The server shows no pages."""
 
     def build(folder: Path) -> None:
         _require_go()
         folder.mkdir()
         packages = [f"github.com/prometheus/prometheus/cmd/{name}" for name in ("prometheus", "promtool")]
-        with step("building Prometheus from its Go module (the first time: 5 minutes on two cores)"):
+        with step("building Prometheus from its Go module (the first time: 6 minutes on two cores)"):
             _go("build", "-ldflags", "-s -w", "-o", f"{folder}/", *packages, doing="build Prometheus", cwd=_PROMETHEUS)
 
     return cached("prometheus", [_PROMETHEUS, " ".join(_GO_ENV.values()).encode()], build, keep=2)
