@@ -29,7 +29,7 @@ switch of generations), row of the lease, row of the document, row of the versio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final
@@ -37,7 +37,7 @@ from uuid import UUID
 
 from job_runner.generations import DELETED_SINCE, KNOWLEDGE_BASE_LOCK, NEXT_GENERATION, TASK_LOCK_SHARED, Generations
 from job_runner.index import Generation, Label, Stale
-from job_runner.usage import Used
+from job_runner.usage import Usage, Used
 from task_contract.errors import Fenced, InvalidTask, ModelMismatch
 from task_contract.messages import AttemptOutcome
 from task_contract.models import Phase
@@ -45,6 +45,7 @@ from task_contract.vectors import PARTS
 
 DELETED: Final = "deleted"
 """The content hash of a document that is not there: no SHA-256 in hex digits."""
+_USED: Final = tuple(one.name for one in fields(Usage))
 _ENTER_KNOWLEDGE_BASE: Final = (
     "INSERT INTO knowledge_bases (namespace, kb_id, model_fingerprint, dimension, generation) "
     "VALUES ($1, $2, $3, $4, NEXT) ON CONFLICT DO NOTHING"
@@ -759,7 +760,7 @@ class Ledger(Generations):
                 "kb_id": one.task.spec.kb_id,
                 "type": str(one.task.spec.type),
                 "outcome": str(one.outcome),
-                **asdict(one.usage),
+                **{column: getattr(one.usage, column) for column in _USED},
             }
             for one in used
         ]

@@ -7,12 +7,14 @@ makes metrics: a pod is gone before Prometheus could ask it (ADR 0050).
 
 import asyncio
 import contextlib
+import math
 import resource
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -22,6 +24,8 @@ from task_contract.models import ProcessingTask, Stage
 
 _SAMPLE_SECONDS: Final = 1.0
 """Between two looks at the memory, of 0.1 ms each; what comes and goes in between is in the peak of the kernel alone."""
+_FRESH_SECONDS: Final = 0.05
+"""So long a look at the memory holds where attempts of a worker begin and end one after the other: many last no longer."""
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 
 
@@ -120,14 +124,15 @@ class Process:
         self._meters: list[Meter] = []
         self._at = self._spent = 0.0
         self._memory = 0
+        self._looked_at = -math.inf
         self._sampling: asyncio.Task[None] | None = None
 
     def begin(self, meter: Meter) -> None:
         """Let an attempt have its part from now on."""
         self.share()
         meter.began = self._at
-        if not self._meters:
-            self._memory = self._look()
+        if not self._meters and not self._fresh:
+            self._memory, self._looked_at = self._look(), self._at
         if meter.since is not None:
             meter.began = meter.since
             meter.cpu_seconds = self._spent
@@ -137,11 +142,15 @@ class Process:
 
     def end(self, meter: Meter) -> None:
         """Let an attempt have no part any more."""
-        self.sample()
+        self.share() if self._fresh else self.sample()
         self._meters.remove(meter)
         if meter.since is not None:
             meter.peak = max(meter.peak, _peak())
         meter.seconds = self._at - meter.began
+
+    @property
+    def _fresh(self) -> bool:
+        return self._clock() - self._looked_at < _FRESH_SECONDS
 
     def share(self) -> None:
         """Give each attempt its part of what was used since the last time."""
@@ -156,7 +165,7 @@ class Process:
         now = self._look()
         self._memory = (self._memory + now) // 2
         self.share()
-        self._memory = now
+        self._memory, self._looked_at = now, self._at
         for meter in self._meters:
             meter.peak = max(meter.peak, now)
 
@@ -232,6 +241,7 @@ def _peak() -> int:
     return max(found) * 1024  # Linux counts in KiB
 
 
+@cache
 def _cgroup() -> Path:
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         if line.startswith("0::/"):

@@ -49,7 +49,7 @@ from task_contract.messages import AttemptOutcome, progress_event
 from task_contract.models import ProcessingTask, Stage
 from task_contract.pools import POOL_TYPES
 
-GROUP_SECONDS: Final = 0.03
+GROUP_SECONDS: Final = 0.05
 """Results of attempts that end within this are written in one statement, and reported in one call."""
 RUNNING_SECONDS: Final = 1.0
 """An attempt that runs for longer is reported as running; most end before."""
@@ -59,8 +59,9 @@ _ACCOUNT_SECONDS: Final = 1.0
 """What attempts have used is written so often."""
 _WAIT_SECONDS: Final = 1.0
 """So long a worker waits to be woken before it looks by itself."""
-_TAKE_SECONDS: Final = 0.01
-"""At least so long between two calls that take tasks: many that come one by one are taken together."""
+_TAKE_SECONDS: Final = 0.02
+"""At least so long between two calls that take tasks, where the first has found fewer than there was room for: many that
+come one by one are taken together."""
 _UNREPORTED: Final = 256
 """Attempts that have ended and are not reported: with more of them nothing is taken."""
 _CONNECTIONS: Final = 8
@@ -276,11 +277,11 @@ class Worker:
                 room = self._settings.pool_concurrency - len(self._active)
             try:
                 async with self._in_take:
-                    taken_at = time.monotonic()
                     leases = await self._leases.take(room, held=self._entries())
                     for lease in leases:
                         self._begin(lease)
                 if len(leases) < room:
+                    taken_at = time.monotonic()
                     await self._leases.wait(_WAIT_SECONDS)
             except QueueUnavailable as error:
                 log.warning("cannot take tasks", error=str(error))
