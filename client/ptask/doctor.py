@@ -4,6 +4,7 @@
 may not be read is a finding of its own, never taken for good.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -34,6 +35,8 @@ _SILENT: Final = timedelta(minutes=30)
 """A task that runs this long without a change of its status is worth a look; spec.stallTimeout ends most before."""
 _PULLS: Final = frozenset({"ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull"})
 _BROKEN: Final = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError", "CrashLoopBackOff"})
+_FRESH: Final = 5.0  # seconds since its renewal by the clock here, after which a Lease is looked at twice
+_RENEWALS: Final = 5.0  # seconds in which a leader renews its Lease more than once: it does so every 2 s
 _SHOWN: Final = 5  # names of a finding
 
 PARTS: Final = (
@@ -90,6 +93,8 @@ class Seen:
     operators: "Sequence[Manifest] | Denied"
     operator_pods: "Sequence[Manifest] | Denied" = ()
     leases: "Sequence[Manifest] | Denied" = ()
+    alive: frozenset[str] = frozenset()
+    """Names of Leases that were renewed while they were looked at: no clock has to agree for that."""
     classes: "Sequence[Manifest] | Denied" = ()
     rights: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
     """By namespace: what the caller may do."""
@@ -227,7 +232,12 @@ def _leases(seen: Seen) -> list[Finding]:
     """A Lease is there where operators elect a leader; one operator alone has none."""
     if isinstance(seen.leases, Denied):
         return [_unknown("leader", seen.leases, "list leases in the operator's namespace")]
-    findings = []
+    operators = () if isinstance(seen.operators, Denied) else seen.operators
+    wanted = {name for one in operators if (name := environment(one).get("OPERATOR_LEASE_NAME"))}
+    findings = [
+        Finding(Level.PROBLEM, f"leader {name}", "there is no Lease of that name", "see the logs of the operator's pods")
+        for name in sorted(wanted - {lease["metadata"]["name"] for lease in seen.leases})
+    ]
     for lease in seen.leases:
         spec = lease.get("spec", {})
         name, holder = lease["metadata"]["name"], spec.get("holderIdentity") or ""
@@ -241,7 +251,7 @@ def _leases(seen: Seen) -> list[Finding]:
                     "see the logs of the operator's pods; one takes the Lease",
                 )
             )
-        elif (silent := (seen.now - renewed).total_seconds()) > 2 * limit:
+        elif name not in seen.alive and (silent := (seen.now - renewed).total_seconds()) > 2 * limit:
             said = f"{holder} has not renewed its Lease for {silent:.0f} s, of {limit:.0f} s that it lasts"
             findings.append(
                 Finding(
@@ -505,13 +515,15 @@ def look(cluster: "Cluster", *, namespaces: Sequence[str] | None, system: str | 
     settings = {} if isinstance(operators, Denied) or not operators else environment(operators[0])
     looked_after = [name for name in settings.get("OPERATOR_NAMESPACES", "").replace(" ", "").split(",") if name]
     chosen = list(namespaces) if namespaces is not None else looked_after or [cluster.namespace]
+    leases = _each(homes, lambda home: _our_leases(cluster.items(api.LEASES, home), operators))
     return Seen(
         now=now,
         crds={plural: _read(partial(_crd_of, cluster, plural)) for plural in (names.PLURAL, names.POOL_PLURAL)},
         versions={names.PLURAL: [names.VERSION], names.POOL_PLURAL: [names.VERSION]},
         operators=operators,
         operator_pods=_each(homes, lambda home: cluster.pods(home, selector)),
-        leases=_each(homes, lambda home: _our_leases(cluster.items(api.LEASES, home), operators)),
+        leases=leases,
+        alive=_alive(cluster, leases, now=now),
         classes=_read(partial(cluster.items, api.PRIORITY_CLASSES, None)),
         rights={namespace: _rights_in(cluster, namespace) for namespace in chosen},
         parts={namespace: _parts_of(cluster, namespace, settings) for namespace in chosen},
@@ -543,13 +555,30 @@ def _each(homes: Sequence[str], ask: Callable[[str], list[Any]]) -> "list[Any] |
     return found
 
 
+def _alive(cluster: "Cluster", leases: "Sequence[Manifest] | Denied", *, now: datetime) -> frozenset[str]:
+    """Return the Leases that are renewed, of those whose times do not say so: the clocks here and there may differ."""
+    from ptask import cluster as api
+
+    found = set()
+    for lease in () if isinstance(leases, Denied) else leases:
+        metadata, renewed = lease["metadata"], lease.get("spec", {}).get("renewTime")
+        at = moment(renewed)
+        if at is None or abs((now - at).total_seconds()) < _FRESH:
+            continue
+        time.sleep(_RENEWALS)
+        again = _read(partial(cluster.read, api.LEASES, metadata["name"], metadata["namespace"]))
+        if not isinstance(again, Denied) and again.get("spec", {}).get("renewTime") != renewed:
+            found.add(str(metadata["name"]))
+    return frozenset(found)
+
+
 def _our_leases(leases: Sequence[Manifest], operators: "Sequence[Manifest] | Denied") -> list[Manifest]:
     known = () if isinstance(operators, Denied) else operators
     mine = {one["metadata"]["name"] for one in known}
     return [
         lease
         for lease in leases
-        if lease["metadata"]["name"] in mine
+        if lease["metadata"]["name"] in mine | {environment(one).get("OPERATOR_LEASE_NAME") for one in known}
         or (lease["metadata"].get("labels") or {}).get("app.kubernetes.io/part-of") == "processing-tasks"
     ]
 

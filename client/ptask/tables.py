@@ -197,6 +197,12 @@ def _reason(task: Manifest, _: datetime) -> Cell:
     return Cell(waiting_for(task) or str(condition(task, "Ready").get("reason") or ""))
 
 
+def _news(task: Manifest, now: datetime) -> Cell:
+    """Return the reason where it says more than the phase."""
+    cell = _reason(task, now)
+    return Cell("") if cell.text == phase_of(task) else cell
+
+
 def _since(task: Manifest, now: datetime) -> Cell:
     return Cell(age(task["metadata"].get("creationTimestamp"), now))
 
@@ -236,7 +242,7 @@ LIVE_COLUMNS: Final = (
     Column("PROGRESS", _live_progress, goes=3),
     Column("STAGE", _status("stage"), goes=5),
     Column("ATTEMPT", _status("attempt"), goes=7),
-    Column("REASON", _reason, goes=2, least=10),
+    Column("REASON", _news, goes=2, least=10),
     Column("AGE", _since, goes=1),
 )
 

@@ -82,6 +82,7 @@ def in_namespace(**given: Any) -> dict[str, Any]:
         ({"operators": [operator(wanted=2)]}, "warning", "operator system/op-operator", "1 of 2"),
         ({"leases": [lease(seconds=90)]}, "problem", "leader op-operator", "op-1 has not renewed 90 s → clocks"),
         ({"leases": [lease(holder="")]}, "problem", "leader op-operator", "nobody leads"),
+        ({"leases": [], "operators": [operator(OPERATOR_LEASE_NAME="op")]}, "problem", "leader op", "no Lease"),
         ({"leases": DENIED}, "unknown", "leader", "forbidden"),
         ({"classes": []}, "problem", "PriorityClasses", "missing: op-high → priorityClasses.create"),
         ({"rights": {"knowledge": {"list tasks": True, "create tasks": False}}}, "warning", "knowledge: your rights",
@@ -118,6 +119,11 @@ def test_each_thing_that_is_wrong_has_a_remedy(changes: dict[str, Any], level: s
     assert not missing, bad[0]
     assert not [word for word in remedy.split(" ") if word not in bad[0].remedy], bad[0]
     assert worst(findings) is Level(level)
+
+
+def test_a_lease_that_is_renewed_while_it_is_looked_at_is_fresh_whatever_the_clocks_say() -> None:
+    late = replace(WELL, leases=[lease(seconds=900)], alive=frozenset({"op-operator"}))
+    assert worst(diagnose(late)) is Level.OK
 
 
 def test_a_task_that_is_just_made_or_reports_progress_is_not_stuck() -> None:
