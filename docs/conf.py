@@ -21,7 +21,8 @@ _PAGES: Final = {
     "Use": "tasks pools cli client gateway callbacks api-routing sources quality",
     "Reference": "reference/processingtask reference/workerpool reference/rest reference/ptask reference/settings "
     "reference/values metrics",
-    "Operate": "operating security troubleshooting runbooks/README performance ../SECURITY ../manifests/argocd/README",
+    "Operate": "operating scaling security troubleshooting runbooks/README performance ../SECURITY "
+    "../manifests/argocd/README",
     "Understand": "architecture operator pipeline walkthrough adr/README ../examples/documents/README",
     "Project": "../CONTRIBUTING ../CHANGELOG",
 }

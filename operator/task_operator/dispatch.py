@@ -18,9 +18,10 @@ in one helps nobody in another.
    on a clock of the class; the one that is furthest in front has its turn. Who had nothing to do saves up no turns.
 4. *Age.* In a knowledge base the oldest goes first, by creation minus the head start of its priority.
 
-**Nobody starves.** An hour after its creation a task is in the first class, and nothing that is created later goes before it
-in its knowledge base. From then on, at equal weights and with M namespaces of at most K knowledge bases each, a knowledge
-base that has less than its share gets one of any M*K places that are given, as long as the limits allow it one.
+**Nobody starves.** An hour after its creation a task is in the first class, and nothing that is created later goes before
+it in its knowledge base. From then on, at equal weights and with M namespaces of at most K knowledge bases each, a task that
+has k others of its knowledge base before it starts with one of the next M*(K*(k+2)+1) places, as long as limits allow it,
+and its namespace and knowledge base have less than their share: each of the others has at most one turn more meanwhile.
 
 All of it can be lost: places are read from the Jobs that are there, and who waits asks again.
 """
@@ -521,14 +522,15 @@ class Dispatch:
         return None
 
 
-def _in_turn(ranks: list[_Rank], now: float, step: float, starts: list[float]) -> Iterator[tuple[int, float, float, Key]]:
-    """Go over those who wait in a knowledge base: class, beginning of the turn, rank, key. ``starts`` is used up."""
+def _in_turn(ranks: list[_Rank], now: float, step: float, starts: list[float]) -> list[tuple[int, float, float, Key]]:
+    """Return those who wait in a knowledge base: class, beginning of the turn, rank, key."""
     first = bisect_right(ranks, now - _CLASSES[0], key=lambda rank: rank[0])
     second = bisect_right(ranks, now - _CLASSES[1], key=lambda rank: rank[0])
-    for grade, part in enumerate((ranks[:first], ranks[first:second], ranks[second:])):
-        start = starts[grade]
-        for number, (rank, key) in enumerate(part):
-            yield grade, start + number * step, rank, key
+    return [
+        (grade, starts[grade] + number * step, rank, key)
+        for grade, part in enumerate((ranks[:first], ranks[first:second], ranks[second:]))
+        for number, (rank, key) in enumerate(part)
+    ]
 
 
 def _by_age(rank: float, now: float) -> int:

@@ -17,7 +17,19 @@ from pathlib import Path
 from devstack.progress import DevstackError
 
 BENCHMARKS = (
-    *("batch", "devstack", "document", "gateway", "gateway_live", "operator", "pipeline", "pools", "projection", "quality"),
+    *(
+        "batch",
+        "devstack",
+        "dispatch",
+        "document",
+        "gateway",
+        "gateway_live",
+        "operator",
+        "pipeline",
+        "pools",
+        "projection",
+        "quality",
+    ),
     *("rebuild", "store_limits", "vectors"),
 )
 NAMED_ONLY = ("store_limits",)
