@@ -89,6 +89,10 @@ def run(provider: Provider) -> None:
         _heading("The same from a service: POST /api/v1/tasks at the gateway, then its live updates")
         problems += _over_rest(kubectl, kb_id=kb_id)
 
+    if "workerpools" in kubectl("api-resources", "--api-group=tasks.zzdsj.io", "--output=name"):
+        _heading("50 small tasks through a pool of warm workers: kubectl apply -f manifests/examples/pool-texts.yaml")
+        problems += _through_a_pool(kubectl, alone=tasks["topics"])
+
     _heading("How long each stage took, in seconds")
     _stages(tasks)
     if problems:
@@ -243,6 +247,51 @@ def _over_rest(kubectl: _Kubectl, *, kb_id: str) -> Iterator[str]:
         ended = tasks.get(sent.id)
     if ended.status != "completed" or ended.result is None or not ended.result.chunks:
         yield f"{sent.id}, sent to the gateway, is {ended.status} ({ended.error})"
+
+
+def _through_a_pool(kubectl: _Kubectl, *, alone: dict[str, Any]) -> Iterator[str]:
+    """Have the vectors of 50 texts made by a warm worker, a task each, beside ALONE, which had a Job."""
+    pool = yaml.safe_load((EXAMPLES / "pool-texts.yaml").read_text())
+    name = pool["metadata"]["name"]
+    pool["spec"]["min"] = 1  # what is measured begins with a worker that is there
+    kubectl("apply", "-f", "-", stdin=yaml.safe_dump(pool))
+    try:
+        if (reason := _first_worker(kubectl, name)) == "RedisNotConfigured":  # in a cluster that is not ours
+            _show(f"not here: {reason}")
+            return
+        task = {"apiVersion": "tasks.zzdsj.io/v1", "kind": "ProcessingTask"}
+        texts = {f"pooled-{number:02}": f"Line {number} of the log of the tide station." for number in range(1, 51)}
+        specs = {one: {"type": "embedding_generation", "payload": {"texts": [text]}} for one, text in texts.items()}
+        made = [task | {"metadata": {"name": one}, "spec": spec} for one, spec in specs.items()]
+        kubectl("create", "-f", "-", stdin=yaml.safe_dump_all(made))
+        statuses = [one["status"] for one in _wait(kubectl, [*texts]).values()]
+        _show(kubectl("get", "wpool"))
+    finally:
+        kubectl("delete", "wpool", name, "--ignore-not-found", "--wait=false")
+    first = min(datetime.fromisoformat(status["queuedAt"]) for status in statuses)
+    last = max(datetime.fromisoformat(status["finishedAt"]) for status in statuses)
+    began, ended = (datetime.fromisoformat(alone["status"][at]) for at in ("queuedAt", "finishedAt"))
+    _show(
+        f"{len(statuses)} tasks from the first in the queue to the end of the last: {(last - first).total_seconds():.0f} s; "
+        f"one of them as a Job ({alone['metadata']['name']}): {(ended - began).total_seconds():.0f} s"
+    )
+    if others := [status["phase"] for status in statuses if status["phase"] != "Completed"]:
+        yield f"{len(others)} of 50 tasks in the pool are {', '.join(sorted(set(others)))}"
+    if any(status.get("executor") != "pool" for status in statuses):
+        yield "some of 50 small tasks had a Job although there was a pool"
+
+
+def _first_worker(kubectl: _Kubectl, name: str) -> str:
+    """Wait for a worker that takes tasks; return the reason of the pool's condition Ready."""
+    deadline = time.monotonic() + TASK_DEADLINE
+    while True:
+        found = json.loads(kubectl("get", "wpool", name, "-o", "json")).get("status") or {}
+        reason = next((one["reason"] for one in found.get("conditions", ()) if one["type"] == "Ready"), "")
+        if found.get("ready") or reason == "RedisNotConfigured":
+            return str(reason)
+        if time.monotonic() > deadline:
+            raise DevstackError(f"cannot wait longer for a worker: look at `kubectl -n {kubectl.namespace} describe wpool`")
+        time.sleep(0.3)
 
 
 def _ask(installed: Installation, *, kb_id: str, question: dict[str, Any]) -> Iterator[str]:
