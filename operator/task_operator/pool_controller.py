@@ -236,6 +236,7 @@ class PoolController:
         self._looking.clear()  # of an earlier term: a look that was cut off before it began is none
         async with asyncio.TaskGroup() as group:
             group.create_task(self._list_forever(), name="pool lists")
+            group.create_task(self._drop_forever(), name="pool drops")
             full = self._monotonic()
             while True:
                 now = self._monotonic()
@@ -247,7 +248,6 @@ class PoolController:
                 self._looking |= begin
                 for key in begin:
                     group.create_task(self._guarded(key), name=f"pool {key[0]}/{key[1]}")
-                await self._drop_what_is_gone()
                 self._wake.clear()
                 try:
                     async with asyncio.timeout(max(0.0, full - self._monotonic())):
@@ -328,6 +328,11 @@ class PoolController:
             if key in self._due:
                 self._wake.set()
 
+    async def _drop_forever(self) -> None:
+        while True:
+            await self._drop_what_is_gone()
+            await asyncio.sleep(_EVERY)
+
     async def _drop_what_is_gone(self) -> None:
         now = self._monotonic()
         for due in [one for one in self._dropped if one[0] <= now]:
@@ -343,8 +348,8 @@ class PoolController:
     # ---------------------------------------------------------------------------------------------------- one pool
 
     async def _look(self, key: Key) -> None:
-        known = self._known[key]
-        if known.pool.deleting:
+        known = self._known.get(key)
+        if known is None or known.pool.deleting:
             return  # its workers end by their owner's end
         look, trouble = await self._queue_of(known)
         if self._known.get(key) is not known:
