@@ -22,6 +22,7 @@ BENCHMARKS = (
         "devstack",
         "dispatch",
         "document",
+        "failover",
         "gateway",
         "gateway_live",
         "operator",
