@@ -98,5 +98,9 @@ def lines_of(outcome: Mapping[str, Any]) -> list[Cell]:
     if message := (outcome.get("error") or {}).get("message"):
         lines.append(Cell(plain(str(message))))
     for key, value in (outcome.get("result") or {}).items():
-        lines.append(Cell(plain(f"  {key}: {value if isinstance(value, str | int | float) else json.dumps(value)}")))
+        lines.append(
+            Cell(
+                plain(f"  {key}: {value if isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False)}")
+            )
+        )
     return lines
