@@ -230,8 +230,10 @@ class PoolController:
     # ----------------------------------------------------------------------------------------------------- running
 
     async def run(self, watching: asyncio.Event) -> None:
-        """Wait for the watches, list everything, then look at every pool each second."""
+        """Wait for the watches, list everything, look at every pool each second. May be run again after it was cancelled."""
         await watching.wait()
+        for known in self._known.values():  # another operator may have led meanwhile, and told workers other things
+            known.memory, known.told, known.counted = Memory(), None, None
         await self._list_until_done()
         self._looking.clear()  # of an earlier term: a look that was cut off before it began is none
         async with asyncio.TaskGroup() as group:

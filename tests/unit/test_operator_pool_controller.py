@@ -242,6 +242,19 @@ async def test_looks_are_handed_on_once_a_second_however_much_happens() -> None:
         assert asyncio.get_running_loop().time() - began >= 1.7
 
 
+async def test_an_operator_that_leads_again_tells_workers_anew_who_drains() -> None:
+    lab = Lab()
+    lab.add(min=1)
+    for times in (1, 2):  # between them another one has led
+        async with lab.at_work():
+
+            async def told(times: int = times) -> bool:
+                return len(lab.queue.drained) == times
+
+            await until("workers are told", told, seconds=10)
+    assert lab.queue.drained == [[], []]
+
+
 async def test_redis_that_is_down_is_told_as_nothing_seen() -> None:
     lab = Lab()
     lab.queue.down = True
