@@ -7,6 +7,7 @@ Deletion is search and bulk, since ``_delete_by_query`` comes with a module that
 import asyncio
 import contextlib
 import json
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
@@ -69,6 +70,7 @@ class ElasticsearchIndex:
         *,
         url: str,
         api_key: str | None,
+        ca: str | None = None,
         analyzer: str | None = None,
         replicas: int = 0,
         label: str = "",
@@ -77,6 +79,7 @@ class ElasticsearchIndex:
         self._name = generation.name
         self._url = url
         self._api_key = api_key
+        self._ca = ca
         self._analyzer = analyzer
         self._replicas = replicas
         self._label = label
@@ -85,7 +88,7 @@ class ElasticsearchIndex:
     @property
     def _client(self) -> Any:
         if self._opened is None:
-            self._opened = make_client(self._url, self._api_key)
+            self._opened = make_client(self._url, self._api_key, self._ca)
         return self._opened
 
     async def aclose(self) -> None:
@@ -364,18 +367,25 @@ def load() -> Any:
     return elasticsearch
 
 
-def make_client(url: str, api_key: str | None) -> Any:
-    """Return an asynchronous client. What a busy server refuses it does not repeat: that is :func:`_ask`'s, with pauses."""
+def make_client(url: str, api_key: str | None, ca: str | None = None) -> Any:
+    """Return an asynchronous client. What a busy server refuses it does not repeat: that is :func:`_ask`'s, with pauses.
+
+    ``ca`` has certificates in PEM form that are trusted besides those of the system.
+    """
     from elasticsearch import AsyncElasticsearch
 
+    trusted: dict[str, Any] = {}
+    if ca is not None and url.startswith("https:"):
+        trusted["ssl_context"] = ssl.create_default_context()
+        trusted["ssl_context"].load_verify_locations(cadata=ca)
     return AsyncElasticsearch(
-        url, api_key=api_key, request_timeout=TIMEOUT, max_retries=3, retry_on_timeout=True, retry_on_status=()
+        url, api_key=api_key, request_timeout=TIMEOUT, max_retries=3, retry_on_timeout=True, retry_on_status=(), **trusted
     )
 
 
-async def labels(url: str, api_key: str | None) -> list[Label]:
+async def labels(url: str, api_key: str | None, ca: str | None = None) -> list[Label]:
     """Return the labels of all indices of ours that have one. Raises StoreUnavailable."""
-    client = make_client(url, api_key)
+    client = make_client(url, api_key, ca)
     try:
         mine = f"{KNOWLEDGE_BASE_PREFIX}*"
         answer = await _ask("list the indices", lambda: client.indices.get_mapping(index=mine))
@@ -385,9 +395,9 @@ async def labels(url: str, api_key: str | None) -> list[Label]:
     return [label for name, text in written if (label := Label.read(text, name=name)) is not None]
 
 
-async def check(url: str, api_key: str | None) -> str:
+async def check(url: str, api_key: str | None, ca: str | None = None) -> str:
     """Return what a health check says of the cluster. Raises StoreUnavailable, also when its state is red."""
-    client = make_client(url, api_key)
+    client = make_client(url, api_key, ca)
     try:
         async with _guarded("ask for the cluster's health"):
             health = await client.cluster.health()

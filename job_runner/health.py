@@ -131,7 +131,8 @@ def checks(
     async def elasticsearch() -> str:
         from job_runner import elasticsearch as store
 
-        return await store.check(revealed(settings.elasticsearch_url) or "", revealed(settings.elasticsearch_api_key))
+        url, key = revealed(settings.elasticsearch_url) or "", revealed(settings.elasticsearch_api_key)
+        return await store.check(url, key, settings.elasticsearch_ca)
 
     async def model() -> str:
         vectors = await asyncio.to_thread(embedder.embed, ["health"])

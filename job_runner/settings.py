@@ -57,6 +57,8 @@ class Settings(BaseSettings):
     """http://host:9200, the full-text store; user and password may stand in it."""
     elasticsearch_api_key: SecretStr | None = None
     """Instead of user and password in the URL."""
+    elasticsearch_ca: Annotated[str, Field(max_length=2**20), AfterValidator(_checked_certificates)] | None = None
+    """Certificates in PEM form that an https:// server is trusted by, besides those of the system."""
     elasticsearch_analyzer: Annotated[str, Field(max_length=64)] | None = None
     """Analyzer of new indices. Default: the first of smartcn, cjk, standard that the server has."""
     elasticsearch_replicas: Annotated[int, Field(ge=0, le=8)] = 0

@@ -123,7 +123,11 @@ async def labels(settings: Settings) -> list[Label]:
     assert settings.elasticsearch_url is not None  # noqa: S101 - for the type checker: looked at above
     in_milvus, in_elasticsearch = await asyncio.gather(
         milvus.labels(settings.milvus_url.get_secret_value(), revealed(settings.milvus_token)),
-        elasticsearch.labels(settings.elasticsearch_url.get_secret_value(), revealed(settings.elasticsearch_api_key)),
+        elasticsearch.labels(
+            settings.elasticsearch_url.get_secret_value(),
+            revealed(settings.elasticsearch_api_key),
+            settings.elasticsearch_ca,
+        ),
     )
     return sorted({*in_milvus, *in_elasticsearch}, key=lambda label: (label.namespace, label.kb_id, label.generation))
 
@@ -162,6 +166,7 @@ def opener(settings: Settings, *, dimension: int, model_fingerprint: str = "") -
                 generation,
                 url=settings.elasticsearch_url.get_secret_value(),
                 api_key=revealed(settings.elasticsearch_api_key),
+                ca=settings.elasticsearch_ca,
                 analyzer=settings.elasticsearch_analyzer,
                 replicas=settings.elasticsearch_replicas,
                 label=label,

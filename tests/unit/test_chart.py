@@ -10,6 +10,12 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from pydantic import BaseModel
+
+from task_contract.crd import custom_resource_definition
+from task_contract.models import ProcessingTask
+from task_contract.pool_crd import pool_definition
+from task_contract.pools import WorkerPool
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm/processing-tasks"
@@ -80,3 +86,12 @@ def test_image_has_the_version_of_the_distribution(name: str) -> None:
     lines = (ROOT / f"Dockerfile.{name}").read_text(encoding="utf-8").splitlines()
     assert f"ARG VERSION={project['version']}" in lines
     assert "USER 65532:65532" in lines
+
+
+def test_what_artifact_hub_shows_is_what_the_chart_installs() -> None:
+    annotations = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))["annotations"]
+    installed = {definition["metadata"]["name"] for definition in (custom_resource_definition(), pool_definition())}
+    assert {shown["name"] for shown in yaml.safe_load(annotations["artifacthub.io/crds"])} == installed
+    for example in yaml.safe_load(annotations["artifacthub.io/crdsExamples"]):
+        kind: type[BaseModel] = {"ProcessingTask": ProcessingTask, "WorkerPool": WorkerPool}[example["kind"]]
+        kind.model_validate(example)

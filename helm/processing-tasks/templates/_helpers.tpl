@@ -332,7 +332,7 @@ Secrets those alone that sign callbacks. */}}
 {{- $stores := .Values.stores }}
 {{- include "processing-tasks.validateStores" (dict "path" "stores" "stores" $stores) }}
 {{- include "processing-tasks.validateStores" (dict "path" "operator.stores" "stores" .Values.operator.stores) }}
-{{- if and $stores.existingSecret (or $stores.postgres.url $stores.redis.url $stores.milvus.url $stores.milvus.token $stores.elasticsearch.url $stores.elasticsearch.apiKey) }}
+{{- if and $stores.existingSecret (or $stores.postgres.url $stores.redis.url $stores.milvus.url $stores.milvus.token $stores.elasticsearch.url $stores.elasticsearch.apiKey $stores.elasticsearch.ca) }}
 {{- fail "stores.existingSecret: leave the urls, the token and the API key below stores empty when it is set" }}
 {{- end }}
 {{- with .Values.callbacks.default.secretRef }}
