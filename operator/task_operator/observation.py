@@ -170,6 +170,8 @@ class Policy:
     """So long a task waits for a place before its status says so: most waits are shorter, and each would cost a write."""
     pool_queue_patience: timedelta = timedelta(seconds=30)
     """The same of a task that waits for its turn in a pool's line: thousands do, and most are done by then."""
+    pool_queue_spread: timedelta = timedelta(seconds=0.01)
+    """And so much longer for each that is in front of it: a line that stands still is no burst of writes."""
     pool_fallback: bool = False
     """Whether tasks of pools run as Jobs while Redis cannot be used."""
     pool_fallback_patience: timedelta = timedelta(seconds=60)

@@ -82,6 +82,8 @@ class _Place:
     missed_at: float = 0.0
     """When a lease was first missed in the row of looks that goes on."""
     gone_since: datetime | None = None
+    strangers: frozenset[str] = frozenset()
+    """What the last look saw of tasks that are not known."""
     window: int = _WINDOW
 
     @property
@@ -136,6 +138,7 @@ class PoolTasks:
         self._settling: dict[PoolId, list[str]] = {}
         self._settle_now = asyncio.Event()
         self._readers: dict[PoolId, asyncio.Task[None]] = {}
+        self._taking_out: set[asyncio.Task[None]] = set()
         self._seen: tuple[Pool, ...] = ()
         self._synced = False
 
@@ -298,7 +301,7 @@ class PoolTasks:
                     self.follow(group)
                     await asyncio.sleep(_TICK)
         finally:
-            for task in (*self._readers.values(), *self._senders.values()):
+            for task in (*self._readers.values(), *self._senders.values(), *self._taking_out):
                 task.cancel()
 
     def follow(self, group: asyncio.TaskGroup | None = None) -> None:
@@ -412,18 +415,24 @@ class PoolTasks:
         for uid in [uid for uid, of in self._present.items() if of == place.id and uid not in look.uids]:
             del self._present[uid]
         strange = look.uids - place.held.keys()
+        seen, place.strangers = place.strangers, frozenset[str]()
         if not strange or not self._pools.synced:
             return
+        unknown = set[str]()
         live = self._live(place.id[0], {uid: "" for uid in strange if self._present.get(uid) != place.id})
         for uid in strange:
             if self._present.get(uid) == place.id:
                 continue
             key = live.get(uid)
-            if key is None or self._of.get(uid) not in {None, place.id}:
-                asyncio.get_running_loop().create_task(self._take_out(place, uid))
-            else:
+            if key is not None and self._of.get(uid) in {None, place.id}:
                 self._present[uid] = place.id
                 self._wake(key)
+            elif uid in seen:
+                self._taking_out.add(task := asyncio.create_task(self._take_out(place, uid)))
+                task.add_done_callback(self._taking_out.discard)
+            else:
+                unknown.add(uid)  # of another operator, perhaps, whose watch is ahead of ours
+        place.strangers = frozenset(unknown)
 
     async def _take_out(self, place: _Place, uid: str) -> None:
         with contextlib.suppress(QueueUnavailable):

@@ -893,7 +893,9 @@ def _in_line(task: ProcessingTask, place: Place, *, since: datetime | None, now:
     """Say which limit a task waits for. It is woken when it may go on, or has come much closer."""
     status = task.status
     told = status.queue if status.queue is not None and status.queue.reason == place.reason else None
-    patience = policy.pool_queue_patience if place.reason == Limit.POOL else policy.queue_patience
+    patience = policy.queue_patience
+    if place.reason == Limit.POOL:  # thousands wait, and are to write one after the other
+        patience = policy.pool_queue_patience + place.position * policy.pool_queue_spread
     waited = now - (since or now)
     if status.queue is None and timedelta() <= waited < patience:
         return Decision(after=patience - waited)

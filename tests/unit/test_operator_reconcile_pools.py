@@ -124,9 +124,9 @@ ROWS = [
         },
     ),
     Row(
-        "a place in a pool's line is told after half a minute",
+        "a place in a pool's line is told after half a minute, and one after the other",
         Observed(task=task(), pools=READY, answered=frozenset({Need.PLACE}), place=FULL),
-        after=20,
+        after=20.07,
     ),
     Row(
         "after one lost worker the next one has it",
