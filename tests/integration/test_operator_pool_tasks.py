@@ -392,38 +392,3 @@ async def test_many_tasks_are_offered_in_few_requests(lab: Lab) -> None:
         for number in range(60):
             await lab.place.wait_for("Completed", name=f"check-{number}")
         assert queue.offers < 40
-
-
-async def test_every_task_ends_once_while_operators_are_killed_and_redis_is_wiped(lab: Lab) -> None:
-    names = {f"check-{number}" for number in range(40)}
-    worker, ended = lab.worker(), list[str]()
-
-    async def work() -> None:
-        while True:
-            for lease in await worker.take():
-                if await worker.end(lease):
-                    ended.append(lease.name)
-            await asyncio.sleep(0.05)
-
-    async def create() -> None:
-        for name in sorted(names):
-            await lab.place.create(name, **HEALTH)
-            await asyncio.sleep(0.05)
-
-    async def all_ended() -> bool:
-        return {name for name in names if (await lab.place.status(name))["phase"] == "Completed"} == names
-
-    working, creating = asyncio.create_task(work()), asyncio.create_task(create())
-    for turn in range(4):
-        async with lab.operator():
-            await asyncio.sleep(0.9)
-            if turn % 2:
-                await lab.redis.delete(*lab.keys.all)
-    await creating
-    async with lab.operator():
-        await until("all have ended", all_ended, seconds=60, interval=0.5)
-    working.cancel()
-    for name in names:
-        status = await lab.place.status(name)
-        assert (status["executor"], [one["number"] for one in status["attempts"]]) == ("pool", [1])
-    assert not await lab.place.objects("jobs")
