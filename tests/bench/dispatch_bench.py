@@ -5,7 +5,6 @@ Pure: no cluster, no store. FIFO and strict priorities run the same tasks in the
 
 import time
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Final
@@ -102,7 +101,7 @@ def backlog() -> list[Arrival]:
 
 def service(served: Sequence[Served]) -> list[float]:
     """Return the place-seconds that each knowledge base was given."""
-    given = Counter({base: 0.0 for _, base in tenants(NAMESPACES, BASES)})
+    given = {base: 0.0 for _, base in tenants(NAMESPACES, BASES)}
     for one in served:
         given[one.task.base] += one.task.takes
     return list(given.values())

@@ -28,13 +28,14 @@ import devstack
 from devstack import DevstackError, cluster, process
 from devstack.stores import postgres, redis
 from task_contract.crd import custom_resource_definition
+from task_contract.names import POOL_LABEL, REVISION_LABEL
 from task_contract.pool_crd import pool_definition
 from task_operator.schema import migrate
 from task_platform.kubernetes import Access
 from tests.bench import corpus
 from tests.bench.operator_load import Load, Server, own_cpu, task
 from tests.bench.operator_rounds import NAMESPACE, account, cpu_seconds, peak_memory, percentile
-from tests.support.operator_lab import MERGE, RESTRICTED, ROOT, TASKS, OperatorProcess, until
+from tests.support.operator_lab import JOBS, MERGE, RESTRICTED, ROOT, TASKS, OperatorProcess, until
 
 POOL: Final = "warm"
 WORKERS: Final = 2
@@ -54,17 +55,18 @@ class Worker:
 
     environment: Mapping[str, str]
     log: Path
+    job: Mapping[str, str] = field(default_factory=dict)
+    """The variables by which the operator tells which of its Jobs the worker is of."""
     process: "subprocess.Popen[bytes] | None" = None
     spent: float = 0.0
     """CPU seconds of those that were killed."""
 
     def start(self, **changes: str) -> None:
         """Start it, as another pod than before."""
-        name = f"worker-{uuid.uuid4().hex[:8]}"
-        names = dict.fromkeys(("TASKS_WORKER", "TASKS_WORKER_JOB", "TASKS_HOLDER"), name)
+        names = dict.fromkeys(("TASKS_WORKER", "TASKS_HOLDER"), f"worker-{uuid.uuid4().hex[:8]}")
         with self.log.open("ab") as log:
             command = [sys.executable, "-m", "job_runner", "work"]
-            environment = {**self.environment, **names, **changes}
+            environment = {**self.environment, **names, **self.job, **changes}
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
     def end(self) -> None:
@@ -119,7 +121,11 @@ class Lab:
         """Have so many new workers, that take tasks."""
         for worker in self.workers:
             worker.end()
-        for worker in self.workers[:count]:
+        for worker, job in zip(self.workers[:count], await self._slots(), strict=False):
+            worker.job = {
+                "TASKS_WORKER_JOB": job["metadata"]["name"],
+                "TASKS_POOL_REVISION": job["metadata"]["labels"][REVISION_LABEL],
+            }
             worker.start(**changes)
 
         async def ready() -> bool:
@@ -127,6 +133,23 @@ class Lab:
             return bool(status.get("ready") == count)
 
         await until(f"{count} workers take tasks", ready, seconds=90)
+
+    async def _slots(self) -> list[dict[str, Any]]:
+        """Return the Jobs of the pool's slots, and say of each that it has a pod: the process that is started for it."""
+        jobs, found = f"{JOBS}/namespaces/{NAMESPACE}/jobs", list[dict[str, Any]]()
+
+        async def made() -> bool:
+            nonlocal found
+            found = orjson.loads(await self.admin.send("GET", f"{jobs}?labelSelector={POOL_LABEL}%3D{POOL}"))["items"]
+            return len(found) >= WORKERS
+
+        await until("the pool's slots have Jobs", made, seconds=30)
+        for job in found:
+            status = {"startTime": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "active": 1, "ready": 1}
+            await self.admin.send(
+                "PATCH", f"{jobs}/{job['metadata']['name']}/status", {"status": status}, content_type=MERGE
+            )
+        return found
 
     async def tasks(self, names: str) -> list[dict[str, Any]]:
         """Return the tasks whose names begin so."""
@@ -362,7 +385,6 @@ async def _lab(*, python: Path, folder: Path) -> AsyncIterator[Lab]:
         "TASKS_REDIS_URL": redis_url,
         "TASKS_POOL": POOL,
         "TASKS_POOL_NAMESPACE": NAMESPACE,
-        "TASKS_POOL_REVISION": "bench",
         "TASKS_POOL_CONCURRENCY": "16",
         "TASKS_POOL_BATCH_SIZE": "64",
         "TASKS_POOL_LEASE_SECONDS": str(LEASE),
