@@ -390,6 +390,7 @@ async def _lab(*, python: Path, folder: Path) -> AsyncIterator[Lab]:
         "TASKS_POOL_LEASE_SECONDS": str(LEASE),
         "TASKS_POOL_GRACE_SECONDS": "10",
         "TASKS_LOG_LEVEL": "warning",
+        "TASKS_DOCUMENT_ROOT": str(folder),
     }
     workers = [Worker(environment, folder / f"worker-{number}.log") for number in range(WORKERS)]
     load = Load(admin, NAMESPACE, NoHand(), type="health_check")
