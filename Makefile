@@ -29,7 +29,7 @@ ifeq ($(origin NAME),command line)
 else
 	@$(BIN)/python -m devstack up
 	@failed=0; \
-	$(BIN)/python -m pytest tests -m "not alone" -n 2 --dist loadfile --durations=10 || failed=1; \
+	$(BIN)/python -m pytest tests -m "not alone" -n 2 --dist loadfile --no-loadscope-reorder --durations=10 || failed=1; \
 	$(BIN)/python -m pytest tests -m alone --durations=20 || failed=1; \
 	exit $$failed
 endif
