@@ -10,12 +10,11 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from devstack import Endpoints, tools
+from devstack import Endpoints
 from task_contract.models import parse_manifest
 from task_contract.pools import WorkerPool
 from task_gateway.settings import Settings as GatewaySettings
@@ -23,18 +22,14 @@ from task_operator.jobs import build_job, build_sweep_job
 from task_operator.projection import DefaultCallback
 from task_operator.settings import Settings
 from task_platform.settings import load_settings
+from tests.support.chart import CHART, KUBE_VERSION, ROOT, Document, key, render, run_helm
 from tests.support.devstack import Kubectl
 from tests.support.operator_values import task
 
-ROOT = Path(__file__).resolve().parents[2]
-CHART = ROOT / "helm/processing-tasks"
 DATA = ROOT / "tests/data/chart"
 SETS = ("minimal", "full", "existing", "hardened", "cluster-wide", "one-namespace")
 POSTGRES = "stores.postgres.url=postgresql://tasks:secret@postgres:5432/tasks"
-# A helm built from its module believes in a cluster of v1.20 when it has none to ask.
-KUBE_VERSION = ("--kube-version", "1.34.0")
 
-Document = dict[str, Any]
 Helm = Callable[..., subprocess.CompletedProcess[str]]
 
 pytestmark = pytest.mark.integration
@@ -42,35 +37,19 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="session")
 def helm() -> Helm:
-    binary = tools.helm()
-
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([binary, *arguments], capture_output=True, text=True, timeout=150, check=False)
-
-    return run
-
-
-def render(helm: Helm, *arguments: str | Path, chart: Path = CHART) -> list[Document]:
-    answer = helm("template", "processing-tasks", chart, "-n", "processing-tasks-system", *KUBE_VERSION, *arguments)
-    assert answer.returncode == 0, answer.stderr
-    return [document for document in yaml.safe_load_all(answer.stdout) if document]
-
-
-def key(document: Document) -> str:
-    metadata = document["metadata"]
-    return f"{document['kind']} {metadata.get('namespace', '-')}/{metadata['name']}"
+    return run_helm
 
 
 @pytest.fixture(scope="session", params=SETS)
-def rendered(request: pytest.FixtureRequest, helm: Helm) -> tuple[str, dict[str, Document]]:
-    documents = render(helm, "--values", DATA / f"{request.param}.values.yaml")
+def rendered(request: pytest.FixtureRequest) -> tuple[str, dict[str, Document]]:
+    documents = render("--values", DATA / f"{request.param}.values.yaml")
     return request.param, {key(document): document for document in documents}
 
 
 @pytest.fixture(scope="session", params=SETS[:3])
-def expected_of(request: pytest.FixtureRequest, helm: Helm) -> tuple[str, dict[str, Document]]:
+def expected_of(request: pytest.FixtureRequest) -> tuple[str, dict[str, Document]]:
     """The same for the sets whose accounts, rights and addresses these tests have tables of."""
-    documents = render(helm, "--values", DATA / f"{request.param}.values.yaml")
+    documents = render("--values", DATA / f"{request.param}.values.yaml")
     return request.param, {key(document): document for document in documents}
 
 
@@ -138,9 +117,9 @@ def test_every_object_and_pod_has_the_recommended_labels(rendered: tuple[str, di
             assert {f"app.kubernetes.io/{label}" for label in RECOMMENDED_LABELS} <= metadata["labels"].keys(), identity
 
 
-def test_no_name_is_rendered_twice(rendered: tuple[str, dict[str, Document]], helm: Helm) -> None:
+def test_no_name_is_rendered_twice(rendered: tuple[str, dict[str, Document]]) -> None:
     name, documents = rendered
-    assert len(render(helm, "--values", DATA / f"{name}.values.yaml")) == len(documents)
+    assert len(render("--values", DATA / f"{name}.values.yaml")) == len(documents)
 
 
 # ------------------------------------------------------------------------------------------------------------------ values
@@ -273,15 +252,15 @@ def test_what_an_existing_secret_has_to_hold_is_refused_beside_it(helm: Helm, se
     [(None, None), ("documents.storageClassName=", ""), ("documents.storageClassName=fast", "fast")],
     ids=["left out: the cluster's default", "empty: none", "named"],
 )
-def test_storage_class_of_the_claim(helm: Helm, setting: str | None, expected: str | None) -> None:
-    documents = render(helm, "--set", POSTGRES, *(("--set", setting) if setting else ()))
+def test_storage_class_of_the_claim(setting: str | None, expected: str | None) -> None:
+    documents = render("--set", POSTGRES, *(("--set", setting) if setting else ()))
     claims = [
         document["spec"].get("storageClassName") for document in documents if document["kind"] == "PersistentVolumeClaim"
     ]
     assert claims == [expected]
 
 
-def test_a_namespace_may_take_back_what_holds_for_all(helm: Helm) -> None:
+def test_a_namespace_may_take_back_what_holds_for_all() -> None:
     settings = (
         POSTGRES,
         "stores.redis.url=redis://redis",
@@ -293,7 +272,7 @@ def test_a_namespace_may_take_back_what_holds_for_all(helm: Helm) -> None:
         "taskNamespaces[0].documents.keep=false",
         "taskNamespaces[1].name=b",
     )
-    documents = render(helm, *(argument for setting in settings for argument in ("--set", setting)))
+    documents = render(*(argument for setting in settings for argument in ("--set", setting)))
     found = {key(document): document for document in documents}
     secrets = [found[f"Secret {namespace}/processing-task-stores"]["data"] for namespace in "ab"]
     assert [sorted(data) for data in secrets] == [["TASKS_POSTGRES_URL"], ["TASKS_POSTGRES_URL", "TASKS_REDIS_URL"]]
@@ -320,8 +299,8 @@ def test_long_release_names_give_names_that_fit(helm: Helm) -> None:
 
 
 @pytest.mark.parametrize("plural", ["processingtasks", "workerpools"])
-def test_a_crd_is_the_generated_one_and_stays_when_the_release_goes(helm: Helm, plural: str) -> None:
-    documents = render(helm, "--set", POSTGRES)
+def test_a_crd_is_the_generated_one_and_stays_when_the_release_goes(plural: str) -> None:
+    documents = render("--set", POSTGRES)
     found = next(document for document in documents if document["metadata"]["name"] == f"{plural}.tasks.zzdsj.io")
     expected = yaml.safe_load((ROOT / "crds" / f"{plural}.yaml").read_text(encoding="utf-8"))
     assert found["spec"] == expected["spec"]
@@ -353,10 +332,10 @@ def test_only_crd_and_wanted_documents_stay_on_uninstall(rendered: tuple[str, di
 POOLS = json.dumps([{"name": "texts", "namespace": "knowledge", "spec": {"types": ["health_check"], "max": 2}}])
 
 
-def test_pools_wait_for_a_cluster_that_knows_them(helm: Helm) -> None:
+def test_pools_wait_for_a_cluster_that_knows_them() -> None:
     given = ("--set", POSTGRES, "--set-json", f"workerPools={POOLS}")
-    assert [one for one in render(helm, *given) if one["kind"] == "WorkerPool"] == []
-    documents = render(helm, *given, "--api-versions", "tasks.zzdsj.io/v1/WorkerPool")
+    assert [one for one in render(*given) if one["kind"] == "WorkerPool"] == []
+    documents = render(*given, "--api-versions", "tasks.zzdsj.io/v1/WorkerPool")
     (pool,) = (one for one in documents if one["kind"] == "WorkerPool")
     assert (pool["metadata"]["namespace"], pool["metadata"]["name"]) == ("knowledge", "texts")
     assert pool["spec"] == {"types": ["health_check"], "max": 2}
@@ -514,8 +493,8 @@ def test_operator_may_do_this_and_no_more(expected_of: tuple[str, dict[str, Docu
         assert [rule["resourceNames"] for rule in role["rules"] if rule["resources"] == ["secrets"]] == [signing]
 
 
-def test_without_secrets_that_sign_the_operator_reads_none(helm: Helm) -> None:
-    roles = [one for one in render(helm, "--set", POSTGRES, "--set", "callbacks.secrets=null") if one["kind"] == "Role"]
+def test_without_secrets_that_sign_the_operator_reads_none() -> None:
+    roles = [one for one in render("--set", POSTGRES, "--set", "callbacks.secrets=null") if one["kind"] == "Role"]
     assert roles
     assert not [rule for role in roles for rule in role["rules"] if "secrets" in rule["resources"]]
 
@@ -550,10 +529,8 @@ def test_gateway_may_do_this_and_no_more(expected_of: tuple[str, dict[str, Docum
 
 
 @pytest.mark.parametrize("values", SETS[:3])
-def test_gateway_reads_its_settings_from_the_rendered_environment(
-    helm: Helm, values: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    documents = render(helm, "--values", DATA / f"{values}.values.yaml")
+def test_gateway_reads_its_settings_from_the_rendered_environment(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = render("--values", DATA / f"{values}.values.yaml")
     [container] = pod_of(documents, "gateway")["containers"]
     for name, value in environment(container).items():
         monkeypatch.setenv(name, value)
@@ -573,11 +550,11 @@ def test_gateway_reads_its_settings_from_the_rendered_environment(
     assert grace > settings.drain_seconds + settings.stop_seconds
 
 
-def test_a_gateway_in_the_namespace_of_the_tasks_uploads_into_their_claim(helm: Helm) -> None:
+def test_a_gateway_in_the_namespace_of_the_tasks_uploads_into_their_claim() -> None:
     own = ["--namespace", "knowledge", "--set", POSTGRES, "--set", "gateway.upload.enabled=true"]
     own += ["--set", "taskNamespaces[0].name=knowledge"]  # helm made it
     for given, claim in (([], "processing-task-documents"), (["--set", "documents.existingClaim=shared"], "shared")):
-        pod = pod_of(render(helm, *own, *given), "gateway")
+        pod = pod_of(render(*own, *given), "gateway")
         [container] = pod["containers"]
         [volume] = [one for one in pod["volumes"] if "persistentVolumeClaim" in one]
         assert volume["persistentVolumeClaim"] == {"claimName": claim}
@@ -601,8 +578,8 @@ def test_gateway_is_reached_by_the_names_that_callers_know(expected_of: tuple[st
     assert len(budgets) == (0 if deployment["spec"]["replicas"] == 1 else 1)
 
 
-def test_without_the_gateway_nothing_of_it_is_made(helm: Helm) -> None:
-    documents = render(helm, "--set", POSTGRES, "--set", "gateway.enabled=false")
+def test_without_the_gateway_nothing_of_it_is_made() -> None:
+    documents = render("--set", POSTGRES, "--set", "gateway.enabled=false")
     assert [key(document) for document in documents if "gateway" in key(document)] == []
 
 
@@ -622,8 +599,8 @@ def flows(policy: Document, direction: str) -> set[tuple[int, bool]]:
     return {(port["port"], peers in rule) for rule in policy["spec"].get(direction, []) for port in rule.get("ports", [])}
 
 
-def test_pods_may_speak_to_these_and_to_nobody_else(helm: Helm) -> None:
-    documents = {key(one): one for one in render(helm, "--values", DATA / "hardened.values.yaml")}
+def test_pods_may_speak_to_these_and_to_nobody_else() -> None:
+    documents = {key(one): one for one in render("--values", DATA / "hardened.values.yaml")}
     policies = {name: one for name, one in documents.items() if one["kind"] == "NetworkPolicy"}
     system, dns = "NetworkPolicy processing-tasks-system/processing-tasks-", {(53, False)}
     stores = {(5432, True), (6379, True)}
@@ -649,8 +626,8 @@ def test_pods_may_speak_to_these_and_to_nobody_else(helm: Helm) -> None:
         assert policies[f"{system}{component}"]["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
 
 
-def test_the_policy_of_runners_selects_the_pods_that_the_operator_makes(helm: Helm, monkeypatch: pytest.MonkeyPatch) -> None:
-    documents = render(helm, "--values", DATA / "hardened.values.yaml")
+def test_the_policy_of_runners_selects_the_pods_that_the_operator_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = render("--values", DATA / "hardened.values.yaml")
     for name, value in environment(containers(pod_of(documents, "operator"))[-1]).items():
         monkeypatch.setenv(name, value)
     template = load_settings(Settings, program="operator").runner_template()
@@ -674,8 +651,8 @@ def test_a_trusted_network_has_to_be_named(helm: Helm) -> None:
     assert "networkPolicies.gatewayFrom: required" in answer.stderr
 
 
-def test_users_roles_never_include_the_status(helm: Helm) -> None:
-    documents = {key(document): document for document in render(helm, "--set", POSTGRES)}
+def test_users_roles_never_include_the_status() -> None:
+    documents = {key(document): document for document in render("--set", POSTGRES)}
     roles = of_component(documents, "access", "ClusterRole")
     writes = {
         (role["metadata"]["name"], resource)
@@ -698,10 +675,8 @@ def environment(container: Document) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("values", SETS)
-def test_operator_reads_its_settings_from_the_rendered_environment(
-    helm: Helm, values: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    documents = render(helm, "--values", DATA / f"{values}.values.yaml")
+def test_operator_reads_its_settings_from_the_rendered_environment(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = render("--values", DATA / f"{values}.values.yaml")
     for container in containers(pod_of(documents, "operator")):
         with monkeypatch.context() as patch:
             for name, value in environment(container).items():
@@ -740,9 +715,9 @@ def test_operator_reads_its_settings_from_the_rendered_environment(
             }
 
 
-def test_a_lone_operator_without_election_is_stopped_before_the_next_one_starts(helm: Helm) -> None:
+def test_a_lone_operator_without_election_is_stopped_before_the_next_one_starts() -> None:
     alone = ("--set", "operator.replicas=1", "--set", "operator.leaderElection.enabled=false")
-    documents = {key(document): document for document in render(helm, "--set", POSTGRES, *alone)}
+    documents = {key(document): document for document in render("--set", POSTGRES, *alone)}
     [deployment] = of_component(documents, "operator", "Deployment")
     assert deployment["spec"]["strategy"] == {"type": "Recreate"}
     assert "OPERATOR_LEASE_NAME" not in environment(pod_of(list(documents.values()), "operator")["containers"][0])
@@ -760,9 +735,9 @@ def test_two_releases_in_one_cluster_share_no_name_but_those_of_the_crds(helm: H
     assert names("blue") & names("green") == set()
 
 
-def test_the_operators_requests_have_a_level_of_their_own(helm: Helm) -> None:
+def test_the_operators_requests_have_a_level_of_their_own() -> None:
     kinds = ("FlowSchema", "PriorityLevelConfiguration")
-    documents = {key(document): document for document in render(helm, "--set", POSTGRES)}
+    documents = {key(document): document for document in render("--set", POSTGRES)}
     found = of_component(documents, "operator", *kinds)
     assert sorted((one["kind"], one["metadata"]["name"]) for one in found) == [
         ("FlowSchema", "processing-tasks-operator"),
@@ -775,17 +750,17 @@ def test_the_operators_requests_have_a_level_of_their_own(helm: Helm) -> None:
             [rule] = one["spec"]["rules"]
             assert [subject["serviceAccount"] for subject in rule["subjects"]] == [account]
             assert one["spec"]["matchingPrecedence"] < 9000  # that of all service accounts
-    off = render(helm, "--set", POSTGRES, "--set", "operator.flowControl.enabled=false")
+    off = render("--set", POSTGRES, "--set", "operator.flowControl.enabled=false")
     assert [one for one in off if one["kind"] in kinds] == []
 
 
-def test_without_documents_there_is_neither_claim_nor_volume(helm: Helm) -> None:
-    documents = render(helm, "--set", POSTGRES, "--set", "documents.enabled=false")
+def test_without_documents_there_is_neither_claim_nor_volume() -> None:
+    documents = render("--set", POSTGRES, "--set", "documents.enabled=false")
     assert [document for document in documents if document["kind"] == "PersistentVolumeClaim"] == []
     assert environment(pod_of(documents, "operator")["containers"][0])["OPERATOR_DOCUMENTS_CLAIM"] == ""
 
 
-def test_notes_give_manifests_that_are_valid(helm: Helm, tmp_path: Path) -> None:
+def test_notes_give_manifests_that_are_valid(tmp_path: Path) -> None:
     chart = tmp_path / "chart"
     shutil.copytree(CHART, chart)
     # helm prints notes after an installation only; as a template of their own they can be read without a cluster.
@@ -794,14 +769,14 @@ def test_notes_give_manifests_that_are_valid(helm: Helm, tmp_path: Path) -> None
         "{apiVersion: v1, kind: ConfigMap, metadata: {name: notes},"
         " data: {text: {{ tpl (.Files.Get `NOTES.txt`) . | quote }} }}"
     )
-    notes = next(d for d in render(helm, "--set", POSTGRES, chart=chart) if d["kind"] == "ConfigMap")["data"]["text"]
+    notes = next(d for d in render("--set", POSTGRES, chart=chart) if d["kind"] == "ConfigMap")["data"]["text"]
     assert "kubectl -n processing-tasks-system rollout status deployment/processing-tasks-operator" in notes
     blocks = [block.split("\n   END")[0] for block in notes.split("<<'END'\n")[1:]]
     assert [parse_manifest(yaml.safe_load(block)).metadata.name for block in blocks] == ["health", "handbook"]
     assert "http://processing-tasks-gateway.processing-tasks-system:8084/api/v1/tasks" in notes
     assert "WARNING" not in notes
     trusting = ("--set", POSTGRES, "--set", "gateway.auth=trust-the-network")
-    notes = next(d for d in render(helm, *trusting, chart=chart) if d["kind"] == "ConfigMap")["data"]["text"]
+    notes = next(d for d in render(*trusting, chart=chart) if d["kind"] == "ConfigMap")["data"]["text"]
     assert "WARNING: gateway.auth is trust-the-network" in notes
 
 
