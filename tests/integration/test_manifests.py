@@ -56,7 +56,7 @@ def by_whom(document: Document) -> set[str]:
 
 
 def by_name(document: Document) -> Document:
-    """Put the variables of containers into the order of their names: a patch puts its own first, and none refers to another."""
+    """Put the variables of containers into the order of their names: a patch puts its own first; none refers to another."""
     if document["kind"] == "Deployment":
         pod = document["spec"]["template"]["spec"]
         for container in (*pod.get("initContainers", []), *pod["containers"]):
