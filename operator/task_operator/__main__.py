@@ -1,4 +1,4 @@
-"""The operator's command line: ``python -m task_operator run``, ``migrate`` and ``callbacks``."""
+"""The operator's command line: ``python -m task_operator run``, ``migrate``, ``callbacks`` and ``trial``."""
 
 import argparse
 import asyncio
@@ -11,6 +11,7 @@ import sys
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Final
 
 import asyncpg
@@ -42,7 +43,8 @@ from task_operator.schema import migrate
 from task_operator.settings import DatabaseSettings, Settings
 from task_operator.sweeper import Sweeper
 from task_operator.targets import api_servers
-from task_platform.kubernetes import Access, ClusterError, KubeconfigError
+from task_operator.trial import Trial, TrialFailed
+from task_platform.kubernetes import Access, ClusterError, KubeconfigError, Kubernetes
 from task_platform.logs import configure_logging
 from task_platform.progress import ProgressFeed
 from task_platform.settings import SettingsError, load_settings, product_version
@@ -352,6 +354,28 @@ async def run_callbacks(settings: DatabaseSettings, options: argparse.Namespace)
     return 0 if number or not options.names else 1
 
 
+async def run_trial(options: argparse.Namespace) -> int:
+    """Try the installation as a caller; return the exit code."""
+    api = Kubernetes(Access.from_environment(), user_agent=USER_AGENT)
+    await api.warm_up()
+    try:
+        await Trial(
+            api=api,
+            namespace=options.namespace,
+            name=options.name,
+            seconds=options.seconds,
+            folder=options.folder,
+            document=options.document,
+        ).run()
+    except (TrialFailed, ClusterError) as error:
+        _log.error("the trial failed", error=str(error))
+        return 1
+    finally:
+        await api.aclose()
+    _log.info("the installation works")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m task_operator",
@@ -373,6 +397,15 @@ def _parser() -> argparse.ArgumentParser:
         "names", nargs="*", default=[], metavar="TASK", help="tasks whose callbacks are sent, in whatever state"
     )
     which.add_argument("--dead", action="store_true", help="all that are dead")
+    trial = commands.add_parser("trial", help="try the installation with a health check and a page: what `helm test` runs")
+    trial.add_argument("--namespace", required=True, help="of the tasks")
+    trial.add_argument(
+        "--name", required=True, help="begins the names of the tasks; the knowledge base, which is deleted again"
+    )
+    trial.add_argument("--seconds", type=float, default=240, help="for all of it")
+    source = trial.add_mutually_exclusive_group()
+    source.add_argument("--folder", type=Path, help="where the document volume is mounted: a page is written there")
+    source.add_argument("--document", help="path or URL of a document that is there")
     return parser
 
 
@@ -381,6 +414,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     configure_logging("INFO")
     try:
+        if options.command == "trial":
+            return uvloop.run(run_trial(options))
         if options.command != "run":
             database = load_settings(DatabaseSettings, program="operator")
             configure_logging(database.log_level)

@@ -18,6 +18,7 @@ from devstack import Endpoints
 from task_contract.models import parse_manifest
 from task_contract.pools import WorkerPool
 from task_gateway.settings import Settings as GatewaySettings
+from task_operator.__main__ import _parser
 from task_operator.jobs import build_job, build_sweep_job
 from task_operator.projection import DefaultCallback
 from task_operator.settings import Settings
@@ -54,7 +55,8 @@ def expected_of(request: pytest.FixtureRequest) -> tuple[str, dict[str, Document
 
 
 def pods(documents: Iterator[Document] | list[Document]) -> list[Document]:
-    return [document["spec"]["template"]["spec"] for document in documents if document["kind"] in {"Deployment", "Job"}]
+    made = [document["spec"]["template"]["spec"] for document in documents if document["kind"] in {"Deployment", "Job"}]
+    return made + [document["spec"] for document in documents if document["kind"] == "Pod"]
 
 
 def of_component(documents: dict[str, Document], component: str, *kinds: str) -> list[Document]:
@@ -213,6 +215,7 @@ BAD_VALUES: list[tuple[list[str], list[str]]] = [
     (["callbacks.timeoutSeconds=90"], ["/callbacks/timeoutSeconds"]),
     (["events.rabbitmq.url=http://u:hidden@rabbitmq"], ["events.rabbitmq.url", "amqp://"]),
     (["events.rabbitmq.url=amqp://u:hidden@r", "events.rabbitmq.existingSecret=x"], ["events.rabbitmq.existingSecret"]),
+    (["tests.seconds=5"], ["/tests/seconds"]),
     (["clusterDomain=.local"], ["/clusterDomain"]),
 ]  # fmt: skip
 
@@ -376,7 +379,8 @@ def test_every_pod_is_restricted_with_a_read_only_root(rendered: tuple[str, dict
             tmp, *documents = container["volumeMounts"]
             assert tmp == {"name": "tmp", "mountPath": "/tmp"}, container["name"]
             assert bool(documents) == writes, container["name"]
-            assert all(mount["mountPath"].startswith("/documents/") for mount in documents), container["name"]
+            own = container["name"] == "test"
+            assert all(mount["mountPath"].startswith("/data" if own else "/documents/") for mount in documents)
 
 
 def test_namespaces_that_the_chart_makes_enforce_restricted(rendered: tuple[str, dict[str, Document]]) -> None:
@@ -444,7 +448,7 @@ def test_credentials_stand_in_secrets_only(expected_of: tuple[str, dict[str, Doc
         assert len(inside) == {"minimal": 2, "existing": 0}[name]
 
 
-def test_only_pods_of_operator_and_gateway_get_a_token(rendered: tuple[str, dict[str, Document]]) -> None:
+def test_only_pods_of_operator_gateway_and_test_get_a_token(rendered: tuple[str, dict[str, Document]]) -> None:
     for document in rendered[1].values():
         if document["kind"] == "ServiceAccount":
             assert document["automountServiceAccountToken"] is False
@@ -590,6 +594,67 @@ def test_documented_permissions_are_the_granted_ones() -> None:
     assert [row for row in rows if row not in text] == []
 
 
+# ---------------------------------------------------------------------------------------------------------------- helm test
+
+
+CLOSED = {"hardened", "one-namespace"}
+"""Sets with networkPolicies.enabled."""
+
+
+def test_what_helm_test_makes_may_make_tasks_and_goes_with_the_test(rendered: tuple[str, dict[str, Document]]) -> None:
+    name, documents = rendered
+    kinds = {"ServiceAccount", "Role", "RoleBinding", "Pod"} | ({"NetworkPolicy"} if name in CLOSED else set())
+    made = {one["kind"]: one for one in documents.values() if "helm.sh/hook" in one["metadata"].get("annotations", {})}
+    assert made.keys() == (set() if name == "cluster-wide" else kinds), "without a task namespace there is nowhere to test"
+    for one in made.values():
+        assert one["metadata"]["annotations"]["helm.sh/hook"] == "test"
+        assert one["metadata"]["annotations"]["helm.sh/hook-delete-policy"] == "before-hook-creation,hook-succeeded"
+        assert one["metadata"]["labels"]["app.kubernetes.io/component"] == "test"
+    if not made:
+        return
+    assert len({(one["metadata"]["namespace"], one["metadata"]["name"]) for one in made.values()}) == 1
+    assert granted(made["Role"]) == {("tasks.zzdsj.io", "processingtasks"): ["create", "get", "delete"]}
+    [subject] = made["RoleBinding"]["subjects"]
+    account = made["ServiceAccount"]["metadata"]
+    assert (subject["namespace"], subject["name"]) == (account["namespace"], account["name"])
+    assert made["Pod"]["spec"]["serviceAccountName"] == account["name"]
+    assert made["RoleBinding"]["roleRef"]["name"] == made["Role"]["metadata"]["name"]
+
+
+PAGE: list[tuple[list[str], str | None]] = [
+    ([], "--folder=/data"),
+    (["documents.existingClaim=corpus"], "--folder=/data"),
+    (["documents.accessModes[0]=ReadOnlyMany"], None),
+    (["documents.enabled=false"], None),
+    (["tests.document=/data/handbook.pdf"], "--document=/data/handbook.pdf"),
+    (
+        ["documents.enabled=false", "tests.document=https://example.com/page.html"],
+        "--document=https://example.com/page.html",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "argument"), PAGE)
+def test_the_page_of_helm_test_is_its_own_where_the_volume_can_be_written_to(
+    settings: list[str], argument: str | None
+) -> None:
+    documents = render("--set", POSTGRES, *(part for setting in settings for part in ("--set", setting)))
+    [pod] = [document["spec"] for document in documents if document["kind"] == "Pod"]
+    [container] = pod["containers"]
+    known = _parser().parse_args(container["args"])  # a wrong one ends the process
+    assert (known.command, known.namespace, known.name) == ("trial", "knowledge", "processing-tasks-test")
+    assert [one for one in container["args"] if one.startswith(("--folder", "--document"))] == [argument] * bool(argument)
+    claims = [volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume]
+    expected = "corpus" if "documents.existingClaim=corpus" in settings else "processing-task-documents"
+    assert claims == ([expected] if argument == "--folder=/data" else [])
+
+
+@pytest.mark.parametrize("setting", ["tests.enabled=false", "rbac.create=false"])
+def test_without_tests_or_rights_to_give_there_is_no_test(setting: str) -> None:
+    documents = render("--set", POSTGRES, "--set", setting)
+    assert [key(one) for one in documents if "helm.sh/hook" in one["metadata"].get("annotations", {})] == []
+
+
 # ------------------------------------------------------------------------------------------------------------ the network
 
 
@@ -609,6 +674,7 @@ def test_pods_may_speak_to_these_and_to_nobody_else() -> None:
         f"{system}gateway": {(8084, True), (8080, True)},
         "NetworkPolicy knowledge/processing-tasks-deny": set(),
         "NetworkPolicy knowledge/processing-tasks-runner": set(),
+        "NetworkPolicy knowledge/processing-tasks-test": set(),
         "NetworkPolicy research/processing-tasks-runner": set(),
     }
     assert flows(policies[f"{system}operator"], "egress") == dns | stores | {(6443, True), (5672, True), (8080, True)}
@@ -617,6 +683,8 @@ def test_pods_may_speak_to_these_and_to_nobody_else() -> None:
     for namespace in ("knowledge", "research"):
         runner = policies[f"NetworkPolicy {namespace}/processing-tasks-runner"]
         assert flows(runner, "egress") == dns | stores | {(19530, True), (9200, True), (443, True)}, "no Kubernetes API"
+    trial = policies["NetworkPolicy knowledge/processing-tasks-test"]
+    assert flows(trial, "egress") == dns | {(6443, True)}, "the Kubernetes API alone"
     for name, policy in policies.items():
         assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"], name
     assert policies["NetworkPolicy knowledge/processing-tasks-deny"]["spec"]["podSelector"] == {}
@@ -725,14 +793,35 @@ def test_a_lone_operator_without_election_is_stopped_before_the_next_one_starts(
     assert of_component(documents, "operator", "PodDisruptionBudget") == []
 
 
-def test_two_releases_in_one_cluster_share_no_name_but_those_of_the_crds(helm: Helm) -> None:
+EVERYTHING = {
+    "events.rabbitmq.url": "amqp://rabbitmq",
+    "networkPolicies.enabled": True,
+    "gateway.ingress.enabled": True,
+    "gateway.ingress.host": "tasks.example.com",
+    "gateway.autoscaling.enabled": True,
+    "metrics.podMonitor.enabled": True,
+    "metrics.rules.enabled": True,
+    "metrics.dashboards.enabled": True,
+}
+"""What makes an object each that is off by default."""
+
+
+@pytest.mark.parametrize("cluster_wide", [False, True], ids=["named namespaces", "cluster-wide"])
+def test_two_releases_in_one_cluster_share_no_name_but_those_of_the_crds(helm: Helm, cluster_wide: bool) -> None:
     def names(release: str) -> set[str]:
+        namespace = {"name": f"tasks-of-{release}", "create": True, "quota": {"pods": 4}, "limits": [{"type": "Container"}]}
+        pool = {"name": "texts", "namespace": namespace["name"], "spec": {"types": ["health_check"]}}
+        chosen = EVERYTHING | {"taskNamespaces": [namespace], "workerPools": [pool], "operator.clusterWide": cluster_wide}
+        given = [part for name, value in chosen.items() for part in ("--set-json", f"{name}={json.dumps(value)}")]
         command = ["template", release, CHART, *KUBE_VERSION, "--namespace", "shared", "--set", POSTGRES]
-        done = helm(*command, "--set", f"taskNamespaces[0].name=tasks-of-{release}")
+        done = helm(*command, *given, "--api-versions", "tasks.zzdsj.io/v1/WorkerPool")
         assert done.returncode == 0, done.stderr
         return {key(one) for one in yaml.safe_load_all(done.stdout) if one and one["kind"] != "CustomResourceDefinition"}
 
-    assert names("blue") & names("green") == set()
+    blue = names("blue")
+    assert blue & names("green") == set()
+    templates = {path.stem for path in (CHART / "templates").rglob("*.yaml")} - {"crds"}
+    assert len(blue) > len(templates), "nothing of the chart is left out here"
 
 
 def test_the_operators_requests_have_a_level_of_their_own() -> None:

@@ -544,6 +544,7 @@ app.kubernetes.io/component: gateway
     {{- toYaml . | nindent 4 }}
   {{- end }}
 {{- end }}
+{{- if .ports }}
 # Stores.
 - ports:
     {{- range .ports }}
@@ -553,4 +554,5 @@ app.kubernetes.io/component: gateway
   to:
     {{- toYaml . | nindent 4 }}
   {{- end }}
+{{- end }}
 {{- end }}
