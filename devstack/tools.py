@@ -61,9 +61,14 @@ def helm() -> Path:
 
 def kueue() -> tuple[Path, Path]:
     """Return the controller of Kueue, and the folder of its CRDs; built once, in 5 to 10 minutes. For a test alone."""
-    program = installed("kueue", f"sigs.k8s.io/kueue/cmd/kueue@{KUEUE}")
+    return installed("kueue", f"sigs.k8s.io/kueue/cmd/kueue@{KUEUE}"), kueue_crds()
+
+
+def kueue_crds() -> Path:
+    """Return the folder of Kueue's CRDs, in the cache of Go's modules."""
+    _require_go()
     module = json.loads(run(["go", "mod", "download", "-json", f"sigs.k8s.io/kueue@{KUEUE}"], doing="find Kueue's CRDs"))
-    return program, Path(module["Dir"]) / "config/components/crd/bases"
+    return Path(module["Dir"]) / "config/components/crd/bases"
 
 
 def installed(name: str, package: str) -> Path:

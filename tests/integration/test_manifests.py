@@ -6,14 +6,18 @@ With UPDATE_GOLDEN=1 what is rendered from the chart is written anew: read the d
 import json
 import os
 import subprocess
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
 from devstack import tools
-from tests.support.chart import NAMESPACE, ROOT, Document, key, render
+from tests.support.chart import CHART, NAMESPACE, ROOT, Document, key, render
+from tests.support.devstack import Kubectl
 
 MANIFESTS = ROOT / "manifests"
 VALUES = MANIFESTS / "base/values.yaml"
@@ -122,3 +126,133 @@ def test_every_folder_for_kustomize_builds() -> None:
     folders = [file.parent for file in MANIFESTS.rglob("kustomization.y*ml")]
     assert folders
     assert [str(folder) for folder in folders if not built(folder)] == []
+
+
+def strictly(schema: Any) -> Any:
+    """Return a schema that takes no field which it does not name, as the API server under strict validation."""
+    if isinstance(schema, list):
+        return [strictly(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    known = {name: strictly(part) for name, part in schema.items()}
+    if schema.get("type") == "object" and "properties" in schema and "additionalProperties" not in schema:
+        known["additionalProperties"] = False
+    if schema.get("x-kubernetes-int-or-string"):
+        known = {"type": ["integer", "string"]}
+    return known
+
+
+def test_kueue_takes_the_queues() -> None:
+    """By the schemas of its CRDs; and the operator's Jobs get into them."""
+    schemas = {}
+    for file in tools.kueue_crds().glob("*.yaml"):
+        definition = yaml.safe_load(file.read_text(encoding="utf-8"))["spec"]
+        for version in definition["versions"]:
+            identity = f"{definition['group']}/{version['name']}", definition["names"]["kind"]
+            schemas[identity] = strictly(version["schema"]["openAPIV3Schema"])
+            schemas[identity]["properties"]["metadata"] = {"type": "object"}
+    found = built(MANIFESTS / "kueue")
+    assert {name.split()[0] for name in found} == {"ResourceFlavor", "ClusterQueue", "LocalQueue"}
+    for one in found.values():
+        jsonschema.Draft202012Validator(schemas[one["apiVersion"], one["kind"]]).validate(one)
+    queue, cluster_queue = found["LocalQueue knowledge/tasks"], found["ClusterQueue -/processing-tasks"]
+    assert queue["spec"]["clusterQueue"] == cluster_queue["metadata"]["name"]
+    [group] = cluster_queue["spec"]["resourceGroups"]
+    assert found[f"ResourceFlavor -/{group['flavors'][0]['name']}"]
+    values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+    requested = values["runner"]["resources"]
+    assert {name for part in requested.values() for name in part} == set(group["coveredResources"])
+
+
+def test_the_application_of_argo_cd_is_the_chart_with_values_that_it_takes() -> None:
+    application = yaml.safe_load((MANIFESTS / "argocd/application.yaml").read_text(encoding="utf-8"))["spec"]
+    assert ROOT / application["source"]["path"] == CHART
+    version = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))["version"]
+    assert application["source"]["targetRevision"] == f"v{version}"
+    assert application["destination"]["namespace"] == NAMESPACE
+    given = application["source"]["helm"]["valuesObject"]
+    assert render(*(part for name, value in given.items() for part in ("--set-json", f"{name}={json.dumps(value)}")))
+
+
+def test_argo_cd_gets_the_health_of_both_kinds() -> None:
+    [settings] = built(MANIFESTS / "argocd").values()
+    assert key(settings) == "ConfigMap argocd/argocd-cm"
+    prefix = "resource.customizations.health.tasks.zzdsj.io_"
+    scripts = {path.parent.name: path.read_text(encoding="utf-8") for path in (MANIFESTS / "argocd").rglob("health.lua")}
+    assert settings["data"] == {f"{prefix}{kind}": script for kind, script in scripts.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- API server
+
+UNKNOWN = {"monitoring.coreos.com/v1", "kueue.x-k8s.io/v1beta2", "argoproj.io/v1alpha1"}
+"""APIs of others, which the cluster of the tests lacks."""
+SETS = sorted(path.name.removesuffix(".values.yaml") for path in (ROOT / "tests/data/chart").glob("*.values.yaml"))
+POOL = {"name": "texts", "spec": {"types": ["health_check"], "max": 2}}
+
+
+def of_set(name: str) -> list[Document]:
+    """Return what the chart makes of a set of values, with a pool besides where it names namespaces, and its test."""
+    values = ROOT / f"tests/data/chart/{name}.values.yaml"
+    given = yaml.safe_load(values.read_text(encoding="utf-8"))
+    namespaces = given.get("taskNamespaces", [{"name": "knowledge"}])
+    pools = [POOL | {"namespace": one["name"]} for one in namespaces]
+    chosen = ("--set-json", f"workerPools={json.dumps(pools)}", "--api-versions", "tasks.zzdsj.io/v1/WorkerPool")
+    return render("--values", values, *chosen)
+
+
+def of_files() -> list[Document]:
+    files = [file for file in MANIFESTS.rglob("*.yaml") if not {"testdata", "base", "overlays"} & set(file.parts)]
+    documents = [one for file in files for one in yaml.safe_load_all(file.read_text(encoding="utf-8"))]
+    return [one for one in documents if {"apiVersion", "kind", "metadata"} <= (one or {}).keys()]
+
+
+def refused(kubectl: Kubectl, namespace: str, documents: list[Document]) -> str:
+    """Return what the API server does not take of DOCUMENTS, each put into NAMESPACE, by its schemas and admission.
+
+    Nothing is made but accounts, which a pod has to have. Names of objects of the whole cluster are others than those there;
+    CRDs, which cannot be, are applied by the fixture of kubectl.
+    """
+    asked: list[Document] = json.loads(json.dumps(documents, default=datetime.isoformat))
+    asked = [one for one in asked if one["apiVersion"] not in UNKNOWN and one["kind"] != "CustomResourceDefinition"]
+    for one in asked:
+        if "namespace" in one["metadata"] or one["apiVersion"].startswith("tasks.zzdsj.io/"):
+            one["metadata"]["namespace"] = namespace
+        elif one["kind"] != "ResourceQuota":
+            one["metadata"]["name"] = f"{namespace}-{one['metadata']['name']}"
+    if accounts := [one for one in asked if one["kind"] == "ServiceAccount"]:
+        kubectl.apply(*accounts)
+    others = {"apiVersion": "v1", "kind": "List", "items": [one for one in asked if one not in accounts]}
+    strict = ("create", "--dry-run=server", "--validate=strict", f"--namespace={namespace}", "-f=-")
+    return kubectl.attempt(*strict, stdin=json.dumps(others)).stderr
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_api_server_takes_all_that_the_chart_makes(kubectl: Kubectl, namespace: str, name: str) -> None:
+    assert refused(kubectl, namespace, of_set(name)) == ""
+
+
+@pytest.mark.parametrize("folder", OVERLAYS)
+def test_the_api_server_takes_all_that_kustomize_builds(kubectl: Kubectl, namespace: str, folder: str) -> None:
+    assert refused(kubectl, namespace, list(built(MANIFESTS / folder).values())) == ""
+
+
+def test_the_api_server_takes_the_other_manifests(kubectl: Kubectl, namespace: str) -> None:
+    assert refused(kubectl, namespace, of_files()) == ""
+
+
+WRONG: list[tuple[str, Callable[[Document], object], str]] = [
+    ("Service", lambda one: one["spec"].update(colour="red"), 'unknown field "colour"'),
+    ("Role", lambda one: one["rules"][0].update(verbs="all"), "(Role.rules[0].verbs): invalid type"),
+    ("WorkerPool", lambda one: one["spec"].update(max=1000), "spec.max"),
+    ("Pod", lambda one: one["spec"].pop("securityContext"), 'violates PodSecurity "restricted'),
+    ("Deployment", lambda one: one["spec"]["template"]["metadata"].pop("labels"), "spec.template.metadata.labels"),
+]
+
+
+@pytest.mark.parametrize(("kind", "spoil", "said"), WRONG, ids=[case[0] for case in WRONG])
+def test_what_the_api_server_does_not_take_is_found(
+    kubectl: Kubectl, namespace: str, kind: str, spoil: Callable[[Document], object], said: str
+) -> None:
+    documents = of_set("minimal")
+    spoil(next(one for one in documents if one["kind"] == kind))
+    assert said in refused(kubectl, namespace, documents)
