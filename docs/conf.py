@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 ROOT: Final = Path(__file__).resolve().parent.parent
 
 _PAGES: Final = {
-    "Start": "quickstart concepts install images migration comparison",
+    "Start": "quickstart concepts install kustomize images migration comparison",
     "Use": "tasks pools cli client gateway callbacks api-routing sources quality",
     "Reference": "reference/processingtask reference/workerpool reference/rest reference/ptask reference/settings "
     "reference/values metrics",

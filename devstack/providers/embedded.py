@@ -77,4 +77,5 @@ def local_documents(task_namespace: str) -> dict[str, Any]:
     return {
         "taskNamespaces": [{"name": task_namespace, "create": True}],
         "documents": {"storageClassName": cluster.DOCUMENT_STORAGE_CLASS, "accessModes": ["ReadOnlyMany"]},
+        "tests": {"document": "/data/tide-station.html"},  # of the examples, which lie there: pods may only read
     }

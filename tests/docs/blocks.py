@@ -25,7 +25,14 @@ PAGES = [
 ]
 ON_THE_EXAMPLES = ("README.md", "docs/quickstart.md", "docs/troubleshooting.md", "docs/tasks.md")
 """Pages whose commands run on an installation with the example tasks at their ends."""
-IN_THEIR_OWN_WAY = ("docs/install.md", "docs/pipeline.md", "docs/images.md", "docs/client.md", "CONTRIBUTING.md")
+IN_THEIR_OWN_WAY = (
+    "docs/install.md",
+    "docs/kustomize.md",
+    "docs/pipeline.md",
+    "docs/images.md",
+    "docs/client.md",
+    "CONTRIBUTING.md",
+)
 """Pages that a test of their own follows; tests/integration/test_client_page.py that of the client."""
 LANGUAGES = {"sh", "console", "yaml", "json", "python", "sql", "text"}
 """`sh` and `python` are run. `console` shows commands with what they print, and ELSEWHERE says who prints it. `yaml` that
@@ -62,6 +69,14 @@ ELSEWHERE = {
         "make demo CLUSTER=current",
     ): "`tests/integration/test_providers.py` runs it, line by line",
     ("docs/images.md", "buildah bud --volume"): "`devstack/images.py:build` builds so wherever there is a CA bundle",
+    (
+        "docs/security.md",
+        "kubectl apply -k manifests/policies",
+    ): "`tests/integration/test_policies.py:policies` applies them",
+    (
+        "docs/security.md",
+        "kubectl -n knowledge create rolebinding prioritize",
+    ): "`tests/integration/test_policies.py:test_high_is_for_who_may_prioritize` grants it with the same command",
     ("docs/callbacks.md", "from task_contract.webhooks"): "`tests/unit/test_webhooks.py` runs it",
     ("docs/callbacks.md", "python -m task_operator callbacks"): "`tests/integration/test_callbacks.py` runs the same",
     (

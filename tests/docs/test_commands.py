@@ -114,6 +114,15 @@ def bare_cluster(devstack_node: Endpoints) -> Iterator[Kubectl]:
         clear()
 
 
+def credentials(desk: Desk) -> None:
+    """Write the files with the addresses of the stores that pages ask for."""
+    urls = desk.endpoints.pod_urls
+    operator = {key.replace("TASKS_", "OPERATOR_"): urls[key] for key in ("TASKS_POSTGRES_URL", "TASKS_REDIS_URL")}
+    for name, variables in (("knowledge", urls), ("operator", operator)):
+        lines = [f"{key}={value}" for key, value in variables.items()]
+        (desk.folder / f"{name}-stores.env").write_text("\n".join(lines))
+
+
 def test_install(bare_cluster: Kubectl, desk: Desk) -> None:
     """From nothing to a document that is found, an upgrade, and nothing again."""
     for name, reference in images.build_images().items():
@@ -140,15 +149,21 @@ def test_install(bare_cluster: Kubectl, desk: Desk) -> None:
             },
         },
     )
-    urls = desk.endpoints.pod_urls
-    operator = {key.replace("TASKS_", "OPERATOR_"): urls[key] for key in ("TASKS_POSTGRES_URL", "TASKS_REDIS_URL")}
-    for name, variables in (("knowledge", urls), ("operator", operator)):
-        lines = [f"{key}={value}" for key, value in variables.items()]
-        (desk.folder / f"{name}-stores.env").write_text("\n".join(lines))
+    credentials(desk)
     desk.follow("docs/install.md")
     for plural in ("processingtasks", "workerpools"):
         gone = bare_cluster.attempt("get", "crd", f"{plural}.tasks.zzdsj.io")
         assert "NotFound" in gone.stderr
+
+
+def test_kustomize(bare_cluster: Kubectl, desk: Desk) -> None:
+    """From manifests alone to a ready operator, and over to helm. The claim waits for a storage class all the while."""
+    for name, reference in images.build_images().items():
+        node._ctr("images", "tag", "--force", reference, f"localhost/processing-tasks/{name}:0.1.0")
+    credentials(desk)
+    desk.follow("docs/kustomize.md")
+    release = bare_cluster.get("namespace", "knowledge")["metadata"]["annotations"]["meta.helm.sh/release-name"]
+    assert release == installation.RELEASE, "helm has taken it over"
 
 
 @pytest.fixture(scope="module")
