@@ -74,7 +74,8 @@ def held(file: Path, documents: list[Document]) -> None:
         head = "# Made from the chart helm/processing-tasks by tests/integration/test_manifests.py: change that one.\n---\n"
         text = yaml.safe_dump_all(documents, sort_keys=False, width=120, allow_unicode=True)
         file.write_text(head + text, encoding="utf-8")
-    assert list(yaml.safe_load_all(file.read_text(encoding="utf-8"))) == documents
+    same = list(yaml.safe_load_all(file.read_text(encoding="utf-8"))) == documents
+    assert same, f"the chart renders another {file.name}: run this test with UPDATE_GOLDEN=1, and read the difference"
 
 
 def test_install_yaml_is_the_rendered_chart() -> None:
