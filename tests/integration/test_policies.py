@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
+from task_gateway.models import CREATED_BY
 from tests.support.chart import NAMESPACE, ROOT
 from tests.support.devstack import Kubectl
 
 POLICIES = ROOT / "manifests/policies"
-OPERATOR = "processing-tasks-system:processing-tasks-operator"
+ACCOUNTS = ("operator", "gateway")
 SECONDS = 30.0  # in which an API server has heard of a policy, a binding or a right
 
 pytestmark = pytest.mark.integration
@@ -28,9 +29,11 @@ def policies(kubectl: Kubectl, namespace: str) -> Iterator[None]:
         one for name in ("priority", "images") for one in yaml.safe_load_all((POLICIES / f"{name}.yaml").read_text())
     ]
     for one in documents:
-        if one["metadata"]["name"] == "processing-tasks-images" and "matchConditions" in one["spec"]:
-            [condition] = one["spec"]["matchConditions"]
-            condition["expression"] = condition["expression"].replace(OPERATOR, f"{namespace}:operator")
+        if one["kind"] == "ValidatingAdmissionPolicy":
+            for part in (*one["spec"]["matchConditions"], *one["spec"]["variables"]):
+                for account in ACCOUNTS:
+                    own = f"{namespace}:{account}"
+                    part["expression"] = part["expression"].replace(f"{NAMESPACE}:processing-tasks-{account}", own)
         one["metadata"]["name"] = one["metadata"]["name"].replace("processing-tasks", namespace)
         if one["kind"] == "ValidatingAdmissionPolicyBinding":
             only = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}}}
@@ -112,6 +115,43 @@ def test_high_is_for_who_may_prioritize(kubectl: Kubectl, namespace: str, accoun
     kubectl(*raised, *editor)
 
 
+@pytest.mark.usefixtures("policies")
+def test_through_the_gateway_the_service_that_sent_the_task_is_judged(
+    kubectl: Kubectl, namespace: str, account: Callable[[str], list[str]]
+) -> None:
+    gateway, other = account("gateway"), account("other")
+    grant = ["create", "rolebinding", "prioritize", "-n", namespace, f"--clusterrole={namespace}-prioritize"]
+    kubectl(*grant, f"--serviceaccount={namespace}:favoured")
+    favoured, plain = (f"system:serviceaccount:{namespace}:{name}" for name in ("favoured", "plain"))
+
+    def send(who: list[str], sender: str | None) -> "subprocess.CompletedProcess[str]":
+        manifest = json.loads(task("urgent", "high"))
+        manifest["metadata"]["annotations"] = {CREATED_BY: sender} if sender else {}
+        return kubectl.attempt("create", "-f=-", "--dry-run=server", *who, stdin=json.dumps(manifest))
+
+    until(1, lambda: send(gateway, plain))  # the policy is at work
+    until(0, lambda: send(gateway, favoured))
+    cases: list[tuple[list[str], str | None, str]] = [
+        (gateway, plain, plain),
+        (gateway, None, f"system:serviceaccount:{namespace}:gateway"),
+        (gateway, "ann@example.com", f"system:serviceaccount:{namespace}:gateway"),
+        (gateway, f"{favoured}:more", f"system:serviceaccount:{namespace}:gateway"),
+        # What others write into the annotation tells nothing.
+        (other, favoured, f"system:serviceaccount:{namespace}:other"),
+    ]
+    for who, sender, judged in cases:
+        done = send(who, sender)
+        assert done.returncode == 1, sender
+        assert f"spec.priority: {judged} may not set high" in done.stderr
+
+    # A change is the gateway's, whoever sent the task.
+    manifest = json.loads(task("calm", "low"))
+    manifest["metadata"]["annotations"] = {CREATED_BY: favoured}
+    kubectl("create", "-f=-", "-n", namespace, stdin=json.dumps(manifest))
+    raised = ["patch", "ptask/calm", "--type=merge", '-p={"spec":{"priority":"high"}}']
+    assert f"{namespace}:gateway may not set high" in kubectl.attempt(*raised, *gateway).stderr
+
+
 def job(name: str, *images: str, before: str | None = None) -> str:
     secure: dict[str, Any] = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
     made = [{"name": f"c{number}", "image": image, "securityContext": secure} for number, image in enumerate(images)]
@@ -152,14 +192,16 @@ def test_the_operator_runs_images_of_the_list_alone(
     assert create(somebody, images=["alpine"]).returncode == 0, "the list is for the operator"
 
 
-def test_the_policy_is_for_the_account_that_the_chart_makes() -> None:
-    [operator] = [
-        one["spec"]["template"]["spec"]["serviceAccountName"]
+def test_the_policies_name_the_accounts_that_the_chart_makes() -> None:
+    accounts = {
+        one["metadata"]["name"].removeprefix("processing-tasks-"): one["spec"]["template"]["spec"]["serviceAccountName"]
         for one in yaml.safe_load_all((ROOT / "manifests/install.yaml").read_text())
-        if one["kind"] == "Deployment" and one["metadata"]["name"].endswith("-operator")
-    ]
-    assert f"{NAMESPACE}:{operator}" == OPERATOR
-    assert f"'system:serviceaccount:{OPERATOR}'" in (POLICIES / "images.yaml").read_text()
+        if one["kind"] == "Deployment"
+    }
+    assert accounts == {account: f"processing-tasks-{account}" for account in ACCOUNTS}
+    for file, account in (("images", "operator"), ("priority", "gateway")):
+        assert f"'system:serviceaccount:{NAMESPACE}:{accounts[account]}'" in (POLICIES / f"{file}.yaml").read_text()
+    assert CREATED_BY in (POLICIES / "priority.yaml").read_text()
 
 
 @pytest.mark.usefixtures("policies")
