@@ -921,7 +921,7 @@ def test_release_comes_up_under_pod_security_and_leaves_nothing(
 
         account = f"system:serviceaccount:{namespace}:{prefix}-operator"
         assert rules(kubectl, account, tasks) == {identity: set(verbs) for identity, verbs in PERMISSIONS.items()}
-        assert rules(kubectl, account, namespace) == {}
+        assert rules(kubectl, account, namespace) == {identity: set(verbs) for identity, verbs in LEADER.items()}
         door = f"system:serviceaccount:{namespace}:{prefix}-gateway"
         reviews = {identity: set(verbs) for identity, verbs in REVIEWS.items()}
         assert (

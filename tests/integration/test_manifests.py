@@ -41,7 +41,7 @@ def namespace() -> Document:
 
 def built(folder: Path) -> dict[str, Document]:
     """Return what kustomize makes of FOLDER."""
-    command = [tools.kubectl(), "kustomize", folder]
+    command = [str(tools.kubectl()), "kustomize", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert not done.stderr, "kustomize warns"
