@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT / "crds"))
 
 from task_contract.crd import custom_resource_definition  # noqa: E402 - the line above makes it importable
 from task_contract.pool_crd import pool_definition  # noqa: E402 - the same
+from task_contract.schedule_crd import schedule_definition  # noqa: E402 - the same
 
 HEADER = "# Generated from crds/task_contract by `make generate`. Do not edit.\n"
 FOLDERS = (ROOT / "crds", ROOT / "helm/processing-tasks/files/crds")
@@ -29,7 +30,7 @@ def main() -> int:
     wanted = {
         folder / f"{definition['spec']['names']['plural']}.yaml": HEADER
         + yaml.dump(definition, Dumper=_Plain, sort_keys=False, width=120, allow_unicode=True)
-        for definition in (custom_resource_definition(), pool_definition())
+        for definition in (custom_resource_definition(), pool_definition(), schedule_definition())
         for folder in FOLDERS
     }
     stale = [target for target, text in wanted.items() if not target.exists() or target.read_text() != text]

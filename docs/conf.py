@@ -18,9 +18,9 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 
 _PAGES: Final = {
     "Start": "quickstart concepts install kustomize images migration comparison",
-    "Use": "tasks pools cli client gateway callbacks api-routing sources quality",
-    "Reference": "reference/processingtask reference/workerpool reference/rest reference/ptask reference/settings "
-    "reference/values metrics",
+    "Use": "tasks pools schedules cli client gateway callbacks api-routing sources quality",
+    "Reference": "reference/processingtask reference/workerpool reference/processingschedule reference/rest reference/ptask "
+    "reference/settings reference/values metrics",
     "Operate": "operating scaling security troubleshooting runbooks/README performance ../SECURITY "
     "../manifests/argocd/README",
     "Understand": "architecture operator pipeline walkthrough adr/README ../examples/documents/README",

@@ -29,6 +29,7 @@ import task_operator.settings
 from task_contract.crd import PAYLOAD_FIELDS, custom_resource_definition
 from task_contract.errors import GivenBack, PermanentError, TaskError
 from task_contract.pool_crd import pool_definition
+from task_contract.schedule_crd import schedule_definition
 from task_gateway.openapi import document
 from task_gateway.problems import CONTENT_TYPE
 from task_gateway.routes import Part, Route
@@ -529,9 +530,16 @@ def pages() -> dict[str, str]:
         "Warm workers that carry out the tasks of a namespace without a pod start.",
         pool_definition(),
     )
+    schedule = resource(
+        "ProcessingSchedule",
+        "Makes tasks at the times of a cron schedule. [Schedules](../schedules.md) explains when, and what becomes of "
+        "a time that was missed.",
+        schedule_definition(),
+    )
     return {
         "processingtask.md": "".join([*task, *reasons()]),
         "workerpool.md": "".join(pool),
+        "processingschedule.md": "".join(schedule),
         "rest.md": "".join(rest()),
         "ptask.md": "".join(command_line()),
         "settings.md": "".join(settings()),

@@ -137,19 +137,26 @@ def _unknown(subject: str, denied: Denied, what: str) -> Finding:
     )
 
 
+_WITHOUT: Final = {
+    "workerpools": "there are no warm pools, every task has a Job",
+    "processingschedules": "there are no schedules",
+}
+"""What a cluster lacks without a kind that is not needed."""
+
+
 def _crds(seen: Seen) -> list[Finding]:
     findings = []
     for plural, found in seen.crds.items():
         subject = f"CRD {plural}"
-        needed = plural == "processingtasks"
+        without = _WITHOUT.get(plural)
         if isinstance(found, Denied):
             findings.append(_unknown(subject, found, "get customresourcedefinitions"))
         elif found is None:
             findings.append(
                 Finding(
-                    Level.PROBLEM if needed else Level.WARNING,
+                    Level.PROBLEM if without is None else Level.WARNING,
                     subject,
-                    "is not installed" if needed else "is not installed: there are no warm pools, every task has a Job",
+                    "is not installed" if without is None else f"is not installed: {without}",
                     "install or upgrade the chart with crds.enabled=true (docs/install.md)",
                 )
             )
@@ -518,8 +525,8 @@ def look(cluster: "Cluster", *, namespaces: Sequence[str] | None, system: str | 
     leases = _each(homes, lambda home: _our_leases(cluster.items(api.LEASES, home), operators))
     return Seen(
         now=now,
-        crds={plural: _read(partial(_crd_of, cluster, plural)) for plural in (names.PLURAL, names.POOL_PLURAL)},
-        versions={names.PLURAL: [names.VERSION], names.POOL_PLURAL: [names.VERSION]},
+        crds={plural: _read(partial(_crd_of, cluster, plural)) for plural in (names.PLURAL, *_WITHOUT)},
+        versions={plural: [names.VERSION] for plural in (names.PLURAL, *_WITHOUT)},
         operators=operators,
         operator_pods=_each(homes, lambda home: cluster.pods(home, selector)),
         leases=leases,

@@ -309,11 +309,18 @@ _PAYLOAD_RULES: Final = [
 
 
 def _spec_schema() -> Schema:
+    spec = task_spec_schema()
+    spec["x-kubernetes-validations"] += _immutable_rules(spec)
+    return spec
+
+
+def task_spec_schema() -> Schema:
+    """Return the schema of a task's spec with the rules that hold when it is created."""
     spec = structural_schema(Spec, defaults=True)
     payload = spec["properties"]["payload"]
     payload.pop("default", None)  # defaults of the payload depend on the type: see task_contract.models.Payload
-    payload["x-kubernetes-validations"] = _PAYLOAD_RULES
-    spec["x-kubernetes-validations"] = _type_rules() + _duration_rules() + _immutable_rules(spec)
+    payload["x-kubernetes-validations"] = list(_PAYLOAD_RULES)
+    spec["x-kubernetes-validations"] = _type_rules() + _duration_rules()
     return spec
 
 

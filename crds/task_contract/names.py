@@ -6,6 +6,7 @@ object that the first try made (``409 AlreadyExists``) instead of making a secon
 
 import hashlib
 import re
+from datetime import UTC, datetime
 from typing import Final
 
 GROUP: Final = "tasks.zzdsj.io"
@@ -17,6 +18,9 @@ SHORT_NAME: Final = "ptask"
 POOL_KIND: Final = "WorkerPool"
 POOL_PLURAL: Final = "workerpools"
 POOL_SHORT_NAME: Final = "wpool"
+SCHEDULE_KIND: Final = "ProcessingSchedule"
+SCHEDULE_PLURAL: Final = "processingschedules"
+SCHEDULE_SHORT_NAME: Final = "psched"
 
 PART_OF: Final = "processing-tasks"
 """Value of the label ``app.kubernetes.io/part-of`` on everything that the product makes."""
@@ -42,6 +46,11 @@ SHARDS_ANNOTATION: Final = f"{GROUP}/shards"
 
 RETRY_OF_ANNOTATION: Final = f"{GROUP}/retry-of"
 """On a task that was made to do a finished one again: the name of that one."""
+
+SCHEDULE_LABEL: Final = f"{GROUP}/schedule"
+"""On a task that a schedule made: the name of the schedule."""
+SCHEDULED_AT_ANNOTATION: Final = f"{GROUP}/scheduled-at"
+"""On the same: the time that it was made for, as of RFC 3339 in UTC."""
 
 TRACEPARENT_ANNOTATION: Final = f"{GROUP}/traceparent"
 """On a task: the trace of its caller, as of W3C Trace Context."""
@@ -96,6 +105,16 @@ def worker_job_name(*, pool_name: str, pool_uid: str, slot: int, revision: str, 
     suffix = f"-{digest(pool_uid, length=8)}-{slot}-{revision}-{number}"
     prefix = re.sub(r"[^a-z0-9-]", "-", pool_name.lower())[: _NAME_LIMIT - len(suffix)].strip("-")
     return f"{prefix or 'pool'}{suffix}"
+
+
+def scheduled_task_name(*, schedule_name: str, schedule_uid: str, at: datetime) -> str:
+    """Return the name of the task that a schedule makes for the minute of ``at``: whoever makes it, there is one.
+
+    >>> at = datetime(2026, 11, 28, 3, 0, tzinfo=UTC)
+    >>> scheduled_task_name(schedule_name="nightly", schedule_uid="0d9f8a52-1b1c-4c7e-9d53-0d5a0a4bd1a7", at=at)
+    'nightly-1a667239-202611280300'
+    """
+    return f"{schedule_name}-{digest(schedule_uid, length=8)}-{at.astimezone(UTC):%Y%m%d%H%M}"
 
 
 def knowledge_base_name(*, namespace: str, kb_id: str) -> str:

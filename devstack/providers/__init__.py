@@ -22,7 +22,7 @@ from devstack.progress import DevstackError
 
 NAMES: Final = ("embedded", "kind", "current")
 CRD: Final = "processingtasks.tasks.zzdsj.io"
-CRDS: Final = (CRD, "workerpools.tasks.zzdsj.io")
+CRDS: Final = (CRD, "workerpools.tasks.zzdsj.io", "processingschedules.tasks.zzdsj.io")
 RESTRICTED: Final = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn", "audit")}
 """Labels of a namespace under Pod Security `restricted`."""
 

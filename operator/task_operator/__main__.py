@@ -20,7 +20,7 @@ import structlog
 import uvloop
 
 from task_contract.callbacks import CALLBACKS_CHANNEL, REPLAY, STATES
-from task_contract.names import GROUP
+from task_contract.names import GROUP, POOL_PLURAL, SCHEDULE_PLURAL
 from task_operator.accounts import Accounts
 from task_operator.archive import Archive
 from task_operator.callbacks import Sender
@@ -39,6 +39,7 @@ from task_operator.pool_controller import PoolController
 from task_operator.pool_metrics import PoolMetrics
 from task_operator.pool_queue import PoolQueue
 from task_operator.projection import Database
+from task_operator.schedule_controller import ScheduleController
 from task_operator.schema import migrate
 from task_operator.settings import DatabaseSettings, Settings
 from task_operator.sweeper import Sweeper
@@ -70,9 +71,10 @@ async def run(settings: Settings) -> int:
     leases, election = _election(settings, access, metrics, labels=common_labels(template, name=NAME, component="operator"))
     cluster = Cluster(access, observe=metrics.requested, leads=election.leads)
     await cluster.warm_up()
-    with_pools = await cluster.has_pools(settings.namespaces)
-    # Tasks, Jobs and pools. Without their CRD kopf would not watch pools; they are listed now and then instead.
-    watches = Watches(expected=(3 if with_pools else 2) * max(1, len(settings.namespaces)))
+    with_pools = await cluster.has(POOL_PLURAL, settings.namespaces)
+    with_schedules = await cluster.has(SCHEDULE_PLURAL, settings.namespaces)
+    # Tasks, Jobs, pools and schedules. Without their CRDs kopf would not watch these; they are listed now and then instead.
+    watches = Watches(expected=(2 + with_pools + with_schedules) * max(1, len(settings.namespaces)))
     database = None
     if settings.postgres_url is not None:
         database = Database(
@@ -114,6 +116,21 @@ async def run(settings: Settings) -> int:
         limits=settings.limits(),
         budget=settings.task_budget,
         leads=election.leads,
+        resync_seconds=settings.resync_seconds,
+    )
+
+    def archived(uid: str, version: int) -> bool:
+        if database is None:
+            return True
+        stored = database.acknowledged(uid)
+        return stored is not None and stored >= version
+
+    schedules = ScheduleController(
+        api=cluster,
+        metrics=metrics,
+        archived=archived,
+        namespaces=settings.namespaces,
+        watched=with_schedules,
         resync_seconds=settings.resync_seconds,
     )
     sweeper = None
@@ -168,8 +185,9 @@ async def run(settings: Settings) -> int:
     def relist() -> None:
         controller.relist()
         pools.relist()
+        schedules.relist()
 
-    watches.sinks = event_sinks(controller, pools)
+    watches.sinks = event_sinks(controller, pools, schedules)
     watches.on_relist = relist
     watches.on_reopen = controller.check_versions
     if database is not None:
@@ -186,6 +204,7 @@ async def run(settings: Settings) -> int:
     leading: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
         "controller": controller.lead,
         "pools": lambda: pools.run(watches.open),
+        "schedules": lambda: schedules.run(watches.open),
         "events": events.run,
         **({} if database is None else {"projection": database.run}),
         **({} if feed is None else {"progress": feed.run}),
@@ -235,7 +254,13 @@ async def run(settings: Settings) -> int:
         "kopf",
         kopf.operator(
             registry=build_registry(
-                watches.sinks, access=access, watches=watches, with_pools=with_pools, cleanup=cleanup, begun=begun
+                watches.sinks,
+                access=access,
+                watches=watches,
+                with_pools=with_pools,
+                with_schedules=with_schedules,
+                cleanup=cleanup,
+                begun=begun,
             ),
             settings=kopf_settings(),
             clusterwide=not settings.namespaces,

@@ -14,7 +14,16 @@ import structlog
 from aiohttp.connector import Connection
 from aiohttp.streams import StreamReader
 
-from task_contract.names import MANAGED_BY, MANAGED_BY_LABEL, PLURAL, POOL_LABEL, POOL_PLURAL, TASK_UID_LABEL
+from task_contract.names import (
+    MANAGED_BY,
+    MANAGED_BY_LABEL,
+    PLURAL,
+    POOL_LABEL,
+    POOL_PLURAL,
+    SCHEDULE_LABEL,
+    SCHEDULE_PLURAL,
+    TASK_UID_LABEL,
+)
 from task_operator.jobs import JOB_NAME_LABEL
 from task_platform.kubernetes import (
     CORE_API,
@@ -226,16 +235,16 @@ class Cluster(Kubernetes):
         for group, plural in ((TASKS_API, PLURAL), (JOBS_API, "jobs")):
             await self.ask("GET", path_of(group, namespace, plural), params={"limit": "1"})
 
-    async def has_pools(self, namespaces: Sequence[str]) -> bool:
-        """Whether worker pools can be listed: their CRD is there, and so is the right to. Waits for the API server.
+    async def has(self, plural: str, namespaces: Sequence[str]) -> bool:
+        """Whether a kind of ours can be listed: its CRD is there, and so is the right to. Waits for the API server.
 
-        An operator may be upgraded before CRD and rights are; it goes on without pools then.
+        An operator may be upgraded before CRDs and rights are; it goes on without that kind then.
         """
         wait = 1.0
         while True:
             try:
                 for namespace in namespaces or (None,):
-                    await self.ask("GET", path_of(TASKS_API, namespace, POOL_PLURAL), params={"limit": "1"})
+                    await self.ask("GET", path_of(TASKS_API, namespace, plural), params={"limit": "1"})
             except (NotFound, Forbidden):
                 return False
             except ClusterError as error:
@@ -280,6 +289,41 @@ class Cluster(Kubernetes):
             "PATCH",
             f"{path_of(TASKS_API, namespace, POOL_PLURAL, name)}/status",
             body={"metadata": {"uid": uid}, "status": status},
+            params={"fieldManager": FIELD_MANAGER},
+            content_type="application/merge-patch+json",
+        )
+
+    def list_schedules(self, namespace: str | None) -> AsyncIterator[Page]:
+        """Hand out all schedules of a namespace, or of the cluster, in pages."""
+        return self.pages(TASKS_API, SCHEDULE_PLURAL, namespace)
+
+    def list_scheduled_tasks(self, namespace: str | None) -> AsyncIterator[Page]:
+        """Hand out the tasks that schedules made, in pages."""
+        return self.pages(TASKS_API, PLURAL, namespace, labelSelector=SCHEDULE_LABEL)
+
+    async def create_task(self, task: Manifest) -> Manifest:
+        """Create a task; :class:`Conflict` if the name is taken."""
+        path = path_of(TASKS_API, task["metadata"]["namespace"], PLURAL)
+        return await self.ask("POST", path, body=task, params={"fieldManager": FIELD_MANAGER})
+
+    async def cancel_task(self, namespace: str, name: str, *, uid: str) -> Manifest:
+        """Tell this very task to end. :class:`NotFound` or :class:`Conflict` if it is gone."""
+        return await self.ask(
+            "PATCH",
+            path_of(TASKS_API, namespace, PLURAL, name),
+            body={"metadata": {"uid": uid}, "spec": {"cancel": True}},
+            params={"fieldManager": FIELD_MANAGER},
+            content_type="application/merge-patch+json",
+        )
+
+    async def patch_schedule_status(
+        self, namespace: str, name: str, *, uid: str, resource_version: int, status: Mapping[str, Any]
+    ) -> Manifest:
+        """Merge ``status`` into that of this very schedule; :class:`Conflict` if it has changed since that version."""
+        return await self.ask(
+            "PATCH",
+            f"{path_of(TASKS_API, namespace, SCHEDULE_PLURAL, name)}/status",
+            body={"metadata": {"uid": uid, "resourceVersion": str(resource_version)}, "status": status},
             params={"fieldManager": FIELD_MANAGER},
             content_type="application/merge-patch+json",
         )

@@ -15,10 +15,11 @@ from typing import Any, Final
 import kopf
 import structlog
 
-from task_contract.names import GROUP, PLURAL, POOL_PLURAL, VERSION
+from task_contract.names import GROUP, PLURAL, POOL_PLURAL, SCHEDULE_PLURAL, VERSION
 from task_operator.cluster import MANAGED_SELECTOR, Sink, Watches, open_watching
 from task_operator.controller import Controller
 from task_operator.pool_controller import PoolController
+from task_operator.schedule_controller import ScheduleController
 from task_platform.kubernetes import Access, Manifest
 
 _log = structlog.get_logger(__name__)
@@ -80,14 +81,23 @@ def kopf_settings() -> kopf.OperatorSettings:
     return settings
 
 
-def event_sinks(controller: Controller, pools: PoolController) -> Mapping[str, Sink]:
+def event_sinks(controller: Controller, pools: PoolController, schedules: ScheduleController) -> Mapping[str, Sink]:
     """Return who takes events straight from the watches, by the plural name of their objects."""
+
+    def on_task(kind: str, manifest: Manifest) -> None:
+        controller.on_task(kind, manifest)
+        schedules.on_task(kind, manifest)
 
     def on_job(kind: str, manifest: Manifest) -> None:
         controller.on_job(kind, manifest)
         pools.on_worker_job(kind, manifest)
 
-    return {PLURAL: controller.on_task, "jobs": on_job, POOL_PLURAL: pools.on_pool}
+    return {
+        PLURAL: on_task,
+        "jobs": on_job,
+        POOL_PLURAL: pools.on_pool,
+        SCHEDULE_PLURAL: schedules.on_schedule,
+    }
 
 
 def build_registry(
@@ -96,11 +106,12 @@ def build_registry(
     access: Access,
     watches: Watches,
     with_pools: bool,
+    with_schedules: bool,
     cleanup: Callable[[], Awaitable[None]],
     begun: Callable[[], None] = lambda: None,
 ) -> kopf.OperatorRegistry:
-    """Return the handlers, bound to who takes events. ``with_pools``: whether there is something to watch for them.
-    ``begun`` is called when kopf has set itself up, its signals too."""
+    """Return the handlers, bound to who takes events. ``with_pools``, ``with_schedules``: whether there is
+    something to watch for them. ``begun`` is called when kopf has set itself up, its signals too."""
     registry = kopf.OperatorRegistry()
 
     def take(plural: str, event: Any) -> None:
@@ -134,5 +145,11 @@ def build_registry(
         @kopf.on.event(GROUP, VERSION, POOL_PLURAL, registry=registry)
         async def pool_event(event: kopf.RawEvent, **_: Any) -> None:
             take(POOL_PLURAL, event)
+
+    if with_schedules:
+
+        @kopf.on.event(GROUP, VERSION, SCHEDULE_PLURAL, registry=registry)
+        async def schedule_event(event: kopf.RawEvent, **_: Any) -> None:
+            take(SCHEDULE_PLURAL, event)
 
     return registry

@@ -150,6 +150,12 @@ class Metrics:
             buckets=_MOMENTS,
             registry=self.registry,
         )
+        self.schedule_runs = Counter(
+            "task_schedule_runs",
+            "Times of schedules: a task was made for them, or they were missed.",
+            ["result"],
+            registry=self.registry,
+        )
         self.sweep_jobs = Counter("task_operator_sweep_jobs", "Jobs created that sweep the stores.", registry=self.registry)
         self.dead_intents = Counter(
             "task_operator_dead_intents",

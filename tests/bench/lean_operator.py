@@ -104,7 +104,9 @@ async def run(namespace: str) -> None:
     operator = LeanOperator(cluster)
     workers = [asyncio.create_task(operator.work()) for _ in range(24)]
     sinks = {PLURAL: operator.on_task, "jobs": operator.on_job}
-    registry = build_registry(sinks, access=access, watches=watches, with_pools=False, cleanup=cluster.aclose)
+    registry = build_registry(
+        sinks, access=access, watches=watches, with_pools=False, with_schedules=False, cleanup=cluster.aclose
+    )
     identity: Any = "lean-operator"
     await kopf.operator(
         registry=registry, settings=kopf_settings(), namespaces=[namespace], standalone=True, identity=identity

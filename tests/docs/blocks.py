@@ -98,7 +98,7 @@ SAYS = {
     ("README.md", "kubectl apply -n knowledge -f - <<"): ["condition met"],
     ("README.md", "from datetime"): ["chunks="],
     ("docs/install.md", "kubectl -n knowledge wait ptask/health"): ["handbook", "Completed", "broken"],
-    ("docs/install.md", "kubectl get ptask,wpool -A"): ["deleted"],
+    ("docs/install.md", "kubectl get ptask,wpool,psched -A"): ["deleted"],
     ("docs/pipeline.md", "export TASKS_POSTGRES_URL"): [
         "elasticsearch  healthy",
         '"outcome":"Succeeded"',

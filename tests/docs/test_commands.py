@@ -151,7 +151,7 @@ def test_install(bare_cluster: Kubectl, desk: Desk) -> None:
     )
     credentials(desk)
     desk.follow("docs/install.md")
-    for plural in ("processingtasks", "workerpools"):
+    for plural in ("processingtasks", "workerpools", "processingschedules"):
         gone = bare_cluster.attempt("get", "crd", f"{plural}.tasks.zzdsj.io")
         assert "NotFound" in gone.stderr
 

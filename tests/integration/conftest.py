@@ -25,7 +25,7 @@ def kubectl(cluster: Endpoints) -> Kubectl:
     """kubectl on a cluster that has the CRDs as they are generated now."""
     run = Kubectl(cluster)
     run("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
-    crds = [f"crd/{plural}.{names.GROUP}" for plural in (names.PLURAL, names.POOL_PLURAL)]
+    crds = [f"crd/{plural}.{names.GROUP}" for plural in (names.PLURAL, names.POOL_PLURAL, names.SCHEDULE_PLURAL)]
     run("wait", "--for=condition=Established", "--timeout=30s", *crds)
     return run
 

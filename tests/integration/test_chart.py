@@ -301,7 +301,7 @@ def test_long_release_names_give_names_that_fit(helm: Helm) -> None:
 # --------------------------------------------------------------------------------------------------------------------- CRD
 
 
-@pytest.mark.parametrize("plural", ["processingtasks", "workerpools"])
+@pytest.mark.parametrize("plural", ["processingtasks", "workerpools", "processingschedules"])
 def test_a_crd_is_the_generated_one_and_stays_when_the_release_goes(plural: str) -> None:
     documents = render("--set", POSTGRES)
     found = next(document for document in documents if document["metadata"]["name"] == f"{plural}.tasks.zzdsj.io")
@@ -319,7 +319,8 @@ def test_only_crd_and_wanted_documents_stay_on_uninstall(rendered: tuple[str, di
         for identity, document in documents.items()
         if document["metadata"].get("annotations", {}).get("helm.sh/resource-policy") == "keep"
     }
-    crds = {f"CustomResourceDefinition -/{plural}.tasks.zzdsj.io" for plural in ("processingtasks", "workerpools")}
+    plurals = ("processingtasks", "workerpools", "processingschedules")
+    crds = {f"CustomResourceDefinition -/{plural}.tasks.zzdsj.io" for plural in plurals}
     expected = {
         "minimal": crds,
         # The claim of the other namespace, research, says keep: false.
@@ -456,12 +457,15 @@ def test_only_pods_of_operator_gateway_and_test_get_a_token(rendered: tuple[str,
 
 
 PERMISSIONS = {
-    ("tasks.zzdsj.io", "processingtasks"): ["get", "list", "watch", "delete"],
+    ("tasks.zzdsj.io", "processingtasks"): ["get", "list", "watch", "create", "patch", "delete"],
     ("tasks.zzdsj.io", "processingtasks/status"): ["get", "patch"],
     ("tasks.zzdsj.io", "workerpools"): ["list", "watch"],
     ("tasks.zzdsj.io", "workerpools/status"): ["patch"],
+    ("tasks.zzdsj.io", "processingschedules"): ["list", "watch"],
+    ("tasks.zzdsj.io", "processingschedules/status"): ["patch"],
     ("tasks.zzdsj.io", "processingtasks/finalizers"): ["update"],
     ("tasks.zzdsj.io", "workerpools/finalizers"): ["update"],
+    ("tasks.zzdsj.io", "processingschedules/finalizers"): ["update"],
     ("batch", "jobs"): ["get", "list", "watch", "create", "delete"],
     ("", "pods"): ["get", "list"],
     ("events.k8s.io", "events"): ["create", "list"],
@@ -730,7 +734,8 @@ def test_users_roles_never_include_the_status() -> None:
         if set(rule["verbs"]) - {"get", "list", "watch"}
     }
     assert writes == {
-        ("processing-tasks-edit", resource) for resource in ("processingtasks", "workerpools", "workerpools/scale")
+        ("processing-tasks-edit", resource)
+        for resource in ("processingtasks", "workerpools", "workerpools/scale", "processingschedules")
     }
 
 

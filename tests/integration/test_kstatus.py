@@ -12,15 +12,19 @@ import yaml
 
 from task_contract.models import Failure, Phase, ProcessingTask, QueueStatus, Status
 from task_contract.pools import WorkerPool
+from task_contract.schedules import ProcessingSchedule
 from task_operator.controller import merge_patch
 from task_operator.observation import Ending, Need, Observed, view_of
 from task_operator.reconcile import decide
 from task_operator.statuses import completed, ended, failed, given_back, queued
+from task_platform.kubernetes import Forbidden
 from tests.support.devstack import Kubectl
 from tests.support.kstatus import HEALTH, argo, kstatus
 from tests.support.operator_values import at, ended_pod, failure, job, success
 from tests.support.operator_values import failed as failed_job
 from tests.support.pool_values import PoolWorld, pool, pool_manifest
+from tests.support.schedule_world import World
+from tests.support.schedule_world import world as schedule_world
 
 pytestmark = pytest.mark.integration
 
@@ -189,8 +193,10 @@ def test_the_message_of_a_failure_is_the_tasks_own(tasks: Tasks) -> None:
     assert kstatus(tasks.write("one", _failed)) == [("Failed", "cannot find text")]
 
 
-@pytest.mark.parametrize("kind", [ProcessingTask, WorkerPool])
-def test_the_health_script_for_argo_cd_says_of_its_fixtures_what_they_say(kind: type[ProcessingTask | WorkerPool]) -> None:
+@pytest.mark.parametrize("kind", [ProcessingTask, WorkerPool, ProcessingSchedule])
+def test_the_health_script_for_argo_cd_says_of_its_fixtures_what_they_say(
+    kind: type[ProcessingTask | WorkerPool | ProcessingSchedule],
+) -> None:
     folder = HEALTH.parent / kind.__name__
     cases = yaml.safe_load((folder / "health_test.yaml").read_text())["tests"]
     objects = [yaml.safe_load((folder / case["inputPath"]).read_text()) for case in cases]
@@ -298,3 +304,71 @@ def test_every_state_of_a_pool_is_what_the_table_says(
     ((status, _),) = kstatus(stored)
     ((health, _),) = argo(stored)
     assert (status, health) == (expected, ARGO[expected])
+
+
+# -------------------------------------------------------------------------------------------------------------- schedules
+
+
+def _new() -> World:
+    return schedule_world()
+
+
+def _scheduled() -> World:
+    place = schedule_world()
+    place.step(minutes=5)
+    return place
+
+
+def _suspended() -> World:
+    place = schedule_world(suspend=True)
+    place.look()
+    return place
+
+
+def _held_up() -> World:
+    place = schedule_world(concurrencyPolicy="Forbid")
+    place.step(minutes=5)
+    place.step(minutes=5)
+    return place
+
+
+def _invalid() -> World:
+    place = schedule_world(schedule="61 * * * *")
+    place.look()
+    return place
+
+
+def _refused() -> World:
+    place = schedule_world()
+    place.look()
+    place.refuse = Forbidden("exceeded quota", status=403)
+    place.step(minutes=5)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("state", "expected", "shown"),
+    [
+        (_new, "InProgress", "Progressing"),
+        (_scheduled, "Current", "Healthy"),
+        (_suspended, "Current", "Suspended"),
+        (_held_up, "Current", "Healthy"),
+        (_refused, "InProgress", "Progressing"),
+        (_invalid, "Failed", "Degraded"),
+    ],
+    ids=lambda value: value.__name__.strip("_") if callable(value) else None,
+)
+def test_every_state_of_a_schedule_is_what_the_table_says(
+    kubectl: Kubectl, namespace: str, state: Callable[[], World], expected: str, shown: str
+) -> None:
+    place = state()
+    inside = ["-n", namespace]
+    metadata = {"name": "nightly", "namespace": namespace}
+    kubectl.apply({key: place.manifest[key] for key in ("apiVersion", "kind", "spec")} | {"metadata": metadata})
+    if place.status:
+        patch = ["--subresource=status", "--type=merge", "-p", json.dumps({"status": place.status})]
+        kubectl("patch", "psched", "nightly", *inside, *patch)
+    stored = kubectl.get("psched", "nightly", *inside)
+    ((status, _),) = kstatus(stored)
+    ((health, _),) = argo(stored)
+    assert (status, health) == (expected, shown)

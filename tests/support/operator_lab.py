@@ -103,7 +103,9 @@ class Place:
             await kube.ask("DELETE", f"/api/v1/namespaces/{name}")
 
     def path(self, plural: str, name: str = "") -> str:
-        group = {"processingtasks": TASKS, "workerpools": TASKS, "jobs": JOBS}.get(plural, "/api/v1")
+        group = {"processingtasks": TASKS, "workerpools": TASKS, "processingschedules": TASKS, "jobs": JOBS}.get(
+            plural, "/api/v1"
+        )
         return f"{group}/namespaces/{self.namespace}/{plural}" + (f"/{name}" if name else "")
 
     async def create(self, name: str = "handbook", **spec: Any) -> dict[str, Any]:

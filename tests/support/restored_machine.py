@@ -97,7 +97,8 @@ async def main() -> None:
     sql = await asyncpg.connect(url)
     kubectl = Kubectl(endpoints)
     kubectl("apply", "--server-side", "-f", str(ROOT / "crds"))
-    crds = ("crd/processingtasks.tasks.zzdsj.io", "crd/workerpools.tasks.zzdsj.io")
+    plurals = ("processingtasks", "workerpools", "processingschedules")
+    crds = [f"crd/{plural}.tasks.zzdsj.io" for plural in plurals]
     kubectl("wait", "--for=condition=Established", "--timeout=30s", *crds)
     kube = Kube(Access.from_kubeconfig(endpoints.kubeconfig))
     with tempfile.TemporaryDirectory() as folder:

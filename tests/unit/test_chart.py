@@ -16,6 +16,8 @@ from task_contract.crd import custom_resource_definition
 from task_contract.models import ProcessingTask
 from task_contract.pool_crd import pool_definition
 from task_contract.pools import WorkerPool
+from task_contract.schedule_crd import schedule_definition
+from task_contract.schedules import ProcessingSchedule
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm/processing-tasks"
@@ -90,8 +92,12 @@ def test_image_has_the_version_of_the_distribution(name: str) -> None:
 
 def test_what_artifact_hub_shows_is_what_the_chart_installs() -> None:
     annotations = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))["annotations"]
-    installed = {definition["metadata"]["name"] for definition in (custom_resource_definition(), pool_definition())}
+    installed = {
+        definition["metadata"]["name"]
+        for definition in (custom_resource_definition(), pool_definition(), schedule_definition())
+    }
     assert {shown["name"] for shown in yaml.safe_load(annotations["artifacthub.io/crds"])} == installed
     for example in yaml.safe_load(annotations["artifacthub.io/crdsExamples"]):
-        kind: type[BaseModel] = {"ProcessingTask": ProcessingTask, "WorkerPool": WorkerPool}[example["kind"]]
+        kinds: tuple[type[BaseModel], ...] = (ProcessingTask, WorkerPool, ProcessingSchedule)
+        kind = {one.__name__: one for one in kinds}[example["kind"]]
         kind.model_validate(example)

@@ -38,8 +38,8 @@ def lease(*, holder: str = "op-1", seconds: float = 3) -> dict[str, Any]:
 
 WELL = Seen(
     now=NOW,
-    crds={"processingtasks": crd("v1"), "workerpools": crd("v1")},
-    versions={"processingtasks": ["v1"], "workerpools": ["v1"]},
+    crds={"processingtasks": crd("v1"), "workerpools": crd("v1"), "processingschedules": crd("v1")},
+    versions={"processingtasks": ["v1"], "workerpools": ["v1"], "processingschedules": ["v1"]},
     operators=[operator(OPERATOR_PRIORITY_CLASSES='{"high": "op-high", "low": ""}')],
     leases=[lease()],
     classes=[{"metadata": {"name": "op-high"}}],
@@ -69,6 +69,7 @@ def in_namespace(**given: Any) -> dict[str, Any]:
     [
         ({"crds": {"processingtasks": None}}, "problem", "CRD processingtasks", "not installed → crds.enabled"),
         ({"crds": {"workerpools": None}}, "warning", "CRD workerpools", "no warm pools"),
+        ({"crds": {"processingschedules": None}}, "warning", "CRD processingschedules", "no schedules"),
         ({"crds": {"processingtasks": crd("v2")}}, "problem", "CRD processingtasks", "serves v2 → the ptask of the release"),
         ({"crds": {"processingtasks": crd("v1", established="False")}}, "problem", "CRD processingtasks", "names conflict"),
         ({"crds": {"processingtasks": DENIED}}, "unknown", "CRD processingtasks", "forbidden → customresourcedefinitions"),

@@ -22,7 +22,8 @@ from tests.support import golden
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ROOT / "examples/documents"
-MANIFESTS = sorted(path for path in (ROOT / "manifests/examples").rglob("*.yaml") if not path.name.startswith("pool-"))
+OTHER_KINDS = ("pool-", "schedule-")
+MANIFESTS = sorted(path for path in (ROOT / "manifests/examples").rglob("*.yaml") if not path.name.startswith(OTHER_KINDS))
 QUESTIONS: list[dict[str, Any]] = json.loads((DOCUMENTS / "questions.json").read_text(encoding="utf-8"))
 
 

@@ -230,26 +230,26 @@ redis: TASKS_REDIS_URL
 {{- end }}
 {{- end }}
 
-{{/* What the operator may do, in each task namespace or, with operator.clusterWide, in all. No create of tasks, and of
-Secrets those alone that sign callbacks. */}}
+{{/* What the operator may do, in each task namespace or, with operator.clusterWide, in all. Of Secrets those
+alone that sign callbacks. */}}
 {{- define "processing-tasks.operatorRules" -}}
 - apiGroups: [tasks.zzdsj.io]
   resources: [processingtasks]
-  # delete: when ttlSecondsAfterFinished is over.
-  verbs: [get, list, watch, delete]
+  # delete: when ttlSecondsAfterFinished is over; create and patch: tasks of schedules, which may replace each other.
+  verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [tasks.zzdsj.io]
   resources: [processingtasks/status]
   verbs: [get, patch]
 - apiGroups: [tasks.zzdsj.io]
-  resources: [workerpools]
+  resources: [workerpools, processingschedules]
   verbs: [list, watch]
 - apiGroups: [tasks.zzdsj.io]
-  resources: [workerpools/status]
+  resources: [workerpools/status, processingschedules/status]
   verbs: [patch]
-# No task has finalizers, and no pool. Clusters that enforce permissions of owner references (OpenShift) ask for this when a Job is
-# made whose owner is one of them.
+# No task has finalizers, no pool and no schedule. Clusters that enforce permissions of owner references (OpenShift) ask for this
+# when something is made whose owner is one of them.
 - apiGroups: [tasks.zzdsj.io]
-  resources: [processingtasks/finalizers, workerpools/finalizers]
+  resources: [processingtasks/finalizers, workerpools/finalizers, processingschedules/finalizers]
   verbs: [update]
 - apiGroups: [batch]
   resources: [jobs]
