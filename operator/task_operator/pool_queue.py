@@ -3,6 +3,7 @@
 Everything here may be repeated, and all of it lost: see :mod:`task_contract.leases`.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -191,6 +192,16 @@ def _report(keys: PoolKeys, values: Mapping[str, str]) -> PoolReport | None:
 
 async def _answered(request: Awaitable[T]) -> T:
     try:
-        return await request
+        answer = await request
     except (RedisError, OSError, TimeoutError) as error:
+        _stop_if_canceled()
         raise QueueUnavailable(f"cannot use Redis: {str(error) or type(error).__name__}") from error
+    _stop_if_canceled()
+    return answer
+
+
+def _stop_if_canceled() -> None:
+    """Raise the cancellation that the client has swallowed: else a loop of this process would go on without its leader."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
