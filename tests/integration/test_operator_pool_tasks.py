@@ -25,7 +25,7 @@ from task_operator.pool_queue import Offer, PoolQueue, QueueUnavailable
 from task_operator.pools import Pool
 from task_operator.projection import Database
 from task_platform.kubernetes import Access
-from tests.support.operator_lab import Place, until
+from tests.support.operator_lab import Place, end, until
 
 pytestmark = pytest.mark.integration
 
@@ -171,9 +171,7 @@ class Lab:
             for one in work:
                 assert not one.done(), one.exception()
         finally:
-            for one in work:
-                one.cancel()
-            await asyncio.gather(*work, return_exceptions=True)
+            await end(*work)
             await queue.aclose()
             await database.aclose()
             await cluster.aclose()

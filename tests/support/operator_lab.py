@@ -35,6 +35,14 @@ JOBS = "/apis/batch/v1"
 MERGE = "application/merge-patch+json"
 
 
+async def end(*work: "asyncio.Task[Any]") -> None:
+    """Cancel, again each second, and wait: a client may swallow a cancellation that meets a timeout of its own."""
+    while pending := [one for one in work if not one.done()]:
+        for one in pending:
+            one.cancel()
+        await asyncio.wait(pending, timeout=1)
+
+
 async def until(what: str, look: Callable[[], Awaitable[Any]], *, seconds: float = 60, interval: float = 0.1) -> Any:
     """Look again and again until there is something, and return it; AssertionError after a deadline."""
     deadline = time.monotonic() + seconds

@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from task_contract.leases import RENEW, REPORT, TAKE, PoolKeys, PoolReport, ReportKind, WorkerState
 from task_contract.messages import AttemptOutcome, Outcome
 from task_contract.names import POOL_LABEL
-from tests.support.operator_lab import MERGE, Kubelet, Place, exited, running, until
+from tests.support.operator_lab import MERGE, Kubelet, Place, end, exited, running, until
 
 
 @dataclass
@@ -71,8 +71,7 @@ class Workforce:
             if work.done():
                 work.result()
         finally:
-            work.cancel()
-            await asyncio.wait([work])
+            await end(work)
 
     async def _work(self) -> None:
         kubelet = Kubelet(self.place)
