@@ -6,13 +6,12 @@ from pathlib import Path
 
 import yaml
 
+from devstack.generated import settle
+from task_contract.crd import custom_resource_definition
+from task_contract.pool_crd import pool_definition
+from task_contract.schedule_crd import schedule_definition
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "crds"))
-
-from task_contract.crd import custom_resource_definition  # noqa: E402 - the line above makes it importable
-from task_contract.pool_crd import pool_definition  # noqa: E402 - the same
-from task_contract.schedule_crd import schedule_definition  # noqa: E402 - the same
-
 HEADER = "# Generated from crds/task_contract by `make generate`. Do not edit.\n"
 FOLDERS = (ROOT / "crds", ROOT / "helm/processing-tasks/files/crds")
 
@@ -33,15 +32,7 @@ def main() -> int:
         for definition in (custom_resource_definition(), pool_definition(), schedule_definition())
         for folder in FOLDERS
     }
-    stale = [target for target, text in wanted.items() if not target.exists() or target.read_text() != text]
-    for target in stale:
-        if check:
-            print(f"{target.relative_to(ROOT)} is out of date: run `make generate`", file=sys.stderr)
-        else:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(wanted[target])
-            print(f"wrote {target.relative_to(ROOT)}")
-    return 1 if check and stale else 0
+    return settle(wanted, root=ROOT, check=check)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import ptask.app
 import task_gateway
 import task_gateway.settings
 import task_operator.settings
+from devstack.generated import settle
 from task_contract.crd import PAYLOAD_FIELDS, custom_resource_definition
 from task_contract.errors import GivenBack, PermanentError, TaskError
 from task_contract.pool_crd import pool_definition
@@ -559,15 +560,7 @@ def main() -> int:
     except Undescribed as error:
         print(f"cannot write the reference: {error}", file=sys.stderr)
         return 1
-    stale = [target for target, text in wanted.items() if not target.exists() or target.read_text() != text]
-    for target in stale:
-        if check:
-            print(f"{target.relative_to(ROOT)} is out of date: run `make generate`", file=sys.stderr)
-        else:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(wanted[target])
-            print(f"wrote {target.relative_to(ROOT)}")
-    return 1 if check and stale else 0
+    return settle(wanted, root=ROOT, check=check)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import os
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -758,49 +758,34 @@ def _on_kb(
         _end(_await(cluster, screen, [(cluster.namespace, name)], limit))
 
 
-@kb.command("delete")
-def kb_delete(
-    kb_id: KbId,
-    yes: Yes = False,
-    wait: Wait = False,
-    timeout: Timeout = None,
-    namespace: Namespace = None,
-    context: Context = None,
-    kubeconfig: Kubeconfig = None,
-) -> None:
-    """Remove all documents of a knowledge base, by a task (document_processing, action delete_knowledge_base)."""
-    _on_kb("delete", kb_id, yes=yes, wait=wait, timeout=timeout, where=(kubeconfig, context, namespace))
-
-
-@kb.command("purge")
-def kb_purge(
-    kb_id: KbId,
-    yes: Yes = False,
-    wait: Wait = False,
-    timeout: Timeout = None,
-    namespace: Namespace = None,
-    context: Context = None,
-    kubeconfig: Kubeconfig = None,
-) -> None:
-    """Remove a knowledge base everywhere, with all its generations, by a task (knowledge_indexing, action purge)."""
-    _on_kb("purge", kb_id, yes=yes, wait=wait, timeout=timeout, where=(kubeconfig, context, namespace))
-
-
-@kb.command("verify")
-def kb_verify(
-    kb_id: KbId,
-    yes: Yes = False,
-    wait: Wait = False,
-    timeout: Timeout = None,
-    namespace: Namespace = None,
-    context: Context = None,
-    kubeconfig: Kubeconfig = None,
-) -> None:
-    """Compare both stores with the ledger and mend what differs, by a task (knowledge_indexing, action repair).
+_ON_KB: Final = {
+    "delete": "Remove all documents of a knowledge base, by a task (document_processing, action delete_knowledge_base).",
+    "purge": "Remove a knowledge base everywhere, with all its generations, by a task (knowledge_indexing, action purge).",
+    "verify": """Compare both stores with the ledger and mend what differs, by a task (knowledge_indexing, action repair).
 
     The task's result says in repaired how much that was.
-    """
-    _on_kb("verify", kb_id, yes=yes, wait=wait, timeout=timeout, where=(kubeconfig, context, namespace))
+    """,
+}
+"""What is done to a whole knowledge base by a task, and what the help says of it."""
+
+
+def _kb_command(action: str, says: str) -> None:
+    def command(
+        kb_id: KbId,
+        yes: Yes = False,
+        wait: Wait = False,
+        timeout: Timeout = None,
+        namespace: Namespace = None,
+        context: Context = None,
+        kubeconfig: Kubeconfig = None,
+    ) -> None:
+        _on_kb(action, kb_id, yes=yes, wait=wait, timeout=timeout, where=(kubeconfig, context, namespace))
+
+    kb.command(action, help=says)(command)
+
+
+for _action, _says in _ON_KB.items():
+    _kb_command(_action, _says)
 
 
 # ----------------------------------------------------------------------------------------------------------------- others

@@ -468,6 +468,12 @@ class Condition(Model):
     message: Annotated[str, Field(max_length=32768)] = ""
 
 
+Conditions = Annotated[
+    list[Condition],
+    Field(max_length=8, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
+]
+
+
 class QueueStatus(Model):
     """Why a task is not running yet."""
 
@@ -635,10 +641,7 @@ class Status(Model):
     """The last five attempts; all are in PostgreSQL."""
     callback: CallbackStatus | None = None
     """What has become of the callback; absent before it was tried, and when there is none."""
-    conditions: Annotated[
-        list[Condition],
-        Field(max_length=8, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
-    ] = []
+    conditions: Conditions = []
     """Ready, Succeeded, Stalled, Reconciling: what kstatus and kubectl wait read."""
 
 

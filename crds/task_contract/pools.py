@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from task_contract.models import Condition, Duration, Metadata, Model, Resource, TaskType
+from task_contract.models import Conditions, Duration, Metadata, Model, Resource, TaskType
 
 POOL_TYPES: tuple[TaskType, ...] = tuple(kind for kind in TaskType if kind is not TaskType.BATCH_PROCESSING)
 """What a worker can carry out: a batch is an Indexed Job, with a pod a shard."""
@@ -78,10 +78,7 @@ class PoolStatus(Model):
     """Of what workers are made from: image and settings. Those of another revision are replaced one after the other."""
     selector: Annotated[str, Field(max_length=1024)] | None = None
     """Labels of the workers' pods, for autoscalers."""
-    conditions: Annotated[
-        list[Condition],
-        Field(max_length=8, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
-    ] = []
+    conditions: Conditions = []
     """Ready, Reconciling, Stalled: what kstatus and kubectl wait read."""
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import Field
 
-from task_contract.models import Condition, Metadata, Model, Spec, Timestamp
+from task_contract.models import Conditions, Metadata, Model, Spec, Timestamp
 
 NAMES_SHOWN: Final = 32
 """Most names in ``status.active``."""
@@ -86,10 +86,7 @@ class ScheduleStatus(Model):
     """Tasks that have not finished."""
     missed: Annotated[int, Field(ge=0)] = 0
     """Times that no task was made for, since there is the schedule. Of more than a thousand in a row a thousand count."""
-    conditions: Annotated[
-        list[Condition],
-        Field(max_length=8, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
-    ] = []
+    conditions: Conditions = []
     """Ready and Stalled: what kstatus and kubectl wait read."""
 
 

@@ -11,7 +11,7 @@ A cluster without the CRD WorkerPool, or without the right to list pools, has no
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol
@@ -22,11 +22,12 @@ from pydantic import ValidationError
 from task_contract.leases import PoolKeys, WorkerState
 from task_contract.pools import PoolStatus
 from task_operator.jobs import RunnerTemplate
+from task_operator.lookout import Lookout
 from task_operator.pool_jobs import build_worker_job, pool_of, revision_of, said_of, worker_job
 from task_operator.pool_metrics import PoolMetrics
 from task_operator.pool_queue import Look, PoolQueue, QueueUnavailable
 from task_operator.pools import NOT_CONFIGURED, Backlog, Memory, NewWorker, Plan, Pool, Seen, Trouble, WorkerJob, plan
-from task_platform.kubernetes import ClusterError, Conflict, Forbidden, Gone, Manifest, NotFound, Page, Unavailable
+from task_platform.kubernetes import ClusterError, Conflict, Forbidden, Manifest, NotFound, Page
 
 _log = structlog.get_logger(__name__)
 
@@ -36,11 +37,8 @@ OnLook = Callable[[Pool, Look | None], None]
 """Takes what there is of a pool in Redis, each second; None: Redis cannot be used."""
 
 _EVERY: Final = 1.0  # seconds between two looks at a pool
-_SOON: Final = 0.2  # seconds between news of a pool and a look at it, and so the least between two looks
 _ASK_AGAIN: Final = 10.0  # seconds between two questions about the same pod, or two tries of what was refused
 _DRAIN_AGAIN: Final = 5.0  # seconds after which workers are told again that they are to drain: Redis may have been wiped
-_POLL: Final = 5.0  # seconds between two lists of pools that are not watched
-_ABSENT: Final = 30.0  # seconds between two looks whether there are pools at all
 
 
 class Api(Protocol):
@@ -111,8 +109,6 @@ class PoolController:
         self._on_look = on_look
         self._backlog = backlog
         self._namespaces: tuple[str | None, ...] = tuple(namespaces) or (None,)
-        self._watched = watched
-        self._resync_seconds = resync_seconds
         self._clock = clock
         self._monotonic = monotonic
         self._known: dict[Key, _Known] = {}
@@ -121,12 +117,8 @@ class PoolController:
         """What the pods of a Job said, and when they were asked, by its uid."""
         self._dropped: list[tuple[float, PoolKeys]] = []
         """Pools that are gone, and from when on what late workers have written to Redis is removed."""
-        self._due: set[Key] = set()
-        self._wake = asyncio.Event()
-        self._relist = asyncio.Event()
-        self._looking: set[Key] = set()
         self._synced = False
-        self._absent = ""
+        self._lookout = Lookout("pools", listing=self._list, watched=watched, resync_seconds=resync_seconds)
 
     # ------------------------------------------------------------------------------------------------- what is known
 
@@ -162,19 +154,15 @@ class PoolController:
                 self._drop_job(key, name)
         else:
             self._put_job(key, manifest)
-        self._soon(key)
+        self._lookout.soon(key)
 
     def relist(self) -> None:
         """Have everything listed soon: a watch was lost for longer than the server remembers, with deletions unseen."""
-        self._relist.set()
+        self._lookout.relist()
 
     def poke(self, pool: Pool) -> None:
         """Have a pool looked at soon: tasks have come for it."""
-        self._soon((pool.namespace, pool.name))
-
-    def _soon(self, key: Key) -> None:
-        self._due.add(key)
-        self._wake.set()
+        self._lookout.soon((pool.namespace, pool.name))
 
     def _put_pool(self, key: Key, manifest: Mapping[str, Any]) -> None:
         version = int(manifest["metadata"]["resourceVersion"])
@@ -194,11 +182,11 @@ class PoolController:
             status = PoolStatus()
         if known is None or known.pool.uid != pool.uid:
             self._known[key] = _Known(pool, version, status, revision_of(pool, self._template))
-            self._soon(key)
+            self._lookout.soon(key)
             return
         if known.pool != pool:
             known.pool, known.revision = pool, revision_of(pool, self._template)
-            self._soon(key)
+            self._lookout.soon(key)
         known.version, known.status = version, status
 
     def _forget(self, key: Key) -> None:
@@ -208,7 +196,7 @@ class PoolController:
         grace = known.pool.spec.grace_period + known.pool.spec.lease
         now = self._monotonic()
         self._dropped += [(now, known.pool.keys), (now + grace.total_seconds(), known.pool.keys)]
-        self._soon(key)
+        self._lookout.soon(key)
 
     def _put_job(self, key: Key, manifest: Mapping[str, Any]) -> None:
         job = worker_job(manifest)
@@ -234,56 +222,21 @@ class PoolController:
         await watching.wait()
         for known in self._known.values():  # another operator may have led meanwhile, and told workers other things
             known.memory, known.told, known.counted = Memory(), None, None
-        await self._list_until_done()
-        self._looking.clear()  # of an earlier term: a look that was cut off before it began is none
+        await self._lookout.list_until_done()
+        self._synced = True
+        self._lookout.restart()
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._list_forever(), name="pool lists")
+            group.create_task(self._lookout.list_forever(), name="pool lists")
             group.create_task(self._drop_forever(), name="pool drops")
             full = self._monotonic()
             while True:
                 now = self._monotonic()
+                everyone: Collection[Key] = ()
                 if now >= full:
-                    self._due |= self._known.keys()
-                    full = now + _EVERY
-                begin = (self._due & self._known.keys()) - self._looking
-                self._due &= self._looking  # these are looked at again, as soon as the look is over
-                self._looking |= begin
-                for key in begin:
+                    everyone, full = self._known.keys(), now + _EVERY
+                for key in self._lookout.begin(self._known, everyone):
                     group.create_task(self._guarded(key), name=f"pool {key[0]}/{key[1]}")
-                self._wake.clear()
-                try:
-                    async with asyncio.timeout(max(0.0, full - self._monotonic())):
-                        await self._wake.wait()
-                except TimeoutError:
-                    continue
-                await asyncio.sleep(_SOON)
-
-    async def _list_until_done(self) -> None:
-        wait = 1.0
-        while True:
-            try:
-                await self._list()
-            except (Unavailable, Gone) as error:
-                _log.warning("cannot list pools yet", error=error.message, wait=wait)
-                await asyncio.sleep(wait)
-                wait = min(2 * wait, 15.0)
-            else:
-                self._synced = True
-                return
-
-    async def _list_forever(self) -> None:
-        while True:
-            every = _ABSENT if self._absent else self._resync_seconds if self._watched else _POLL
-            try:
-                async with asyncio.timeout(every):
-                    await self._relist.wait()
-            except TimeoutError:
-                pass
-            self._relist.clear()
-            try:
-                await self._list()
-            except ClusterError as error:
-                _log.warning("cannot list pools; trying again", error=error.message)
+                await self._lookout.rest(full - self._monotonic())
 
     async def _list(self) -> None:
         """List pools and Jobs of workers. A cluster that has no WorkerPools, or does not show them, has none."""
@@ -296,13 +249,13 @@ class PoolController:
                     pools_at = page.resource_version
                     pools |= {(one["metadata"]["namespace"], one["metadata"]["name"]): one for one in page.items}
         except (NotFound, Forbidden) as error:
-            if not self._absent:
+            if not self._lookout.absent:
                 _log.warning("there are no worker pools: install the CRD workerpools with its rights", error=error.message)
-            self._absent = error.message
+            self._lookout.absent = error.message
             return
-        if self._absent:
+        if self._lookout.absent:
             _log.info("there are worker pools now")
-            self._absent = ""
+            self._lookout.absent = ""
         for namespace in self._namespaces:
             async for page in self._api.list_worker_jobs(namespace):
                 jobs_at = page.resource_version
@@ -326,9 +279,7 @@ class PoolController:
         except Exception:  # noqa: BLE001 - a bug in one pool must not end the others, nor the tasks
             _log.exception("cannot look after a pool", namespace=key[0], pool=key[1])
         finally:
-            self._looking.discard(key)
-            if key in self._due:
-                self._wake.set()
+            self._lookout.ended(key)
 
     async def _drop_forever(self) -> None:
         while True:

@@ -20,9 +20,10 @@ from pydantic import ValidationError
 
 from task_contract.names import SCHEDULE_LABEL
 from task_contract.schedules import ScheduleStatus
+from task_operator.lookout import Lookout
 from task_operator.metrics import Metrics
 from task_operator.schedules import Decision, Refusal, Run, Schedule, build_task, decide, owner_of, run_of
-from task_platform.kubernetes import ClusterError, Conflict, Forbidden, Gone, Invalid, Manifest, NotFound, Page, Unavailable
+from task_platform.kubernetes import ClusterError, Conflict, Forbidden, Invalid, Manifest, NotFound, Page
 
 _log = structlog.get_logger(__name__)
 
@@ -32,12 +33,9 @@ Archived = Callable[[str, int], bool]
 """Whether PostgreSQL has the task of a uid in a resourceVersion, or no PostgreSQL is configured."""
 
 _TICK: Final = 1.0  # seconds between two looks at the clock
-_SOON: Final = 0.2  # seconds between news of a schedule and a look at it
 _EVERY: Final = 60.0  # seconds between two looks at all of them: the clock may have been set
 _AGAIN: Final = timedelta(seconds=2)  # after a look that did not succeed
 _REFUSED: Final = 10.0  # seconds between two tries of a task that was refused
-_POLL: Final = 5.0  # seconds between two lists of schedules that are not watched
-_ABSENT: Final = 30.0  # seconds between two looks whether there are schedules at all
 
 
 class Api(Protocol):
@@ -86,8 +84,6 @@ class ScheduleController:
         self._metrics = metrics
         self._archived = archived
         self._namespaces: tuple[str | None, ...] = tuple(namespaces) or (None,)
-        self._watched = watched
-        self._resync_seconds = resync_seconds
         self._clock = clock
         self._monotonic = monotonic
         self._known: dict[Key, _Known] = {}
@@ -95,11 +91,7 @@ class ScheduleController:
         """Tasks of schedules with the uid of their schedule."""
         self._of: dict[str, set[Key]] = {}
         """The keys of a schedule's tasks, by its uid."""
-        self._due: set[Key] = set()
-        self._looking: set[Key] = set()
-        self._wake = asyncio.Event()
-        self._relist = asyncio.Event()
-        self._absent = ""
+        self._lookout = Lookout("schedules", listing=self._list, watched=watched, resync_seconds=resync_seconds)
 
     # ------------------------------------------------------------------------------------------------- what is known
 
@@ -128,7 +120,7 @@ class ScheduleController:
 
     def relist(self) -> None:
         """Have everything listed soon: a watch was lost for longer than the server remembers, with deletions unseen."""
-        self._relist.set()
+        self._lookout.relist()
 
     def _put_schedule(self, key: Key, manifest: Mapping[str, Any]) -> None:
         version = int(manifest["metadata"]["resourceVersion"])
@@ -148,7 +140,7 @@ class ScheduleController:
             if known.schedule.generation != schedule.generation:
                 known.refused = None  # what was refused may be what was changed
             known.schedule, known.version, known.template = schedule, version, template
-        self._soon(key)
+        self._lookout.soon(key)
 
     def _put_run(self, manifest: Mapping[str, Any]) -> None:
         owner, metadata = owner_of(manifest), manifest["metadata"]
@@ -164,7 +156,7 @@ class ScheduleController:
         self._runs[key] = (uid, run)
         self._of.setdefault(uid, set()).add(key)
         if there is None or (there[1].phase, there[1].cancel) != (run.phase, run.cancel):
-            self._soon((key[0], name))
+            self._lookout.soon((key[0], name))
 
     def _drop_run(self, key: Key) -> None:
         uid, _ = self._runs.pop(key)
@@ -173,66 +165,26 @@ class ScheduleController:
             del self._of[uid]
         for schedule_key, known in self._known.items():
             if known.schedule.uid == uid:
-                self._soon(schedule_key)
-
-    def _soon(self, key: Key) -> None:
-        self._due.add(key)
-        self._wake.set()
+                self._lookout.soon(schedule_key)
 
     # ----------------------------------------------------------------------------------------------------- running
 
     async def run(self, watching: asyncio.Event) -> None:
         """Wait for the watches, list everything, look at schedules in time. May be run again after it was cancelled."""
         await watching.wait()
-        await self._list_until_done()
-        self._looking.clear()  # of an earlier term
+        await self._lookout.list_until_done()
+        self._lookout.restart()
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._list_forever(), name="schedule lists")
+            group.create_task(self._lookout.list_forever(), name="schedule lists")
             full = self._monotonic()
             while True:
-                if self._monotonic() >= full:
-                    self._due |= self._known.keys()
-                    full = self._monotonic() + _EVERY
                 now = self._clock()
-                self._due |= {key for key, one in self._known.items() if one.wake_at is not None and one.wake_at <= now}
-                begin = (self._due & self._known.keys()) - self._looking
-                self._due &= self._looking  # these are looked at again, as soon as the look is over
-                self._looking |= begin
-                for key in begin:
+                due = {key for key, one in self._known.items() if one.wake_at is not None and one.wake_at <= now}
+                if self._monotonic() >= full:
+                    due, full = set(self._known), self._monotonic() + _EVERY
+                for key in self._lookout.begin(self._known, due):
                     group.create_task(self._guarded(key), name=f"schedule {key[0]}/{key[1]}")
-                self._wake.clear()
-                try:
-                    async with asyncio.timeout(_TICK):
-                        await self._wake.wait()
-                except TimeoutError:
-                    continue
-                await asyncio.sleep(_SOON)
-
-    async def _list_until_done(self) -> None:
-        wait = 1.0
-        while True:
-            try:
-                await self._list()
-            except (Unavailable, Gone) as error:
-                _log.warning("cannot list schedules yet", error=error.message, wait=wait)
-                await asyncio.sleep(wait)
-                wait = min(2 * wait, 15.0)
-            else:
-                return
-
-    async def _list_forever(self) -> None:
-        while True:
-            every = _ABSENT if self._absent else self._resync_seconds if self._watched else _POLL
-            try:
-                async with asyncio.timeout(every):
-                    await self._relist.wait()
-            except TimeoutError:
-                pass
-            self._relist.clear()
-            try:
-                await self._list()
-            except ClusterError as error:
-                _log.warning("cannot list schedules; trying again", error=error.message)
+                await self._lookout.rest(_TICK)
 
     async def _list(self) -> None:
         """List schedules, then their tasks, and take in the tasks first: of a schedule that is known all of them are."""
@@ -245,15 +197,15 @@ class ScheduleController:
                     schedules_at = page.resource_version
                     schedules |= {(one["metadata"]["namespace"], one["metadata"]["name"]): one for one in page.items}
         except (NotFound, Forbidden) as error:
-            if not self._absent:
+            if not self._lookout.absent:
                 _log.warning(
                     "there are no schedules: install the CRD processingschedules with its rights", error=error.message
                 )
-            self._absent = error.message
+            self._lookout.absent = error.message
             return
-        if self._absent:
+        if self._lookout.absent:
             _log.info("there are schedules now")
-            self._absent = ""
+            self._lookout.absent = ""
         for namespace in self._namespaces:
             async for page in self._api.list_scheduled_tasks(namespace):
                 tasks_at = page.resource_version
@@ -280,9 +232,7 @@ class ScheduleController:
         except Exception:  # noqa: BLE001 - a bug in one schedule must not end the others, nor the tasks
             _log.exception("cannot look after a schedule", namespace=key[0], schedule=key[1])
         finally:
-            self._looking.discard(key)
-            if key in self._due:
-                self._wake.set()
+            self._lookout.ended(key)
 
     def _later(self, known: _Known | None) -> None:
         if known is not None:
