@@ -168,7 +168,7 @@ class Lab:
 
 @pytest.mark.parametrize("error", [NotFound("no such resource", status=404), Forbidden("not allowed", status=403)])
 async def test_without_the_crd_the_operator_goes_on_and_finds_it_later(error: Exception, monkeypatch: Any) -> None:
-    monkeypatch.setattr("task_operator.pool_controller._ABSENT", 0.05)
+    monkeypatch.setattr("task_operator.lookout._ABSENT", 0.05)
     lab = Lab()
     lab.api.error = error
     async with lab.at_work():
