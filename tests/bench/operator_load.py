@@ -199,7 +199,7 @@ class Load:
             if rate is not None and (wait := began + number / rate - time.monotonic()) > 0:
                 await asyncio.sleep(wait)
             await slots.acquire()
-            creating.add(one := asyncio.create_task(self._create(f"{name}-{number:05d}", number)))
+            creating.add(one := asyncio.create_task(self.create(f"{name}-{number:05d}", number)))
             one.add_done_callback(creating.discard)
             one.add_done_callback(lambda _: slots.release())
         deadline = time.monotonic() + patience
@@ -218,7 +218,8 @@ class Load:
             group.create_task(self._follow_jobs())
             group.create_task(self.hand.run())
 
-    async def _create(self, name: str, number: int) -> None:
+    async def create(self, name: str, number: int) -> None:
+        """Create one task."""
         made = task(name, self.type)
         made["spec"] |= self.spec
         if self.payloads:

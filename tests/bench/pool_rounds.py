@@ -6,6 +6,7 @@ result is FOLDER/round.json.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,6 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -30,11 +30,13 @@ from devstack.stores import postgres, redis
 from task_contract.crd import custom_resource_definition
 from task_contract.names import POOL_LABEL, REVISION_LABEL
 from task_contract.pool_crd import pool_definition
+from task_gateway.models import name_of
 from task_operator.schema import migrate
 from task_platform.kubernetes import Access
 from tests.bench import corpus
-from tests.bench.operator_load import Load, Server, own_cpu, task
+from tests.bench.operator_load import Load, Record, Server, own_cpu, task
 from tests.bench.operator_rounds import NAMESPACE, account, cpu_seconds, peak_memory, percentile
+from tests.support.gateway_lab import GatewayProcess
 from tests.support.operator_lab import JOBS, MERGE, RESTRICTED, ROOT, TASKS, OperatorProcess, until
 
 POOL: Final = "warm"
@@ -44,6 +46,8 @@ QUEUED: Final = 10_000
 TEXTS: Final = 600
 TEXT: Final = 120
 """Characters of the one text of an embedding task: a question, or a line of a form."""
+BATCH: Final = 100
+"""Tasks of one request of a batch."""
 _SERVERS: Final = ("apiserver", "etcd", "postgres", "redis")
 _TASKS: Final = f"{TASKS}/namespaces/{NAMESPACE}/processingtasks"
 _POOLS: Final = f"{TASKS}/namespaces/{NAMESPACE}/workerpools"
@@ -96,6 +100,37 @@ class NoHand:
 
 
 @dataclass
+class RestLoad(Load):
+    """The same, created through the gateway: a request each, or many in one."""
+
+    gateway: GatewayProcess | None = None
+
+    async def create(self, name: str, number: int) -> None:
+        """Create the task, with its name as idempotency key: so the name that it gets is known beforehand."""
+        await self._post("/api/v1/tasks", self._asked_for(name))
+
+    async def run_batches(self, *, name: str, count: int, rate: float, patience: float) -> None:
+        """Create tasks at a rate, :data:`BATCH` in each request; then wait until all have completed."""
+        began, sent = time.monotonic(), list[asyncio.Task[None]]()
+        for start in range(0, count, BATCH):
+            await asyncio.sleep(max(0.0, began + start / rate - time.monotonic()))
+            asked = [self._asked_for(f"{name}-{number:05d}") for number in range(start, start + BATCH)]
+            sent.append(asyncio.create_task(self._post("/api/v1/tasks/batch", asked)))
+        await asyncio.gather(*sent)
+        await self.run(name=name, count=0, rate=None, patience=patience)
+
+    def _asked_for(self, name: str) -> dict[str, Any]:
+        self.records[name_of(namespace=self.namespace, caller="", key=name)] = Record(posted=time.monotonic())
+        return {"task_type": self.type, "idempotency_key": name}
+
+    async def _post(self, path: str, body: object) -> None:
+        assert self.gateway is not None
+        answer = await self.gateway.do("POST", path, body)
+        if answer.get("refused"):
+            raise DevstackError(f"cannot create tasks: {answer['refused']} refused, such as {answer['items'][0]}")
+
+
+@dataclass
 class Lab:
     """The private machine while a scenario runs."""
 
@@ -104,12 +139,16 @@ class Lab:
     load: Load
     database: "asyncpg.Pool[asyncpg.Record]"
     workers: list[Worker] = field(default_factory=list)
+    gateway: GatewayProcess | None = None
+    """Of those scenarios that have one."""
 
     def cpu(self) -> dict[str, float]:
         """Return the CPU seconds that each part has used so far."""
         used = {"load": own_cpu(), "workers": sum(worker.cpu for worker in self.workers)}
         if self.operator.exit_code() is None:
             used["operator"] = cpu_seconds(self.operator.pid)
+        if self.gateway is not None:
+            used["gateway"] = cpu_seconds(self.gateway.pid)
         for name in _SERVERS:
             if (found := process.find(name)) is not None:
                 used[name] = cpu_seconds(found.pid)
@@ -228,6 +267,31 @@ async def at_rate(lab: Lab, *, rate: float, seconds: float) -> dict[str, Any]:
     return await lab.measured("task", count, lambda: lab.load.run(name="task", count=count, rate=rate, patience=30))
 
 
+async def through_gateway(lab: Lab, *, rate: float, seconds: float) -> dict[str, Any]:
+    """Run health checks at a rate that come through REST: first a request each, then in batches."""
+    await lab.scale(WORKERS)
+    await warm(lab)
+    count, direct = int(rate * seconds), lab.load
+    load = lab.load = RestLoad(direct.server, direct.namespace, direct.hand, type=direct.type, gateway=lab.gateway)
+    following = asyncio.create_task(load.follow_tasks())
+    answers: dict[str, Any] = {}
+    try:
+        await asyncio.sleep(1)  # the watch is open
+        for name, work in (("single", load.run), ("batches", load.run_batches)):
+            # All tasks of the gateway have names of one form: those of the part before count again, and have ended.
+            answers[name] = await lab.measured(
+                "task-",
+                count,
+                lambda work=work, name=name: work(name=name, count=count, rate=rate, patience=30),  # type: ignore[misc]
+            )
+            answers[name]["posted"] = len(load.records)
+            load.forget()
+    finally:
+        following.cancel()
+        await asyncio.wait([following])
+    return answers
+
+
 async def floor(lab: Lab, *, count: int) -> dict[str, Any]:
     """Create tasks and write the end of each, by the load itself: what nobody can spare. There is no operator."""
     lab.operator.kill()
@@ -335,19 +399,21 @@ def bare_loop(texts: list[str]) -> dict[str, float]:
 SCENARIOS: Final[dict[str, Callable[[Lab], Awaitable[dict[str, Any]]]]] = {
     "steady": lambda lab: at_rate(lab, rate=100, seconds=60),
     "fast": lambda lab: at_rate(lab, rate=200, seconds=30),
+    "gateway": lambda lab: through_gateway(lab, rate=100, seconds=30),
     "floor": lambda lab: floor(lab, count=2_000),
     "queued": lambda lab: queued(lab, count=QUEUED),
     "killed": lambda lab: killed(lab, rate=50, seconds=120, every=5),
     "embedding": lambda lab: embedding(lab, count=TEXTS),
     "trial": lambda lab: at_rate(lab, rate=10, seconds=10),
+    "gateway-trial": lambda lab: through_gateway(lab, rate=100, seconds=3),
 }
 
 
 # ----------------------------------------------------------------------------------------------------- the private machine
 
 
-@asynccontextmanager
-async def _lab(*, python: Path, folder: Path) -> AsyncIterator[Lab]:
+@contextlib.asynccontextmanager
+async def _lab(*, python: Path, folder: Path, with_gateway: bool) -> AsyncIterator[Lab]:
     endpoints = devstack.up(["cluster"])
     for name in ("scheduler", "controller-manager"):
         process.stop(name, kill=True)  # Jobs of the pool's slots get no pods: workers are processes
@@ -394,12 +460,24 @@ async def _lab(*, python: Path, folder: Path) -> AsyncIterator[Lab]:
     }
     workers = [Worker(environment, folder / f"worker-{number}.log") for number in range(WORKERS)]
     load = Load(admin, NAMESPACE, NoHand(), type="health_check")
+    gateway = GatewayProcess(
+        kubeconfig=endpoints.kubeconfig,
+        postgres=url,
+        folder=folder,
+        namespaces=[NAMESPACE],
+        trusting=True,
+        GATEWAY_RATE="10000",
+        GATEWAY_BURST="10000",
+    )
     operator.start()
     await operator.ready(interval=0.05)
     following = asyncio.create_task(load.follow_tasks())
     try:
         await asyncio.sleep(2)  # the watch is open
-        yield Lab(admin, operator, load, database, workers)
+        async with contextlib.AsyncExitStack() as stack:
+            if with_gateway:
+                await stack.enter_async_context(gateway.at_work())
+            yield Lab(admin, operator, load, database, workers, gateway if with_gateway else None)
         if following.done():
             following.result()
     finally:
@@ -414,7 +492,7 @@ async def _lab(*, python: Path, folder: Path) -> AsyncIterator[Lab]:
 
 async def run(scenario: str, *, python: Path, folder: Path) -> dict[str, Any]:
     """Start what is needed, run the scenario, and return what happened."""
-    async with _lab(python=python, folder=folder) as lab:
+    async with _lab(python=python, folder=folder, with_gateway=scenario.startswith("gateway")) as lab:
         return await SCENARIOS[scenario](lab)
 
 

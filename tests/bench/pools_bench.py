@@ -1,7 +1,7 @@
 """Warm pools: 100 tasks a second and more, what a task costs whom, killed workers, priorities, joined texts; beside Celery.
 
-``--only steady`` (or fast, floor, queued, killed, embedding, celery; comma separated) runs one part. Each has a machine of
-its own: network and process namespace, etcd, API server, PostgreSQL and Redis, all started for it
+``--only steady`` (or fast, gateway, floor, queued, killed, embedding, celery; comma separated) runs one part. Each has a
+machine of its own: network and process namespace, etcd, API server, PostgreSQL and Redis, all started for it
 (:mod:`tests.bench.pool_rounds`).
 The operator signs in with a service account, as in a cluster, and runs in the environment of the image; workers run in that
 of the tests, as plain processes.
@@ -21,10 +21,10 @@ from devstack.stores import postgres
 from tests.bench import celery_side
 from tests.bench.measurement import Measurement
 from tests.bench.operator_bench import environment
-from tests.bench.pool_rounds import LEASE, QUEUED, SCENARIOS, TEXT, TEXTS, WORKERS
+from tests.bench.pool_rounds import BATCH, LEASE, QUEUED, SCENARIOS, TEXT, TEXTS, WORKERS
 from tests.support.operator_lab import ROOT
 
-PARTS: Final = ("floor", "steady", "fast", "queued", "killed", "embedding", "celery")
+PARTS: Final = ("floor", "steady", "fast", "gateway", "queued", "killed", "embedding", "celery")
 _LIMIT: Final = 900.0  # seconds for one part
 _CONTROL: Final = ("operator", "apiserver", "etcd", "postgres", "redis")
 Rounds = dict[str, dict[str, Any]]
@@ -122,6 +122,20 @@ def _floor(part: str, rounds: Rounds) -> list[Measurement]:
     return [_row("floor: CPU of API server and etcd", cost, "ms/task", how=f"{how}; {_split(found)}")]
 
 
+def _gateway(part: str, rounds: Rounds) -> list[Measurement]:
+    rows = []
+    for name, one in rounds[part].items():
+        way = "a POST /api/v1/tasks each" if name == "single" else f"{BATCH} in each POST /api/v1/tasks/batch"
+        how = f"100 health checks a second for 30 s, {way}; {WORKERS} workers"
+        rows += [
+            _lost(f"gateway, {name}", one),
+            _row(f"gateway, {name}: rate", one["rate"], "/s", 100, better="higher", how=how),
+            _row(f"gateway, {name}: asked for to Completed, p99", one["p99"], "ms", 2000, how=how),
+            _row(f"gateway, {name}: CPU of the gateway", one["cpu"]["gateway"], "ms/task", how=f"{how}; {_split(one)}"),
+        ]
+    return rows
+
+
 def _queued(part: str, rounds: Rounds) -> list[Measurement]:
     found = rounds[part]
     how = (
@@ -210,6 +224,8 @@ def _celery(part: str, rounds: Rounds) -> list[Measurement]:
 
 _TABLES: Final[dict[str, Callable[[str, Rounds], list[Measurement]]]] = {
     "floor": _floor,
+    "gateway": _gateway,
+    "gateway-trial": _gateway,
     "queued": _queued,
     "killed": _killed,
     "embedding": _embedding,

@@ -23,7 +23,7 @@ from task_operator.jobs import build_job, build_sweep_job
 from task_operator.projection import DefaultCallback
 from task_operator.settings import Settings
 from task_platform.settings import load_settings
-from tests.support.chart import CHART, KUBE_VERSION, ROOT, Document, key, render, run_helm
+from tests.support.chart import CHART, KUBE_VERSION, ROOT, Document, documents_in, key, render, run_helm
 from tests.support.devstack import Kubectl
 from tests.support.operator_values import task
 
@@ -104,7 +104,7 @@ def test_renders_as_before(rendered: tuple[str, dict[str, Document]]) -> None:
     golden = DATA / f"{name}.golden.yaml"
     if os.environ.get("UPDATE_GOLDEN"):
         golden.write_text(yaml.safe_dump_all(found, sort_keys=False, width=120, allow_unicode=True), encoding="utf-8")
-    assert found == list(yaml.safe_load_all(golden.read_text(encoding="utf-8")))
+    assert found == list(documents_in(golden.read_text(encoding="utf-8")))
 
 
 RECOMMENDED_LABELS = {"name", "instance", "component", "part-of", "managed-by", "version"}
@@ -294,7 +294,7 @@ def test_long_release_names_give_names_that_fit(helm: Helm) -> None:
     answer = helm(
         "template", "a-release-name-that-is-as-long-as-helm-allows-it-to-be", CHART, *KUBE_VERSION, "--set", POSTGRES
     )
-    names = [document["metadata"]["name"] for document in yaml.safe_load_all(answer.stdout) if document]
+    names = [document["metadata"]["name"] for document in documents_in(answer.stdout)]
     assert [name for name in names if len(name) > 63] == []
 
 
@@ -821,7 +821,7 @@ def test_two_releases_in_one_cluster_share_no_name_but_those_of_the_crds(helm: H
         command = ["template", release, CHART, *KUBE_VERSION, "--namespace", "shared", "--set", POSTGRES]
         done = helm(*command, *given, "--api-versions", "tasks.zzdsj.io/v1/WorkerPool")
         assert done.returncode == 0, done.stderr
-        return {key(one) for one in yaml.safe_load_all(done.stdout) if one and one["kind"] != "CustomResourceDefinition"}
+        return {key(one) for one in documents_in(done.stdout) if one["kind"] != "CustomResourceDefinition"}
 
     blue = names("blue")
     assert blue & names("green") == set()

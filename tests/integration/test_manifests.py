@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from devstack import tools
-from tests.support.chart import CHART, NAMESPACE, ROOT, Document, key, render
+from tests.support.chart import CHART, NAMESPACE, ROOT, Document, documents_in, key, render
 from tests.support.devstack import Kubectl
 
 MANIFESTS = ROOT / "manifests"
@@ -45,7 +45,7 @@ def built(folder: Path) -> dict[str, Document]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert not done.stderr, "kustomize warns"
-    documents = [one for one in yaml.safe_load_all(done.stdout) if one]
+    documents = list(documents_in(done.stdout))
     found = {key(one): one for one in documents}
     assert len(found) == len(documents)
     return found
@@ -74,7 +74,7 @@ def held(file: Path, documents: list[Document]) -> None:
         head = "# Made from the chart helm/processing-tasks by tests/integration/test_manifests.py: change that one.\n---\n"
         text = yaml.safe_dump_all(documents, sort_keys=False, width=120, allow_unicode=True)
         file.write_text(head + text, encoding="utf-8")
-    same = list(yaml.safe_load_all(file.read_text(encoding="utf-8"))) == documents
+    same = list(documents_in(file.read_text(encoding="utf-8"))) == documents
     assert same, f"the chart renders another {file.name}: run this test with UPDATE_GOLDEN=1, and read the difference"
 
 
@@ -203,7 +203,7 @@ def of_set(name: str) -> list[Document]:
 
 def of_files() -> list[Document]:
     files = [file for file in MANIFESTS.rglob("*.yaml") if not {"testdata", "base", "overlays"} & set(file.parts)]
-    documents = [one for file in files for one in yaml.safe_load_all(file.read_text(encoding="utf-8"))]
+    documents = [one for file in files for one in documents_in(file.read_text(encoding="utf-8"))]
     return [one for one in documents if {"apiVersion", "kind", "metadata"} <= (one or {}).keys()]
 
 

@@ -189,6 +189,8 @@ redis: TASKS_REDIS_URL
   value: {{ toJson $root.Values.operator.limits.weights | quote }}
 - name: OPERATOR_KUEUE_QUEUE
   value: {{ $root.Values.operator.kueueQueue | quote }}
+- name: OPERATOR_POOL_FALLBACK
+  value: {{ $root.Values.operator.poolFallback | quote }}
 - name: OPERATOR_TASK_BUDGET
   value: {{ int $root.Values.operator.taskBudget | quote }}
 - name: OPERATOR_JOB_TTL_SECONDS
