@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
+# Some machines forbid it: then each of the many processes that tests start compiles all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +16,7 @@ PACKAGES := crds operator job_runner client devstack tests
 given = $(if $(filter command,$(firstword $(origin $(1)))),$(2) $($(1)))
 CHOICE = $(call given,CLUSTER,--cluster) $(call given,NAMESPACE,--namespace) $(call given,VALUES,--values)
 
-.PHONY: help demo test test-unit test-integration test-e2e test-torch test-ocr crash freeze-release bench docs lint format generate lock images sbom up down status logs clean
+.PHONY: help demo test test-all test-unit test-integration test-e2e test-torch test-ocr crash freeze-release bench docs lint format generate lock images sbom up down status logs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[1m%-17s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,17 +24,26 @@ help: ## Show this list
 demo: $(READY) ## Real documents through a real cluster into real stores, and a question answered from each
 	@$(BIN)/python -m devstack demo $(CHOICE)
 
+# What is marked long, such as the whole demo on other clusters, make test leaves out and make test-all does not.
 # A test by name needs only the files that have it, and brings up by itself what it needs of the devstack.
-test: $(READY) ## All tests; make test NAME=test_cancel for those whose name holds it
+test: $(READY) ## All tests but the longest; make test NAME=test_cancel for those whose name holds it
 ifeq ($(origin NAME),command line)
 	@$(BIN)/python -m pytest $$(grep -rl --include='test_*.py' --exclude-dir=torch --exclude-dir=ocr -e '$(NAME)' tests || echo tests) -k '$(NAME)'
 else
-	@$(BIN)/python -m devstack up
-	@failed=0; \
-	$(BIN)/python -m pytest tests -m "not alone" -n 2 --dist loadfile --no-loadscope-reorder --durations=10 || failed=1; \
-	$(BIN)/python -m pytest tests -m alone --durations=20 || failed=1; \
-	exit $$failed
+	@$(call whole,and not long)
 endif
+
+test-all: $(READY) ## All tests
+	@$(call whole,)
+
+# All that bear each other's company side by side, and then the others.
+define whole
+$(BIN)/python -m devstack up
+failed=0; \
+$(BIN)/python -m pytest tests -m "not alone $(1)" -n 3 --dist loadfile --no-loadscope-reorder --durations=10 || failed=1; \
+$(BIN)/python -m pytest tests -m "alone $(1)" --durations=20 || failed=1; \
+exit $$failed
+endef
 
 test-unit: $(READY) ## Tests that need no server: seconds
 	@$(BIN)/python -m pytest tests/unit -n 2

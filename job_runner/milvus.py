@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -46,6 +47,8 @@ R = TypeVar("R")
 TIMEOUT: Final = 15.0
 """Seconds for one call; the client repeats what a restarting server refuses within it."""
 _CREATE_TIMEOUT: Final = 60.0
+_UNDER_WAY: Final = 2.0
+"""Seconds in which who came first has made what it makes: Milvus Lite refuses the second before it shows the first."""
 _READ_LIMIT: Final = 16_384
 """Milvus' own limit on rows of one answer (proxy.maxResultWindow)."""
 _WINDOW: Final = 8_192
@@ -446,14 +449,17 @@ def _mismatch() -> type[Exception]:
 
 
 def _unless(done: Callable[[], bool], act: Callable[[], object]) -> None:
-    """Act; if that fails, it is no error when somebody else has done it meanwhile."""
+    """Act; if that fails, it is no error when somebody else has done it meanwhile, or is about to have done it."""
     from pymilvus import MilvusException
 
     try:
         act()
     except MilvusException:
-        if not done():
-            raise
+        until = time.monotonic() + _UNDER_WAY
+        while not done():
+            if time.monotonic() >= until:
+                raise
+            time.sleep(_UNDER_WAY / 10)
 
 
 def _schema(dimension: int, label: str = "") -> Any:

@@ -35,6 +35,10 @@ GROUP: Final = "workers"
 STREAM_OF: Final = {Priority.HIGH: 1, Priority.NORMAL: 2, Priority.LOW: 3}
 """Number of a priority's stream, which is also its place among the keys."""
 
+KEPT_SECONDS: Final = 604_800
+"""How long what a pool has in Redis outlives the last look of an operator: a week. A pool that was deleted while no operator
+was there leaves nothing for ever; of one whose operator was away for longer all is offered again."""
+
 INLINE_TASK: Final = 8192
 """Bytes of a task that may stand in a stream; a larger one stands in a hash beside it, and the entry refers to it."""
 
@@ -299,6 +303,7 @@ LOOK: Final = (
     + """
 local lease, now, waiting, leased = ARGV[1], ARGV[2], {}, 0
 local gone = 0
+for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, KEPT) end
 for n = 1, 3 do
   local late = redis.pcall('XPENDING', KEYS[n], 'workers', 'IDLE', lease, '-', '+', 100)
   for _, pending in ipairs(late.err and {} or late) do
@@ -322,7 +327,7 @@ for n = 1, 3 do
   waiting[n] = redis.call('XLEN', KEYS[n]) - held
 end
 return {gone, leased, waiting, redis.call('HKEYS', ENTRIES), redis.call('HGETALL', WORKERS), redis.call('TIME')[1]}
-"""
+""".replace("KEPT", str(KEPT_SECONDS))
 )
 """Arguments: the lease in milliseconds, now (ISO 8601). Ends leases that ran out, each with a report. Returns how many; how
 many are held; how many tasks wait in each stream; the uids of all that are here; the workers, as name and "second|state";

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from task_contract.models import Timestamp
 from task_contract.views import timestamp
 from task_gateway.callers import Callers, Scope
+from task_gateway.following import NAME_PATTERN
 from task_gateway.models import Answer, Moment, Row
 from task_gateway.routes import (
     LIST_NAMESPACE,
@@ -76,9 +77,9 @@ class CostsQuery(BaseModel):
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    kb_id: Annotated[str, Field(min_length=1, max_length=63)] | None = None
+    kb_id: Annotated[str, Field(pattern=r"^[!-~]{1,63}$")] | None = None
     """Of this knowledge base only."""
-    task_id: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    task_id: Annotated[str, Field(max_length=253, pattern=NAME_PATTERN)] | None = None
     """Of tasks of this name only."""
     since: Moment | None = None
     """Attempts that ended since then; by default in the last 30 days."""

@@ -329,8 +329,8 @@ async def queued(lab: Lab, *, count: int) -> dict[str, Any]:
     return {**answer, "memory_queued": memory, "low_left": waiting}
 
 
-async def killed(lab: Lab, *, rate: float, seconds: float, every: float) -> dict[str, Any]:
-    """Run health checks at a rate while one worker after the other is killed, and started again as another pod."""
+async def killed(lab: Lab, *, rate: float, seconds: float, every: float, operator: bool = False) -> dict[str, Any]:
+    """Run health checks at a rate while one worker after the other, or the operator, is killed, and started again."""
     await lab.scale(WORKERS)
     await warm(lab)
     count = int(rate * seconds)
@@ -339,9 +339,13 @@ async def killed(lab: Lab, *, rate: float, seconds: float, every: float) -> dict
         number = 0
         while True:
             await asyncio.sleep(every)
-            worker = lab.workers[number % WORKERS]
-            worker.end()
-            worker.start()
+            if operator:
+                lab.operator.kill()
+                lab.operator.start()
+            else:
+                worker = lab.workers[number % WORKERS]
+                worker.end()
+                worker.start()  # as another pod
             number += 1
 
     killer = asyncio.create_task(kill())
@@ -355,7 +359,7 @@ async def killed(lab: Lab, *, rate: float, seconds: float, every: float) -> dict
         "SELECT count(*) FROM "
         "(SELECT task_uid FROM task_events WHERE phase = 'Completed' GROUP BY 1 HAVING count(*) > 1) AS twice"
     )
-    return {**answer, "slowest": max(handed_over, default=0.0), "twice": results, "lost_workers": int(seconds // every)}
+    return {**answer, "slowest": max(handed_over, default=0.0), "twice": results, "killed": int(seconds // every)}
 
 
 async def embedding(lab: Lab, *, count: int) -> dict[str, Any]:
@@ -403,6 +407,7 @@ SCENARIOS: Final[dict[str, Callable[[Lab], Awaitable[dict[str, Any]]]]] = {
     "floor": lambda lab: floor(lab, count=2_000),
     "queued": lambda lab: queued(lab, count=QUEUED),
     "killed": lambda lab: killed(lab, rate=50, seconds=120, every=5),
+    "operator": lambda lab: killed(lab, rate=50, seconds=60, every=12, operator=True),
     "embedding": lambda lab: embedding(lab, count=TEXTS),
     "trial": lambda lab: at_rate(lab, rate=10, seconds=10),
     "gateway-trial": lambda lab: through_gateway(lab, rate=100, seconds=3),

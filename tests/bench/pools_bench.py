@@ -1,7 +1,7 @@
 """Warm pools: 100 tasks a second and more, what a task costs whom, killed workers, priorities, joined texts; beside Celery.
 
-``--only steady`` (or fast, gateway, floor, queued, killed, embedding, celery; comma separated) runs one part. Each has a
-machine of its own: network and process namespace, etcd, API server, PostgreSQL and Redis, all started for it
+``--only steady`` (or fast, gateway, floor, queued, killed, operator, embedding, celery; comma separated) runs one part. Each
+has a machine of its own: network and process namespace, etcd, API server, PostgreSQL and Redis, all started for it
 (:mod:`tests.bench.pool_rounds`).
 The operator signs in with a service account, as in a cluster, and runs in the environment of the image; workers run in that
 of the tests, as plain processes.
@@ -24,7 +24,7 @@ from tests.bench.operator_bench import environment
 from tests.bench.pool_rounds import BATCH, LEASE, QUEUED, SCENARIOS, TEXT, TEXTS, WORKERS
 from tests.support.operator_lab import ROOT
 
-PARTS: Final = ("floor", "steady", "fast", "gateway", "queued", "killed", "embedding", "celery")
+PARTS: Final = ("floor", "steady", "fast", "gateway", "queued", "killed", "operator", "embedding", "celery")
 _LIMIT: Final = 900.0  # seconds for one part
 _CONTROL: Final = ("operator", "apiserver", "etcd", "postgres", "redis")
 Rounds = dict[str, dict[str, Any]]
@@ -152,13 +152,26 @@ def _queued(part: str, rounds: Rounds) -> list[Measurement]:
 def _killed(part: str, rounds: Rounds) -> list[Measurement]:
     found = rounds[part]
     how = (
-        f"50 health checks a second for two minutes, {found['lost_workers']} workers killed, one every 5 s; "
+        f"50 health checks a second for two minutes, {found['killed']} workers killed, one every 5 s; "
         f"tasks with a second attempt: {found['second_attempts']}; lease {LEASE:.0f} s"
     )
     return [
         _lost(part, found),
         _row("killed: tasks that ended twice", found["twice"], "", 0, how=how),
         _row("killed: slowest task that lost its worker", found["slowest"], "s", LEASE + 2, how=f"{how}; from its creation"),
+    ]
+
+
+def _operator(part: str, rounds: Rounds) -> list[Measurement]:
+    found = rounds[part]
+    how = (
+        f"50 health checks a second for a minute, the operator killed {found['killed']} times, one operator alone; "
+        f"tasks with a second attempt: {found['second_attempts']}"
+    )
+    return [
+        _lost(part, found),
+        _row("operator: tasks that ended twice", found["twice"], "", 0, how=how),
+        _row("operator: slowest task", found["slowest"], "s", how=f"{how}; from its creation"),
     ]
 
 
@@ -228,6 +241,7 @@ _TABLES: Final[dict[str, Callable[[str, Rounds], list[Measurement]]]] = {
     "gateway-trial": _gateway,
     "queued": _queued,
     "killed": _killed,
+    "operator": _operator,
     "embedding": _embedding,
     "celery": _celery,
 }

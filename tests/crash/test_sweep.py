@@ -11,7 +11,7 @@ from tests.crash.sweeping import ROLE, SweepLife, Swept, differences, lead, with
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(3600)]
 
-POINTS = 6
+POINTS = 3
 """Tried unless all are: with the preparation, one takes some seconds."""
 AT_ONCE = 3
 

@@ -192,6 +192,7 @@ def test_a_job_deleted_by_hand_costs_an_attempt_and_not_the_task(installed: Inst
 # ---------------------------------------------------------------------------------------------------------------- node
 
 
+@pytest.mark.long
 def test_a_node_that_hangs_loses_the_attempt_within_three_minutes_and_publishes_nothing_when_it_is_back(
     installed: Installed,
 ) -> None:

@@ -290,11 +290,18 @@ class TestMachine:
             yield Path(folder, "state")
 
     @pytest.mark.parametrize(
-        "scenario", ["leaves_nothing", "survives_kills", "strange_bridge", "second_devstack", "hung_milvus"]
+        "scenario",
+        [
+            "leaves_nothing",
+            "strange_bridge",
+            "hung_milvus",
+            *(pytest.param(name, marks=pytest.mark.long) for name in ("survives_kills", "second_devstack")),
+        ],
     )
     def test_machine_is_left_as_it_was(self, scenario: str, state: Path) -> None:
         play(scenario, state)
 
+    @pytest.mark.long
     def test_reboot_is_survived(self, state: Path, tmp_path: Path) -> None:
         for number, scenario in enumerate(["prepare_reboot", "after_reboot", "down_after_reboot"]):
             boot = tmp_path / f"boot-{number}"

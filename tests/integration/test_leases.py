@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as Disconnected
 
 from job_runner.leases import Lease, Leases, QueueUnavailable
-from task_contract.leases import INLINE_TASK, PoolKeys, PoolReport, ReportKind, WorkerState
+from task_contract.leases import INLINE_TASK, KEPT_SECONDS, PoolKeys, PoolReport, ReportKind, WorkerState
 from task_contract.messages import AttemptOutcome, Outcome
 from task_operator.pool_queue import Heard, Look, PoolQueue
 from task_operator.pool_queue import QueueUnavailable as TableGone
@@ -335,6 +335,18 @@ async def test_an_entry_of_nobody_is_removed_and_no_other_of_the_same_number(tab
 
 
 # --------------------------------------------------------------------------------------------------------- a worker's side
+
+
+async def test_what_no_operator_looks_at_is_gone_after_a_week(table: Table) -> None:
+    """A pool may be deleted while no operator is there to hear of it."""
+    await table.offer("a", "b")
+    worker = table.worker("w")
+    (lease,) = await worker.take(1, held=())
+    await worker.renew(state("w"), [lease])
+    await table.look()
+    kept = [key async for key in table.redis.scan_iter(f"{table.keys.base}*")]
+    assert len(kept) >= 3, kept
+    assert [key for key in kept if not 0 < await table.redis.ttl(key) <= KEPT_SECONDS] == []
 
 
 async def test_who_waits_is_woken_by_an_offer_of_any_priority(table: Table) -> None:

@@ -81,7 +81,9 @@ async def poisoned(kube: Kube, place: Place, node: Endpoints, tmp_path: Path) ->
         pytest.param(IMPORT, "ContainerFailed", "exit code 1 ", "ModuleNotFoundError: No module named", id="import"),
         pytest.param(LOCK, "NoProgress", "no progress for spec.stallTimeout", " in match", id="lock"),
         pytest.param(MEMORY, "OOMKilled", "more memory than its limit", "reading", id="memory"),
-        pytest.param(DISK, "DiskFull", 'EmptyDir volume "tmp" exceeds the limit "16Mi"', "", id="disk"),
+        pytest.param(
+            *(DISK, "DiskFull", 'EmptyDir volume "tmp" exceeds the limit "16Mi"', ""), id="disk", marks=pytest.mark.long
+        ),
     ],
 )
 async def test_a_poison_task_ends(poisoned: Any, place: Place, code: str, reason: str, message: str, log: str) -> None:

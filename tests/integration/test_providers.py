@@ -164,7 +164,8 @@ def clone(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.timeout(700)  # images may have to be built
+@pytest.mark.long
+@pytest.mark.timeout(900)  # images may have to be built
 def test_the_way_of_the_page_to_a_cluster_in_hand(user: User, values: Path, clone: Path, kubectl: Kubectl) -> None:
     """The commands of docs/install.md, line by line: the demo runs, and `down` leaves the cluster as it was."""
     user.namespace = "tasks-trial"
@@ -188,7 +189,7 @@ def test_the_way_of_the_page_to_a_cluster_in_hand(user: User, values: Path, clon
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=280,
+            timeout=600,
             check=False,
         )
         assert done.returncode == 0, done.stdout
@@ -354,9 +355,10 @@ def test_a_cluster_that_was_there_is_never_the_default(root: bool, docker: bool,
     assert default(root=root, docker_runs=lambda: docker) == expected
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("devstack_node")
 @pytest.mark.parametrize(
-    ("scenario", "seconds"), [("drives", 280), pytest.param("page", 680, marks=pytest.mark.timeout(700))]
+    ("scenario", "seconds"), [("drives", 280), pytest.param("page", 880, marks=pytest.mark.timeout(900))]
 )
 def test_kind_is_driven_as_it_wants_to_be(scenario: str, seconds: float) -> None:
     """With stand-ins of kind and Docker, which are not on every machine; see tests.support.kind_machine."""

@@ -447,7 +447,8 @@ async def test_costs_are_sums_over_all_attempts_of_the_callers_namespaces(
             assert (nothing["total"]["tasks"], nothing["by_knowledge_base"]) == (0, [])
             assert (await costs("&since=2020-01-01T00:00:00Z"))["total"]["cpu_seconds"] == 113
             assert (await process.ask("GET", f"/api/v1/stats/costs?namespace={other.namespace}", token=ada))[0] == 403
-            assert (await process.ask("GET", "/api/v1/stats/costs?since=yesterday", token=ada))[0] == 422
+            for wrong in ("since=yesterday", "task_id=%00", "kb_id=%00", "task_id=%2e"):
+                assert (await process.ask("GET", f"/api/v1/stats/costs?{wrong}", token=ada))[0] == 422, wrong
 
 
 async def test_figures_are_of_the_callers_namespaces_alone(
