@@ -192,36 +192,11 @@ class Lab:
 
     async def tasks(self, names: str) -> list[dict[str, Any]]:
         """Return the tasks whose names begin so."""
-        found: list[dict[str, Any]] = []
-        token = ""
-        while True:
-            page = orjson.loads(await self.admin.send("GET", f"{_TASKS}?limit=1000&continue={token}"))
-            found += [one for one in page["items"] if one["metadata"]["name"].startswith(names)]
-            if not (token := page["metadata"].get("continue", "")):
-                return found
+        return await tasks_called(names, server=self.admin, namespace=NAMESPACE)
 
     async def compared(self, names: str) -> dict[str, int]:
         """Compare CRs and PostgreSQL, task by task; return the counts."""
-        found = await self.tasks(names)
-        done = {one["metadata"]["uid"] for one in found if one["status"]["phase"] == "Completed"}
-        rows: set[str] = set()
-        deadline = time.monotonic() + 15
-        while not done <= rows and time.monotonic() < deadline:
-            answer = await self.database.fetch(
-                "SELECT uid::text FROM tasks t WHERE phase = 'Completed' "
-                "AND started_at IS NOT NULL AND finished_at IS NOT NULL "
-                "AND EXISTS (SELECT FROM attempts a WHERE a.task_uid = t.uid AND a.reason = 'Succeeded') "
-                "AND EXISTS (SELECT FROM task_events e WHERE e.task_uid = t.uid AND e.phase = 'Completed')"
-            )
-            rows = {row["uid"] for row in answer}
-            await asyncio.sleep(0.1)
-        return {
-            "tasks": len(found),
-            "completed": len(done),
-            "rows": len(done & rows),
-            "in_pool": sum(one["status"].get("executor") == "pool" for one in found),
-            "second_attempts": sum(one["status"].get("attempt", 0) > 1 for one in found),
-        }
+        return await compared(await self.tasks(names), self.database)
 
     async def measured(self, name: str, count: int, work: Callable[[], Awaitable[object]]) -> dict[str, Any]:
         """Do some work; return what it cost a task, and how long tasks took."""
@@ -230,22 +205,62 @@ class Lab:
         await work()
         seconds = time.monotonic() - began
         after, requests = self.cpu(), await self.admin.requests() - requests
-        records = self.load.records.values()
-        ends = [(one.completed, (one.completed - one.posted) * 1000) for one in records if one.completed is not None]
-        begun, whole = min((one.posted for one in records), default=began), [took for _, took in ends]
         patches = sum(
             number for (verb, what, _), number in requests.items() if (verb, what) == ("PATCH", "processingtasks/status")
         )
         return {
             **await self.compared(name),
+            **times(self.load),
             "seconds": seconds,
-            "rate": len(ends) / (max(end for end, _ in ends) - begun) if ends else 0.0,
-            "p50": percentile(whole, 0.5),
-            "p99": percentile(whole, 0.99),
             "cpu": {part: (after[part] - before[part]) * 1000 / count for part in after},
             "status_writes": patches / count,
             "memory": peak_memory(self.operator.pid),
         }
+
+
+async def tasks_called(names: str, *, server: Server, namespace: str) -> list[dict[str, Any]]:
+    """Return the tasks of a namespace whose names begin so."""
+    found: list[dict[str, Any]] = []
+    token = ""
+    while True:
+        path = f"{TASKS}/namespaces/{namespace}/processingtasks?limit=1000&continue={token}"
+        page = orjson.loads(await server.send("GET", path))
+        found += [one for one in page["items"] if one["metadata"]["name"].startswith(names)]
+        if not (token := page["metadata"].get("continue", "")):
+            return found
+
+
+async def compared(tasks: list[dict[str, Any]], database: "asyncpg.Pool[asyncpg.Record]") -> dict[str, int]:
+    """Look for each of the tasks that have completed in PostgreSQL, 15 s at most; return the counts."""
+    done = {one["metadata"]["uid"] for one in tasks if one.get("status", {}).get("phase") == "Completed"}
+    rows: set[str] = set()
+    deadline = time.monotonic() + 15
+    while not done <= rows and time.monotonic() < deadline:
+        answer = await database.fetch(
+            "SELECT uid::text FROM tasks t WHERE uid = ANY($1::uuid[]) AND phase = 'Completed' "
+            "AND started_at IS NOT NULL AND finished_at IS NOT NULL "
+            "AND EXISTS (SELECT FROM attempts a WHERE a.task_uid = t.uid AND a.reason = 'Succeeded') "
+            "AND EXISTS (SELECT FROM task_events e WHERE e.task_uid = t.uid AND e.phase = 'Completed')",
+            list(done),
+        )
+        rows = {row["uid"] for row in answer}
+        await asyncio.sleep(0.1)
+    return {
+        "tasks": len(tasks),
+        "completed": len(done),
+        "rows": len(done & rows),
+        "in_pool": sum(one["status"].get("executor") == "pool" for one in tasks),
+        "second_attempts": sum(one["status"].get("attempt", 0) > 1 for one in tasks),
+    }
+
+
+def times(load: Load) -> dict[str, float]:
+    """Return how long tasks took from their creation on, and how many ended a second."""
+    records = load.records.values()
+    ends = [(one.completed, (one.completed - one.posted) * 1000) for one in records if one.completed is not None]
+    begun, whole = min((one.posted for one in records), default=0.0), [took for _, took in ends]
+    rate = len(ends) / (max(end for end, _ in ends) - begun) if ends else 0.0
+    return {"rate": rate, "p50": percentile(whole, 0.5), "p99": percentile(whole, 0.99)}
 
 
 # ------------------------------------------------------------------------------------------------------------ scenarios

@@ -1,12 +1,13 @@
 """Warm pools: 100 tasks a second and more, what a task costs whom, killed workers, priorities, joined texts; beside Celery.
 
-``--only steady`` (or fast, gateway, floor, queued, killed, operator, embedding, celery; comma separated) runs one part. Each
-has a machine of its own: network and process namespace, etcd, API server, PostgreSQL and Redis, all started for it
-(:mod:`tests.bench.pool_rounds`).
+``--only steady`` (or fast, gateway, floor, queued, killed, operator, embedding, celery, pods; comma separated) runs one
+part. Each but the last two has a machine of its own: network and process namespace, etcd, API server, PostgreSQL and Redis,
+all started for it (:mod:`tests.bench.pool_rounds`); pods run on the whole installation (:mod:`tests.bench.pool_pods`).
 The operator signs in with a service account, as in a cluster, and runs in the environment of the image; workers run in that
 of the tests, as plain processes.
 """
 
+import asyncio
 import json
 import os
 import subprocess
@@ -18,13 +19,13 @@ from typing import Any, Final
 
 from devstack import DevstackError, machine, tools
 from devstack.stores import postgres
-from tests.bench import celery_side
+from tests.bench import celery_side, pool_pods
 from tests.bench.measurement import Measurement
 from tests.bench.operator_bench import environment
 from tests.bench.pool_rounds import BATCH, LEASE, QUEUED, SCENARIOS, TEXT, TEXTS, WORKERS
 from tests.support.operator_lab import ROOT
 
-PARTS: Final = ("floor", "steady", "fast", "gateway", "queued", "killed", "operator", "embedding", "celery")
+PARTS: Final = ("floor", "steady", "fast", "gateway", "queued", "killed", "operator", "embedding", "celery", "pods")
 _LIMIT: Final = 900.0  # seconds for one part
 _CONTROL: Final = ("operator", "apiserver", "etcd", "postgres", "redis")
 Rounds = dict[str, dict[str, Any]]
@@ -45,6 +46,8 @@ def run(only: Sequence[str] = ()) -> list[Measurement]:
         print(f"    {part}", flush=True)
         if part == "celery":
             rounds[part] = celery_side.measure()
+        elif part == "pods":
+            rounds[part] = asyncio.run(pool_pods.measure(rate=100, seconds=30))
         else:
             rounds[part] = _round(part, python=python)
         print(f"      {json.dumps(rounds[part])}", flush=True)
@@ -136,6 +139,17 @@ def _gateway(part: str, rounds: Rounds) -> list[Measurement]:
     return rows
 
 
+def _pods(part: str, rounds: Rounds) -> list[Measurement]:
+    found = rounds[part]
+    how = f"100 health checks a second for 30 s; {pool_pods.WORKERS} worker pods on the whole installation; {_split(found)}"
+    return [
+        _lost(part, found),
+        _row("pods: rate", found["rate"], "/s", 100, better="higher", how=how),
+        _row("pods: created to Completed, p99", found["p99"], "ms", 2000, how=how),
+        _row("pods: created to Completed, p50", found["p50"], "ms", how=how),
+    ]
+
+
 def _queued(part: str, rounds: Rounds) -> list[Measurement]:
     found = rounds[part]
     how = (
@@ -151,27 +165,24 @@ def _queued(part: str, rounds: Rounds) -> list[Measurement]:
 
 def _killed(part: str, rounds: Rounds) -> list[Measurement]:
     found = rounds[part]
+    if part == "killed":
+        what, bound = "two minutes, workers killed one after the other, every 5 s", LEASE + 2
+    else:
+        what, bound = "a minute, the operator, which is one alone, killed every 12 s", None
     how = (
-        f"50 health checks a second for two minutes, {found['killed']} workers killed, one every 5 s; "
+        f"50 health checks a second for {what}: {found['killed']} times in all; "
         f"tasks with a second attempt: {found['second_attempts']}; lease {LEASE:.0f} s"
     )
     return [
         _lost(part, found),
-        _row("killed: tasks that ended twice", found["twice"], "", 0, how=how),
-        _row("killed: slowest task that lost its worker", found["slowest"], "s", LEASE + 2, how=f"{how}; from its creation"),
-    ]
-
-
-def _operator(part: str, rounds: Rounds) -> list[Measurement]:
-    found = rounds[part]
-    how = (
-        f"50 health checks a second for a minute, the operator killed {found['killed']} times, one operator alone; "
-        f"tasks with a second attempt: {found['second_attempts']}"
-    )
-    return [
-        _lost(part, found),
-        _row("operator: tasks that ended twice", found["twice"], "", 0, how=how),
-        _row("operator: slowest task", found["slowest"], "s", how=f"{how}; from its creation"),
+        _row(f"{part}: tasks that ended twice", found["twice"], "", 0, how=how),
+        _row(
+            f"{part}: slowest task that took longer than a lease",
+            found["slowest"],
+            "s",
+            bound,
+            how=f"{how}; from its creation",
+        ),
     ]
 
 
@@ -241,7 +252,8 @@ _TABLES: Final[dict[str, Callable[[str, Rounds], list[Measurement]]]] = {
     "gateway-trial": _gateway,
     "queued": _queued,
     "killed": _killed,
-    "operator": _operator,
+    "operator": _killed,
     "embedding": _embedding,
     "celery": _celery,
+    "pods": _pods,
 }
