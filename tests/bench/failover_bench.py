@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import devstack
+from devstack import cluster
+from task_contract.crd import custom_resource_definition
 from task_platform.kubernetes import Access
 from tests.bench.measurement import Measurement
 from tests.support.databases import fresh_database
@@ -44,6 +46,7 @@ class _Outage:
 def run() -> list[Measurement]:
     """Measure each way to lose the leader, in a namespace of its own: four minutes."""
     endpoints = devstack.up(["cluster", "stores"])
+    cluster.apply([custom_resource_definition()])
     measurements = []
     for name, how in SCENARIOS.items():
         with (

@@ -20,6 +20,8 @@ import orjson
 import uvloop
 
 import devstack
+from devstack import cluster
+from task_contract.crd import custom_resource_definition
 from task_platform.kubernetes import Access
 from tests.bench.measurement import Measurement
 from tests.bench.usage import watching
@@ -41,6 +43,7 @@ Send = Callable[[], Awaitable[None]]
 def run(parts: Sequence[str] = ()) -> list[Measurement]:
     """Measure the parts, or all: about five minutes."""
     endpoints = devstack.up(["cluster", "stores"])
+    cluster.apply([custom_resource_definition()])
     server = os.environ.get("TASKS_POSTGRES_URL") or endpoints.host_urls["TASKS_POSTGRES_URL"]
     chosen = list(parts) or list(PARTS)
     if unknown := set(chosen) - set(PARTS):
