@@ -459,7 +459,7 @@ def _unless(done: Callable[[], bool], act: Callable[[], object]) -> None:
         while not done():
             if time.monotonic() >= until:
                 raise
-            time.sleep(_UNDER_WAY / 10)
+            time.sleep(_UNDER_WAY / 10)  # in a thread of its own, as all that this client does
 
 
 def _schema(dimension: int, label: str = "") -> Any:

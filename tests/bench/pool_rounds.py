@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -299,11 +300,8 @@ async def through_gateway(lab: Lab, *, rate: float, seconds: float) -> dict[str,
         await asyncio.sleep(1)  # the watch is open
         for name, work in (("single", load.run), ("batches", load.run_batches)):
             # All tasks of the gateway have names of one form: those of the part before count again, and have ended.
-            answers[name] = await lab.measured(
-                "task-",
-                count,
-                lambda work=work, name=name: work(name=name, count=count, rate=rate, patience=30),  # type: ignore[misc]
-            )
+            create = partial(work, name=name, count=count, rate=rate, patience=30)
+            answers[name] = await lab.measured("task-", count, create)
             answers[name]["posted"] = len(load.records)
             load.forget()
     finally:

@@ -334,9 +334,6 @@ async def test_an_entry_of_nobody_is_removed_and_no_other_of_the_same_number(tab
     assert await table.redis.xlen(table.keys.streams[0]) == 0
 
 
-# --------------------------------------------------------------------------------------------------------- a worker's side
-
-
 async def test_what_no_operator_looks_at_is_gone_after_a_week(table: Table) -> None:
     """A pool may be deleted while no operator is there to hear of it."""
     await table.offer("a", "b")
@@ -347,6 +344,9 @@ async def test_what_no_operator_looks_at_is_gone_after_a_week(table: Table) -> N
     kept = [key async for key in table.redis.scan_iter(f"{table.keys.base}*")]
     assert len(kept) >= 3, kept
     assert [key for key in kept if not 0 < await table.redis.ttl(key) <= KEPT_SECONDS] == []
+
+
+# --------------------------------------------------------------------------------------------------------- a worker's side
 
 
 async def test_who_waits_is_woken_by_an_offer_of_any_priority(table: Table) -> None:
