@@ -30,6 +30,7 @@ from devstack.generated import settle
 from task_contract.crd import PAYLOAD_FIELDS, custom_resource_definition
 from task_contract.errors import GivenBack, PermanentError, TaskError
 from task_contract.pool_crd import pool_definition
+from task_contract.rules import VALIDATIONS, parts_of
 from task_contract.schedule_crd import schedule_definition
 from task_gateway.openapi import document
 from task_gateway.problems import CONTENT_TYPE
@@ -146,7 +147,7 @@ def payload_by_type() -> Iterator[str]:
 
 def rules(schema: Schema) -> Iterator[tuple[str, str]]:
     """Yield (message, reason) of each rule in a schema and below it."""
-    for one in schema.get("x-kubernetes-validations", ()):
+    for one in (part for merged in schema.get(VALIDATIONS, ()) for part in parts_of(merged)):
         if "reason" in one:
             yield one["message"], one["reason"]
     for part in (*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])):
@@ -181,7 +182,7 @@ def resource(title: str, intro: str, definition: Schema) -> Iterator[str]:
     )
     yield from fields(schema["properties"]["spec"], "spec", level=2)
     yield "\n## Rules\n\nWhat the API server checks beyond types and bounds. A violation is answered with the message:\n\n"
-    yield table(["Message", "Reason"], [[cell(message), code(reason)] for message, reason in rules(schema)])
+    yield table(["Message", "Reason"], [[cell(message), code(reason)] for message, reason in dict.fromkeys(rules(schema))])
     yield from fields(schema["properties"]["status"], "status", level=2)
     yield "\n## Columns\n\nOf `kubectl get`; those marked wide with `-o wide`.\n\n"
     yield table(

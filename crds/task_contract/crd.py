@@ -4,6 +4,7 @@ Rules stand here and not in the models, because the API server is the earliest b
 message names the field and the remedy.
 """
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from task_contract.location import (
@@ -21,6 +22,7 @@ from task_contract.location import (
 )
 from task_contract.models import INLINE_BYTES, Action, Spec, Status, TaskType
 from task_contract.names import DOCUMENT_ROOT, GROUP, KIND, PART_OF, PLURAL, SHORT_NAME, VERSION
+from task_contract.rules import VALIDATIONS, Rule, all_of, at_creation, rule
 from task_contract.structural import Schema, structural_schema
 
 _SPLITTING: Final = ("chunkSize", "chunkOverlap", "processingMode", "embeddingModel")
@@ -53,65 +55,115 @@ _INPUTS: Final = {
 
 _MUTABLE: Final = frozenset({"cancel", "suspend", "priority", "ttlSecondsAfterFinished"})
 
-Rule = dict[str, str]
-
-
-def rule(expression: str, message: str, *, field: str | None = None, reason: str = "FieldValueInvalid") -> Rule:
-    """Return a rule of a schema: an expression in CEL, and what a violation is answered with."""
-    where = {} if field is None else {"fieldPath": field}
-    return {"rule": expression, "message": message, "reason": reason, **where}
-
 
 def _exactly_one(*fields: str) -> str:
-    return " + ".join(f"(has(self.payload.{field}) ? 1 : 0)" for field in fields) + " == 1"
+    return " + ".join(f"(has(payload.{field}) ? 1 : 0)" for field in fields) + " == 1"
 
 
-def _type_rules() -> list[Rule]:
-    rules = [
+def _fitting(field: str) -> list[TaskType]:
+    return [kind for kind, fields in PAYLOAD_FIELDS.items() if field in fields]
+
+
+_NO_PATH: Final = "spec.payload.filePath: required for document_processing: give a path below the document volume or a URL"
+_NO_WORK: Final = (
+    "spec.payload: knowledge_indexing needs rebuildIndex: true, enhancementType: semantic_analysis, or an action"
+)
+_ONE_INPUT: Final = {
+    kind: f"spec.payload: {kind} takes exactly one of {', '.join(fields)}" for kind, fields in _INPUTS.items()
+}
+_WITHOUT_PAYLOAD: Final = [
+    rule(f"kind != '{kind}'", message, reason="FieldValueRequired")
+    for kind, message in {
+        TaskType.DOCUMENT_PROCESSING: _NO_PATH,
+        **_ONE_INPUT,
+        TaskType.KNOWLEDGE_INDEXING: _NO_WORK,
+    }.items()
+]
+_REQUIRED_OF_PAYLOAD: Final = [
+    rule(
+        "kind != 'document_processing' || has(payload.filePath) || has(payload.action) && payload.action != 'upsert'",
+        _NO_PATH,
+        reason="FieldValueRequired",
+    ),
+    *(
+        rule(f"kind != '{kind}' || {_exactly_one(*_INPUTS[kind])}", message, reason="FieldValueRequired")
+        for kind, message in _ONE_INPUT.items()
+    ),
+    rule(
+        "kind != 'knowledge_indexing' || has(payload.action) && payload.action != 'index'"
+        " || has(payload.rebuildIndex) && payload.rebuildIndex"
+        " || has(payload.enhancementType) && payload.enhancementType != 'none'",
+        _NO_WORK,
+        reason="FieldValueRequired",
+    ),
+]
+_ACTIONS_OF_PAYLOAD: Final = [
+    *(
         rule(
-            "self.type in ['health_check', 'embedding_generation'] || has(self.kbId)",
+            f"kind != '{kind}' || payload.action in {[str(action) for action in actions]}",
+            f"spec.payload.action: {kind} has {', '.join(actions)}",
+        )
+        for kind, actions in _ACTIONS.items()
+    ),
+    rule(
+        "!(payload.action in ['delete_knowledge_base', 'purge'])"
+        " || has(self.kbId) && has(payload.confirm) && payload.confirm == self.kbId",
+        "spec.payload.confirm: this action removes every document: give the kbId once more to confirm it",
+    ),
+]
+_FIELDS_OF_PAYLOAD: Final = [
+    rule(
+        f"kind in {[str(kind) for kind in _fitting(field)]} || !has(payload.{field})",
+        f"spec.payload.{field}: only for type {', '.join(_fitting(field))}; leave it out",
+        reason="FieldValueForbidden",
+    )
+    for field in sorted({field for fields in PAYLOAD_FIELDS.values() for field in fields})
+]
+_DELAYS: Final = ("initialDelay", "maxDelay")
+_RETRY_RULES: Final = [
+    *(
+        rule(
+            f"{field} >= duration('0s') && {field} <= duration('24h')",
+            f"spec.retry.{field}: must be between 0s and 24h",
+        )
+        for field in _DELAYS
+    ),
+    rule("initialDelay <= maxDelay", "spec.retry.initialDelay: must not be longer than spec.retry.maxDelay"),
+]
+_KIND: Final = ("kind", "self.type")
+_PAYLOAD: Final = ("payload", "self.payload")
+
+
+def _spec_rules() -> list[Rule]:
+    """Return the rules over several fields of a spec."""
+    return [
+        rule(
+            "has(self.kbId) || self.type in ['health_check', 'embedding_generation']",
             "spec.kbId: required: name the knowledge base",
             field=".kbId",
             reason="FieldValueRequired",
         ),
-        rule(
-            "self.type != 'document_processing' || (has(self.payload) && (has(self.payload.filePath)"
-            " || has(self.payload.action) && self.payload.action != 'upsert'))",
-            "spec.payload.filePath: required for document_processing: give a path below the document volume or a URL",
+        all_of(
+            _WITHOUT_PAYLOAD,
+            "spec.payload: required for this type",
             field=".payload",
-            reason="FieldValueRequired",
+            unless="has(self.payload)",
+            bound=[_KIND],
         ),
         *(
-            rule(
-                f"self.type != '{kind}' || (has(self.payload) && {_exactly_one(*fields)})",
-                f"spec.payload: {kind} takes exactly one of {', '.join(fields)}",
-                field=".payload",
-                reason="FieldValueRequired",
+            all_of(rules, f"spec.payload: {message}", field=".payload", unless=unless, bound=[_KIND, _PAYLOAD])
+            for rules, message, unless in (
+                (_REQUIRED_OF_PAYLOAD, "what the type works on is missing", "!has(self.payload)"),
+                (_ACTIONS_OF_PAYLOAD, "the action does not fit", "!has(self.payload) || !has(self.payload.action)"),
+                (_FIELDS_OF_PAYLOAD, "a field is for another type", "!has(self.payload)"),
             )
-            for kind, fields in _INPUTS.items()
         ),
-        rule(
-            "self.type != 'knowledge_indexing' || has(self.payload) && (has(self.payload.action)"
-            " && self.payload.action != 'index' || has(self.payload.rebuildIndex) && self.payload.rebuildIndex"
-            " || has(self.payload.enhancementType) && self.payload.enhancementType != 'none')",
-            "spec.payload: knowledge_indexing needs rebuildIndex: true, enhancementType: semantic_analysis, or an action",
-            field=".payload",
-            reason="FieldValueRequired",
-        ),
-        *(
-            rule(
-                f"self.type != '{kind}' || !has(self.payload) || !has(self.payload.action)"
-                f" || self.payload.action in {[str(action) for action in actions]}",
-                f"spec.payload.action: {kind} has {', '.join(actions)}",
-                field=".payload",
-            )
-            for kind, actions in _ACTIONS.items()
-        ),
-        rule(
-            "!has(self.payload) || !has(self.payload.action) || !(self.payload.action in ['delete_knowledge_base', 'purge'])"
-            " || has(self.kbId) && has(self.payload.confirm) && self.payload.confirm == self.kbId",
-            "spec.payload.confirm: this action removes every document: give the kbId once more to confirm it",
-            field=".payload",
+        # Not at the field: the API server holds its default, {}, against the rules before that is filled in.
+        all_of(
+            _RETRY_RULES,
+            "spec.retry: a delay does not fit",
+            field=".retry",
+            bound=[(field, f"duration(self.retry.{field})") for field in _DELAYS],
         ),
         rule(
             "self.executor != 'pool' || self.type != 'batch_processing'",
@@ -123,89 +175,89 @@ def _type_rules() -> list[Rule]:
             "spec.kueue: Kueue admits Jobs, not tasks of a worker pool; use executor auto or job",
             field=".kueue",
         ),
-        rule(
-            f"!has(self.callback) || self.callback.url.matches(r'{CALLBACK_PATTERN}')",
-            f"spec.callback.url: {CALLBACK_MESSAGE}",
-            field=".callback",
-        ),
-    ]
-    fields = sorted({field for fields in PAYLOAD_FIELDS.values() for field in fields})
-    for field in fields:
-        types = [kind for kind, fitting in PAYLOAD_FIELDS.items() if field in fitting]
-        fits = f"self.type in {[str(kind) for kind in types]}"
-        rules.append(
-            rule(
-                f"!has(self.payload) || !has(self.payload.{field}) || {fits}",
-                f"spec.payload.{field}: only for type {', '.join(types)}; leave it out",
-                field=".payload",
-                reason="FieldValueForbidden",
-            )
-        )
-    return rules
-
-
-def _duration_rules() -> list[Rule]:
-    def between(field: str, low: str, high: str, *, optional: bool) -> Rule:
-        guard = f"!has(self.{field}) || " if optional else ""
-        return rule(
-            f"{guard}(duration(self.{field}) >= duration('{low}') && duration(self.{field}) <= duration('{high}'))",
-            f"spec.{field}: must be between {low} and {high}",
-            field=f".{field}",
-        )
-
-    return [
-        between("timeout", "1s", "168h", optional=True),
-        between("stallTimeout", "10s", "168h", optional=True),
-        between("deadline", "1s", "8760h", optional=True),
-        between("retry.initialDelay", "0s", "24h", optional=False),
-        between("retry.maxDelay", "0s", "24h", optional=False),
-        rule(
-            "duration(self.retry.initialDelay) <= duration(self.retry.maxDelay)",
-            "spec.retry.initialDelay: must not be longer than spec.retry.maxDelay",
-            field=".retry",
-        ),
     ]
 
 
-def _immutable_rules(spec: Schema) -> list[Rule]:
-    rules = []
-    for field, schema in sorted(spec["properties"].items()):
-        if field in _MUTABLE:
-            continue
-        always = field in spec.get("required", ()) or "default" in schema
-        same = f"self.{field} == oldSelf.{field}"
-        rules.append(
-            rule(
-                same if always else f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || {same})",
-                f"spec.{field}: immutable; create a new task",
-                field=f".{field}",
-            )
-        )
-    rules.append(rule("!oldSelf.cancel || self.cancel", "spec.cancel: one way; create a new task", field=".cancel"))
-    return rules
+def _between(field: str, low: str, high: str) -> Rule:
+    return rule(
+        f"duration(self) >= duration('{low}') && duration(self) <= duration('{high}')",
+        f"spec.{field}: must be between {low} and {high}",
+    )
 
+
+_OF_FIELDS: Final[dict[str, Rule]] = {
+    "timeout": _between("timeout", "1s", "168h"),
+    "stallTimeout": _between("stallTimeout", "10s", "168h"),
+    "deadline": _between("deadline", "1s", "8760h"),
+    "callback": rule(f"self.url.matches(r'{CALLBACK_PATTERN}')", f"spec.callback.url: {CALLBACK_MESSAGE}", field=".url"),
+}
+"""Rules of single fields stand at the field: where it is absent they cost nothing."""
 
 _UPSERT_ONLY: Final = ("fileBytes", "chunkSize", "chunkOverlap", "processingMode", "embeddingModel", "metadata")
-
 _INDEX_ONLY: Final = ("rebuildIndex", "enhancementType")
 _REBUILD_ONLY: Final = ("goldenPath", "maxRecallDrop", "keepGenerationSeconds")
 
 
-def _document_rules(field: str) -> list[Rule]:
-    """Return the rules of one field that names a document."""
-    absent, value = f"!has(self.{field})", f"self.{field}"
-    return [
-        rule(f"{absent} || {test}", f"spec.payload.{field}: {message}", field=f".{field}")
-        for test, message in _of_document(value, climbs=f"{value}.split('/').exists(part, part == '..')")
-    ]
+def _none_of(fields: Sequence[str]) -> str:
+    return f"!({' || '.join(f'has(self.{name})' for name in fields)})"
 
 
-def _all_documents(field: str) -> list[Rule]:
-    """Return the same for a field that lists documents."""
-    return [
-        rule(f"!has(self.{field}) || self.{field}.all(one, {test})", f"spec.payload.{field}: {message}", field=f".{field}")
-        for test, message in _of_document("one", climbs="one.matches('(^|/)[.][.](/|$)')")  # split costs too much in a list
-    ]
+_PAYLOAD_RULES: Final = [
+    rule(
+        "!has(self.action) || self.action != 'delete' || has(self.filePath) || has(self.documentId)",
+        "spec.payload.documentId: delete needs it, or the filePath under which the document was processed",
+        field=".action",
+        reason="FieldValueRequired",
+    ),
+    rule(
+        "!has(self.action) || self.action != 'delete_knowledge_base' || !(has(self.filePath) || has(self.documentId))",
+        "spec.payload.action: delete_knowledge_base removes all documents; delete is for the one that a field names",
+        field=".action",
+    ),
+    all_of(
+        [
+            rule(
+                f"!(action in ['delete', 'delete_knowledge_base']) || {_none_of(_UPSERT_ONLY)}",
+                f"spec.payload.action: only upsert takes {', '.join(_UPSERT_ONLY)}; leave them out",
+                reason="FieldValueForbidden",
+            ),
+            rule(
+                f"!(action in ['rollback', 'repair', 'purge']) || {_none_of(_INDEX_ONLY)}",
+                f"spec.payload.action: only index takes {', '.join(_INDEX_ONLY)}; leave them out",
+                reason="FieldValueForbidden",
+            ),
+        ],
+        "spec.payload.action: does not take all of these fields",
+        field=".action",
+        unless="!has(self.action)",
+        bound=[("action", "self.action")],
+    ),
+    all_of(
+        [
+            rule(
+                "!has(self.confirm) || has(self.action) && self.action in ['delete_knowledge_base', 'purge']",
+                "spec.payload.confirm: only for actions delete_knowledge_base and purge; leave it out",
+                reason="FieldValueForbidden",
+            ),
+            rule(
+                "!has(self.glob) || has(self.prefix)",
+                "spec.payload.glob: only with prefix; leave it out",
+                reason="FieldValueForbidden",
+            ),
+            rule(
+                f"has(self.rebuildIndex) && self.rebuildIndex || {_none_of(_REBUILD_ONLY)}",
+                f"spec.payload.rebuildIndex: only a rebuild takes {', '.join(_REBUILD_ONLY)}; leave them out",
+                reason="FieldValueForbidden",
+            ),
+        ],
+        "spec.payload: a field goes with another one",
+    ),
+    rule(
+        "!has(self.chunkOverlap) || self.chunkOverlap < (has(self.chunkSize) ? self.chunkSize : 1000)",
+        "spec.payload.chunkOverlap: must be smaller than chunkSize (default 1000)",
+        field=".chunkOverlap",
+    ),
+]
 
 
 def _of_document(value: str, *, climbs: str) -> list[tuple[str, str]]:
@@ -223,95 +275,87 @@ def _of_document(value: str, *, climbs: str) -> list[tuple[str, str]]:
     ]
 
 
-_PAYLOAD_RULES: Final = [
-    rule(
-        "!has(self.action) || self.action != 'delete' || has(self.filePath) || has(self.documentId)",
-        "spec.payload.documentId: delete needs it, or the filePath under which the document was processed",
-        field=".action",
-        reason="FieldValueRequired",
-    ),
-    rule(
-        "!has(self.action) || self.action != 'delete_knowledge_base' || !(has(self.filePath) || has(self.documentId))",
-        "spec.payload.action: delete_knowledge_base removes all documents; delete is for the one that a field names",
-        field=".action",
-    ),
-    rule(
-        "!has(self.action) || !(self.action in ['delete', 'delete_knowledge_base'])"
-        f" || !({' || '.join(f'has(self.{name})' for name in _UPSERT_ONLY)})",
-        f"spec.payload.action: only upsert takes {', '.join(_UPSERT_ONLY)}; leave them out",
-        field=".action",
-        reason="FieldValueForbidden",
-    ),
-    rule(
-        "!has(self.confirm) || has(self.action) && self.action in ['delete_knowledge_base', 'purge']",
-        "spec.payload.confirm: only for actions delete_knowledge_base and purge; leave it out",
-        field=".confirm",
-        reason="FieldValueForbidden",
-    ),
-    *(one for field in ("filePath", "manifestPath", "goldenPath", "inputPath") for one in _document_rules(field)),
-    *_all_documents("filePaths"),
-    rule(
-        f"!has(self.prefix) || (self.prefix.contains('://') ? self.prefix.matches(r'{S3_PREFIX_PATTERN}')"
-        f" : (!self.prefix.startsWith('/') || (self.prefix + '/').startsWith('{DOCUMENT_ROOT}/'))"
-        " && !self.prefix.split('/').exists(part, part == '..'))",
-        f"spec.payload.prefix: {PREFIX_MESSAGE}; an absolute path lies below {DOCUMENT_ROOT}/",
-        field=".prefix",
-    ),
-    rule(
-        "!has(self.glob) || has(self.prefix)",
-        "spec.payload.glob: only with prefix; leave it out",
-        field=".glob",
-        reason="FieldValueForbidden",
-    ),
-    rule(
-        f"!has(self.outputPath) || self.outputPath.matches(r'{OUTPUT_PATTERN}')",
-        f"spec.payload.outputPath: {OUTPUT_MESSAGE}",
-        field=".outputPath",
-    ),
-    *(
+def _document(field: str) -> Rule:
+    """Return the rule of a field that names a document."""
+    tests = _of_document("self", climbs="self.split('/').exists(part, part == '..')")
+    rules = [rule(test, f"spec.payload.{field}: {message}") for test, message in tests]
+    return all_of(rules, f"spec.payload.{field}: not a place of a document")
+
+
+def _documents(field: str) -> list[Rule]:
+    """Return the same for a field that lists documents; one by one, as the API server bounds what a rule may cost."""
+    tests = _of_document("one", climbs="one.matches('(^|/)[.][.](/|$)')")  # split costs too much in a list
+    return [rule(f"self.all(one, {test})", f"spec.payload.{field}: {message}") for test, message in tests]
+
+
+def _bytes_in_all(field: str, remedy: str) -> Rule:
+    return rule(
+        f"self.map(one, bytes(one).size()).sum() <= {INLINE_BYTES}",
+        f"spec.payload.{field}: at most {INLINE_BYTES} bytes in all; {remedy}",
+    )
+
+
+_OF_PAYLOAD_FIELDS: Final[dict[str, list[Rule]]] = {
+    **{field: [_document(field)] for field in ("filePath", "manifestPath", "goldenPath", "inputPath")},
+    "filePaths": [*_documents("filePaths"), _bytes_in_all("filePaths", "use prefix or manifestPath")],
+    "prefix": [
         rule(
-            f"!has(self.{field}) || self.{field}.map(one, bytes(one).size()).sum() <= {INLINE_BYTES}",
-            f"spec.payload.{field}: at most {INLINE_BYTES} bytes in all; {remedy}",
-            field=f".{field}",
+            f"self.contains('://') ? self.matches(r'{S3_PREFIX_PATTERN}')"
+            f" : (!self.startsWith('/') || (self + '/').startsWith('{DOCUMENT_ROOT}/'))"
+            " && !self.split('/').exists(part, part == '..')",
+            f"spec.payload.prefix: {PREFIX_MESSAGE}; an absolute path lies below {DOCUMENT_ROOT}/",
         )
-        for field, remedy in (("filePaths", "use prefix or manifestPath"), ("texts", "use inputPath"))
-    ),
-    rule(
-        "!has(self.action) || !(self.action in ['rollback', 'repair', 'purge'])"
-        f" || !({' || '.join(f'has(self.{name})' for name in _INDEX_ONLY)})",
-        f"spec.payload.action: only index takes {', '.join(_INDEX_ONLY)}; leave them out",
-        field=".action",
-        reason="FieldValueForbidden",
-    ),
-    rule(
-        f"(has(self.rebuildIndex) && self.rebuildIndex) || !({' || '.join(f'has(self.{name})' for name in _REBUILD_ONLY)})",
-        f"spec.payload.rebuildIndex: only a rebuild takes {', '.join(_REBUILD_ONLY)}; leave them out",
-        field=".rebuildIndex",
-        reason="FieldValueForbidden",
-    ),
-    rule(
-        "!has(self.chunkOverlap) || self.chunkOverlap < (has(self.chunkSize) ? self.chunkSize : 1000)",
-        "spec.payload.chunkOverlap: must be smaller than chunkSize (default 1000)",
-        field=".chunkOverlap",
-    ),
+    ],
+    "outputPath": [rule(f"self.matches(r'{OUTPUT_PATTERN}')", f"spec.payload.outputPath: {OUTPUT_MESSAGE}")],
+    "texts": [_bytes_in_all("texts", "use inputPath")],
     # With the bound of a key and of a value alone a map could have 35,000 characters, over the 64 KiB of a spec in Chinese.
-    rule(
-        "!has(self.metadata) || self.metadata.map(key, key.size() + self.metadata[key].size()).sum() <= 12000",
-        "spec.payload.metadata: at most 12000 characters in all; store large texts beside the document",
-        field=".metadata",
-    ),
-    rule(
-        "!has(self.components) || self.components.all(one, self.components.exists_one(other, other == one))",
-        "spec.payload.components: name each component once",
-        field=".components",
-    ),
-]
+    "metadata": [
+        rule(
+            "self.map(key, key.size() + self[key].size()).sum() <= 12000",
+            "spec.payload.metadata: at most 12000 characters in all; store large texts beside the document",
+        )
+    ],
+    "components": [
+        rule(
+            "self.all(one, self.exists_one(other, other == one))",
+            "spec.payload.components: name each component once",
+        )
+    ],
+}
 
 
-def _spec_schema() -> Schema:
-    spec = task_spec_schema()
-    spec["x-kubernetes-validations"] += _immutable_rules(spec)
-    return spec
+def _changes(spec: Schema) -> Rule:
+    """Return the rule about what of a task may change.
+
+    A request changes the spec or the status, never both (that is what the subresource is for): where the phase has changed
+    nothing else can have, and most writes are such.
+    """
+    rules = []
+    for field, schema in sorted(spec["properties"].items()):
+        if field in _MUTABLE:
+            continue
+        always = field in spec.get("required", ()) or "default" in schema
+        same = f"self.spec.{field} == oldSelf.spec.{field}"
+        held = f"has(self.spec.{field}) == has(oldSelf.spec.{field})"
+        rules.append(
+            rule(
+                same if always else f"{held} && (!has(self.spec.{field}) || {same})",
+                f"spec.{field}: immutable; create a new task",
+            )
+        )
+    return all_of(
+        [
+            *rules,
+            rule("!oldSelf.spec.cancel || self.spec.cancel", "spec.cancel: one way; create a new task"),
+            rule(
+                "self.spec.priority == oldSelf.spec.priority || oldSelf.status.phase == 'Queued'",
+                "spec.priority: can be changed only while the task is Queued",
+            ),
+        ],
+        "spec: immutable; create a new task",
+        field=".spec",
+        unless="self.status.phase != oldSelf.status.phase || self.spec == oldSelf.spec",
+    )
 
 
 def task_spec_schema() -> Schema:
@@ -319,8 +363,12 @@ def task_spec_schema() -> Schema:
     spec = structural_schema(Spec, defaults=True)
     payload = spec["properties"]["payload"]
     payload.pop("default", None)  # defaults of the payload depend on the type: see task_contract.models.Payload
-    payload["x-kubernetes-validations"] = list(_PAYLOAD_RULES)
-    spec["x-kubernetes-validations"] = _type_rules() + _duration_rules()
+    payload[VALIDATIONS] = list(_PAYLOAD_RULES)
+    spec[VALIDATIONS] = _spec_rules()
+    for field, one in _OF_FIELDS.items():
+        spec["properties"][field].setdefault(VALIDATIONS, []).append(one)
+    for field, rules in _OF_PAYLOAD_FIELDS.items():
+        payload["properties"][field].setdefault(VALIDATIONS, []).extend(rules)
     return spec
 
 
@@ -364,6 +412,7 @@ def metadata_of(plural: str) -> dict[str, Any]:
 
 def custom_resource_definition() -> dict[str, Any]:
     """Return the CRD as a manifest."""
+    spec = task_spec_schema()
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
@@ -412,20 +461,16 @@ def custom_resource_definition() -> dict[str, Any]:
                                 "apiVersion": {"type": "string"},
                                 "kind": {"type": "string"},
                                 "metadata": {"type": "object"},
-                                "spec": _spec_schema(),
+                                "spec": at_creation(spec),
                                 "status": _status_schema(),
                             },
-                            "x-kubernetes-validations": [
+                            VALIDATIONS: [
                                 rule(
                                     "!has(self.spec.dependsOn) || !(self.metadata.name in self.spec.dependsOn)",
                                     "spec.dependsOn: a task cannot wait for itself",
                                     field=".spec.dependsOn",
                                 ),
-                                rule(
-                                    "self.spec.priority == oldSelf.spec.priority || oldSelf.status.phase == 'Queued'",
-                                    "spec.priority: can be changed only while the task is Queued",
-                                    field=".spec.priority",
-                                ),
+                                _changes(spec),
                             ],
                         }
                     },

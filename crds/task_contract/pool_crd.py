@@ -2,10 +2,11 @@
 
 from typing import Any, Final
 
-from task_contract.crd import Rule, column, metadata_of, rule
+from task_contract.crd import column, metadata_of
 from task_contract.models import TaskType
 from task_contract.names import GROUP, POOL_KIND, POOL_PLURAL, POOL_SHORT_NAME, VERSION
 from task_contract.pools import PoolSpec, PoolStatus
+from task_contract.rules import VALIDATIONS, Rule, rule
 from task_contract.structural import Schema, structural_schema
 
 _DURATIONS: Final = {
@@ -43,7 +44,7 @@ def _spec_rules() -> list[Rule]:
 
 def _spec_schema() -> Schema:
     spec = structural_schema(PoolSpec, defaults=True)
-    spec["x-kubernetes-validations"] = _spec_rules()
+    spec[VALIDATIONS] = _spec_rules()
     return spec
 
 

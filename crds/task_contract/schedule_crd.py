@@ -2,8 +2,9 @@
 
 from typing import Any, Final
 
-from task_contract.crd import Rule, column, metadata_of, rule, task_spec_schema
+from task_contract.crd import column, metadata_of, task_spec_schema
 from task_contract.names import GROUP, SCHEDULE_KIND, SCHEDULE_PLURAL, SCHEDULE_SHORT_NAME, VERSION
+from task_contract.rules import VALIDATIONS, Rule, rule
 from task_contract.schedules import ScheduleSpec, ScheduleStatus
 from task_contract.structural import Schema, structural_schema
 
@@ -50,7 +51,7 @@ def _spec_schema() -> Schema:
     template = spec["properties"]["taskTemplate"]
     described = template["properties"]["spec"]["description"]
     template["properties"]["spec"] = task_spec_schema() | {"description": described}
-    spec["x-kubernetes-validations"] = _spec_rules()
+    spec[VALIDATIONS] = _spec_rules()
     return spec
 
 

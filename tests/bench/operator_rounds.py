@@ -6,6 +6,7 @@ and a PostgreSQL of its own are started, an operator, and the load. The result i
 """
 
 import asyncio
+import contextlib
 import json
 import math
 import os
@@ -398,8 +399,17 @@ def cpu_of_all(operator: int) -> dict[str, float]:
         if (found := process.find(name)) is not None:
             used[name] = cpu_seconds(found.pid)
     if (server := process.find("postgres")) is not None:
-        used["postgres"] += sum(cpu_seconds(child.pid) for child in psutil.Process(server.pid).children())
+        used["postgres"] += cpu_of_children(server.pid)
     return used
+
+
+def cpu_of_children(pid: int) -> float:
+    """Return the CPU seconds of the processes that a process has started: those of a PostgreSQL come and go."""
+    found = 0.0
+    for child in psutil.Process(pid).children():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found += cpu_seconds(child.pid)
+    return found
 
 
 def cpu_seconds(pid: int) -> float:

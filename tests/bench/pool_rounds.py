@@ -22,7 +22,6 @@ from typing import Any, Final
 
 import asyncpg
 import orjson
-import psutil
 import uvloop
 
 import devstack
@@ -36,7 +35,7 @@ from task_operator.schema import migrate
 from task_platform.kubernetes import Access
 from tests.bench import corpus
 from tests.bench.operator_load import Load, Record, Server, own_cpu, task
-from tests.bench.operator_rounds import NAMESPACE, account, cpu_seconds, peak_memory, percentile
+from tests.bench.operator_rounds import NAMESPACE, account, cpu_of_children, cpu_seconds, peak_memory, percentile
 from tests.support.gateway_lab import GatewayProcess
 from tests.support.operator_lab import JOBS, MERGE, RESTRICTED, ROOT, TASKS, OperatorProcess, until
 
@@ -154,7 +153,7 @@ class Lab:
             if (found := process.find(name)) is not None:
                 used[name] = cpu_seconds(found.pid)
         if (server := process.find("postgres")) is not None:
-            used["postgres"] += sum(cpu_seconds(child.pid) for child in psutil.Process(server.pid).children())
+            used["postgres"] += cpu_of_children(server.pid)
         return used
 
     async def scale(self, count: int, **changes: str) -> None:

@@ -317,6 +317,13 @@ IMMUTABLE: list[tuple[str, dict[str, Any], str]] = [
     ("resourceClass", {"resourceClass": "large"}, "spec.resourceClass: immutable"),
     ("deadline", {"deadline": "5m"}, "spec.deadline: immutable"),
     ("executor", {"executor": "job"}, "spec.executor: immutable"),
+    ("payload removed", {"payload": None}, "spec.payload: immutable"),
+    ("callback", {"callback": {"url": "https://a/b"}}, "spec.callback: immutable"),
+    ("dependsOn", {"dependsOn": ["b"]}, "spec.dependsOn: immutable"),
+    ("idempotencyKey", {"idempotencyKey": "b"}, "spec.idempotencyKey: immutable"),
+    ("kueue", {"kueue": {"queueName": "b"}}, "spec.kueue: immutable"),
+    ("notBefore", {"notBefore": "2030-01-01T00:00:00Z"}, "spec.notBefore: immutable"),
+    ("several", {"kbId": "kb-2", "priority": "high", "deadline": "5m"}, "spec.deadline: immutable"),
 ]
 
 
@@ -326,6 +333,16 @@ def test_what_the_task_is_cannot_be_changed(kubectl: Kubectl, namespace: str, pa
     answer = kubectl.attempt("patch", "ptask", "fixed", "-n", namespace, "--type=merge", "-p", json.dumps({"spec": patch}))
     assert answer.returncode != 0, answer.stdout
     assert message in answer.stderr
+
+
+def test_a_changed_phase_hides_no_change_of_the_spec(kubectl: Kubectl, namespace: str) -> None:
+    create(kubectl, namespace, task(DOCUMENT, name="fixed"))
+    both = {"spec": {"kbId": "kb-2"}, "status": {"phase": "Processing"}}
+    by_spec = kubectl.attempt("patch", "ptask", "fixed", "-n", namespace, "--type=merge", "-p", json.dumps(both))
+    assert "spec.kbId: immutable" in by_spec.stderr
+    kubectl("patch", "ptask", "fixed", "-n", namespace, "--type=merge", "-p", json.dumps(both), "--subresource=status")
+    found = kubectl.get("ptask", "fixed", "-n", namespace)
+    assert (found["spec"]["kbId"], found["status"]["phase"]) == ("kb-1", "Processing")
 
 
 def test_a_new_task_has_its_defaults_and_is_queued_without_a_write(kubectl: Kubectl, namespace: str) -> None:

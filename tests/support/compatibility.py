@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from task_contract.rules import VALIDATIONS, parts_of
+
 Schema = Mapping[str, Any]
 
 _UPPER: Final = ("maximum", "maxLength", "maxItems", "maxProperties")
@@ -130,8 +132,8 @@ def _schema(path: str, old: Schema, new: Schema) -> Iterator[str]:
     yield from _enum(where, old.get("enum"), new.get("enum"))
     for field in sorted(set(new.get("required", ())) - set(old.get("required", ()))):
         yield f"{where}: {field} is required"
-    before = [rule["rule"] for rule in old.get("x-kubernetes-validations", ())]
-    for rule in new.get("x-kubernetes-validations", ()):
+    before = [rule["rule"] for one in old.get(VALIDATIONS, ()) for rule in parts_of(one)]
+    for rule in (rule for one in new.get(VALIDATIONS, ()) for rule in parts_of(one)):
         if rule["rule"] not in before:
             yield f"{where}: a new rule: {rule['rule']}"
     here, there = old.get("properties", {}), new.get("properties", {})

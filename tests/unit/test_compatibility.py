@@ -29,6 +29,7 @@ REVIEWED: dict[str, str] = {
     f"{_FILE_PATH}startsWith('/') || self.filePath.startsWith('/data/')": "such a task could only end as DocumentRefused",
     ".spec: a new rule: self.type != 'document_processing' || (has(self.payload) && (has(self.payload.filePath)"
     " || has(self.payload.action) && self.payload.action != 'upsert'))": "allows more than the rule before it",
+    ".spec: a new rule: self.type != 'document_processing' || has(self.payload)": "a part of the rule before it",
     ".spec: a new rule: self.type in ['health_check', 'embedding_generation'] || has(self.kbId)": (
         "allows more than the rule before it"
     ),
@@ -68,6 +69,47 @@ def untouched(sentence: str, release: Crd) -> bool:
             allows_more = re.search(r"self\.type in \[.*'document_processing'", sentence) is not None
             return name not in known or allows_more
     return False
+
+
+def worded_as_before(sentence: str) -> str:
+    """Return what the checker would say of a rule if it stood where, and as, the rules of release 0.1.0 do.
+
+    They were one rule a line of their own over the whole spec or payload; now each stands at its field, or is one of many.
+    """
+    where, found, text = sentence.partition(": a new rule: ")
+    if not found:
+        return sentence
+    fields = where.split(".")[1:]
+    if where == "the object" and ".spec." in text and "oldSelf" in text:
+        where, text = ".spec", re.sub(r"\b(oldSelf|self)\.spec\.", r"\1.", text)
+    elif where == ".spec":
+        text = re.sub(r"(?<![\w.])payload\.", "self.payload.", re.sub(r"\bkind\b", "self.type", text))
+        text = re.sub(r"^(initialDelay|maxDelay) >=.*", r"(\g<0>)", text)
+        text = re.sub(r"\b(initialDelay|maxDelay)\b", r"duration(self.retry.\1)", text)
+        text = re.sub(r"^(self\.type in .*) \|\| (!has.*)", r"!has(self.payload) || \2 || \1", text)
+        text = re.sub(r"^(has\(self\.kbId\)) \|\| (.*)", r"\2 || \1", text)
+        text = re.sub(r"^(self\.type != 'document_processing' \|\| )(has.*)", r"\1(has(self.payload) && (\2))", text)
+        text = re.sub(r"^self\.type != '\w+'$", r"\g<0> || has(self.payload)", text)
+        if text.startswith("!(self.payload.action"):
+            text = f"!has(self.payload.action) || {text}"
+    elif where == ".spec.payload" and re.search(r"(?<![\w.])action ", text):
+        text = "!has(self.action) || " + re.sub(r"(?<![\w.])action ", "self.action ", text)
+    elif fields[:2] == ["spec", "payload"] and len(fields) == 3:
+        where, text = ".spec.payload", f"!has(self.{fields[2]}) || " + re.sub(r"\bself\b", f"self.{fields[2]}", text)
+    elif fields[:1] == ["spec"] and len(fields) == 2:
+        text = re.sub(r"\bself\b", f"self.{fields[1]}", text)
+        where, text = ".spec", f"!has(self.{fields[1]}) || " + (f"({text})" if text.startswith("duration") else text)
+    return f"{where}: a new rule: {text}"
+
+
+def rules_of(release: Crd) -> set[str]:
+    """Return what the checker would say of the rules that a release had."""
+    places = {"the object": "", ".spec": "spec", ".spec.payload": "spec.payload"}
+    return {
+        f"{where}: a new rule: {one['rule']}"
+        for where, path in places.items()
+        for one in schema(release, path).get("x-kubernetes-validations", ())
+    }
 
 
 CONTRACT_STEPS: dict[int, str] = {}
@@ -240,8 +282,9 @@ def test_a_change_of_the_crd_that_only_adds_is_fine(change: Callable[[Crd], None
 
 @pytest.mark.parametrize("release", RELEASES, ids=str)
 def test_the_crd_takes_nothing_from_a_release(release: Release) -> None:
-    found = narrowed_crd(release.crd, custom_resource_definition(), reviewed=REVIEWED)
-    assert [sentence for sentence in found if not untouched(sentence, release.crd)] == []
+    found = {worded_as_before(one) for one in narrowed_crd(release.crd, custom_resource_definition())}
+    left = found - rules_of(release.crd) - REVIEWED.keys()
+    assert [sentence for sentence in left if not untouched(sentence, release.crd)] == []
 
 
 # -------------------------------------------------------------------------------------------------------------- objects
