@@ -86,9 +86,10 @@ from task_operator.pool_tasks import PoolPort, PoolTasks, Queue
 from task_operator.pools import Backlog, Pool
 from task_operator.projection import Database, DatabaseUnavailable, Held
 from task_operator.reconcile import decide, refuse
+from task_operator.statuses import tells_a_wait
 from task_operator.verdict import WORKER_LOST
 from task_operator.waits import refused_for
-from task_operator.workqueue import WorkQueue
+from task_operator.workqueue import Turn, WorkQueue
 from task_platform.kubernetes import ClusterError, Conflict, Forbidden, Gone, Invalid, Manifest, NotFound, Page, Unavailable
 
 _log = structlog.get_logger(__name__)
@@ -225,6 +226,8 @@ class Controller:
         self._workers = workers
         self._cache = Cache()
         self._queue: WorkQueue[Key] = WorkQueue()
+        # Why tasks wait is told one by one: an API server that has no time has it for Jobs and ends of tasks first.
+        self._telling: Turn[Key] = Turn(self._queue.add)
         self._limited = bool(limits)
 
         def places() -> tuple[PoolTasks | None, Dispatch | None]:
@@ -805,7 +808,10 @@ class Controller:
         structlog.contextvars.bind_contextvars(uid=cached.uid, attempt=task.status.attempt, trace_id=trace)
         decision = await self._decide(task, facts)
         changed = False
-        if decision.status is not None:
+        if decision.status is not None and tells_a_wait(task.status, decision.status):
+            with self._telling.of(key) as its_turn:
+                changed = its_turn and await self._write_status(task, decision.status, facts)
+        elif decision.status is not None:
             changed = await self._write_status(task, decision.status, facts)
         if decision.heard:
             self._heard(task, facts)

@@ -49,6 +49,15 @@ def queued(task: ProcessingTask, queue: QueueStatus | None, *, now: datetime, **
     return status_in(task, Phase.QUEUED, reason=reason, message=message, now=now, queue=queue, **changes)
 
 
+def tells_a_wait(before: Status, after: Status) -> bool:
+    """Tell whether a status says why its task waits, or since when, and nothing else: one that is welcome and can wait."""
+    if after.phase is not before.phase or after.phase not in {Phase.QUEUED, Phase.RETRYING}:
+        return False
+    said: dict[str, object] = {"queue": None, "conditions": [], "observed_generation": None, "queued_at": after.queued_at}
+    same_stay = before.queued_at in {None, after.queued_at}
+    return same_stay and before.model_copy(update=said) == after.model_copy(update=said)
+
+
 def given_back(task: ProcessingTask, view: View, *, now: datetime) -> dict[str, Any]:
     """Return the changes that give an attempt back: it keeps its number, was never counted, and begins a new stay."""
     status = task.status

@@ -1,9 +1,12 @@
-"""A queue of keys: each once, none by two workers at a time, later, or again after an error with growing waits."""
+"""A queue of keys: each once, none by two workers at a time, later, or again after an error with growing waits. And a turn
+that one key has at a time.
+"""
 
 import asyncio
+import contextlib
 import heapq
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator
 from itertools import count
 from typing import Final, Generic, TypeVar
 
@@ -124,3 +127,33 @@ class WorkQueue(Generic[K]):
             if not waiter.done():
                 waiter.set_result(None)
                 return
+
+
+class Turn(Generic[K]):
+    """Lets one key at a time do what is welcome and can wait; whoever comes meanwhile is woken when it is over.
+
+    So it goes as fast as it is answered, and takes next to nothing from whoever answers slowly because of too much to do.
+    """
+
+    def __init__(self, wake: Callable[[K], object]) -> None:
+        self._wake = wake
+        self._taken = False
+        self._waiting: dict[K, None] = {}
+
+    @contextlib.contextmanager
+    def of(self, key: K) -> Iterator[bool]:
+        """Say whether it is the turn of ``key``; if not, it is woken later."""
+        if self._taken:
+            self._waiting[key] = None
+            yield False
+            return
+        self._taken = True
+        self._waiting.pop(key, None)
+        try:
+            yield True
+        finally:
+            self._taken = False
+            if self._waiting:
+                first = next(iter(self._waiting))
+                del self._waiting[first]
+                self._wake(first)

@@ -484,21 +484,23 @@ async def _lab(scenario: Scenario, name: str, *, python: Path, folder: Path) -> 
         await database.close()
 
 
-async def account(admin: Server, folder: Path, kubeconfig: Path) -> Path:
-    """Return a kubeconfig with the token of a service account: unlike an administrator it queues with others."""
+async def account(admin: Server, folder: Path, kubeconfig: Path, name: str = "operator") -> Path:
+    """Return a kubeconfig with the token of a service account: unlike an administrator it queues with others, and no
+    certificate is verified with each request.
+    """
     accounts = "/api/v1/namespaces/default/serviceaccounts"
-    await admin.send("POST", accounts, {"metadata": {"name": "operator"}})
+    await admin.send("POST", accounts, {"metadata": {"name": name}})
     binding = {
-        "metadata": {"name": "operator"},
+        "metadata": {"name": name},
         "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"},
-        "subjects": [{"kind": "ServiceAccount", "name": "operator", "namespace": "default"}],
+        "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": "default"}],
     }
     await admin.send("POST", "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings", binding)
     wanted = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
-    answer = orjson.loads(await admin.send("POST", f"{accounts}/operator/token", wanted))
+    answer = orjson.loads(await admin.send("POST", f"{accounts}/{name}/token", wanted))
     config: dict[str, Any] = yaml.safe_load(kubeconfig.read_text())  # noqa: ASYNC240 - before any load
     config["users"] = [{"name": config["users"][0]["name"], "user": {"token": answer["status"]["token"]}}]
-    path = folder / "operator.kubeconfig"
+    path = folder / f"{name}.kubeconfig"
     path.touch(mode=0o600)
     path.write_text(json.dumps(config))
 

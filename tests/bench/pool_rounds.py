@@ -316,8 +316,8 @@ async def floor(lab: Lab, *, count: int) -> dict[str, Any]:
 
     async def one(number: int, slots: asyncio.Semaphore) -> None:
         async with slots:
-            await lab.admin.send("POST", _TASKS, task(f"floor-{number}", "health_check"))
-            await lab.admin.send("PATCH", f"{_TASKS}/floor-{number}/status", status, content_type=MERGE)
+            await lab.load.server.send("POST", _TASKS, task(f"floor-{number}", "health_check"))
+            await lab.load.server.send("PATCH", f"{_TASKS}/floor-{number}/status", status, content_type=MERGE)
 
     before, began, slots = lab.cpu(), time.monotonic(), asyncio.Semaphore(16)
     await asyncio.gather(*(one(number, slots) for number in range(count)))
@@ -466,6 +466,7 @@ async def _lab(*, python: Path, folder: Path, with_gateway: bool) -> AsyncIterat
     database = await asyncpg.create_pool(url, min_size=1, max_size=4)
     cluster.apply([custom_resource_definition(), pool_definition()])
     kubeconfig = await account(admin, folder, endpoints.kubeconfig)
+    caller = await account(admin, folder, endpoints.kubeconfig, name="caller")
     await admin.send("POST", "/api/v1/namespaces", {"metadata": {"name": NAMESPACE, "labels": RESTRICTED}})
     spec = {
         "types": ["health_check", "embedding_generation"],
@@ -499,7 +500,7 @@ async def _lab(*, python: Path, folder: Path, with_gateway: bool) -> AsyncIterat
         "TASKS_DOCUMENT_ROOT": str(folder),
     }
     workers = [Worker(environment, folder / f"worker-{number}.log") for number in range(WORKERS)]
-    load = Load(admin, NAMESPACE, NoHand(), type="health_check")
+    load = Load(Server(Access.from_kubeconfig(caller)), NAMESPACE, NoHand(), type="health_check")
     gateway = GatewayProcess(
         kubeconfig=endpoints.kubeconfig,
         postgres=url,
@@ -526,6 +527,7 @@ async def _lab(*, python: Path, folder: Path, with_gateway: bool) -> AsyncIterat
         for worker in workers:
             worker.end()
         operator.kill()
+        await load.server.aclose()
         await admin.aclose()
         await database.close()
 

@@ -25,7 +25,8 @@ from task_operator.handlers import kopf_settings
 from task_operator.health import Health
 from task_operator.metrics import Bounded, Metrics, Waiting
 from task_operator.settings import Settings
-from task_operator.workqueue import WorkQueue
+from task_operator.statuses import tells_a_wait
+from task_operator.workqueue import Turn, WorkQueue
 from task_platform.kubernetes import verb_of
 from task_platform.settings import SettingsError, load_settings
 from tests.support.operator_values import at, complete, finished, job, manifest, name_of, processing, stamp
@@ -62,6 +63,24 @@ async def test_a_worker_waits_for_the_first_key_and_hands_its_turn_on_when_it_is
     queue.add("a")
     first.cancel()
     assert await asyncio.wait_for(second, 1) == "a"
+
+
+def test_a_turn_is_of_one_key_and_goes_to_those_that_came_meanwhile_in_their_order() -> None:
+    woken: list[str] = []
+    turn: Turn[str] = Turn(woken.append)
+    with pytest.raises(RuntimeError, match="no answer"), turn.of("a") as of_a:
+        assert of_a
+        for key in ("b", "c", "b"):
+            with turn.of(key) as of_another:
+                assert not of_another
+        assert woken == []
+        raise RuntimeError("no answer")
+    assert woken == ["b"]
+    with turn.of("b") as of_b:
+        assert of_b
+    with turn.of("d") as of_d:
+        assert of_d
+    assert woken == ["b", "c"]
 
 
 async def test_of_two_times_the_earlier_one_wins() -> None:
@@ -268,6 +287,29 @@ def test_a_patch_leads_from_one_to_the_other_and_is_empty_only_between_equals(
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
+
+
+WAITING: dict[str, Any] = {"phase": "Queued", "attempt": 0}
+
+
+@pytest.mark.parametrize(
+    ("why", "before", "after", "waits"),
+    [
+        ("a first reason", {}, {"queue": {"reason": "Limit"}, "queuedAt": "2026-11-01T00:00:00Z"}, True),
+        ("another place", {"queue": {"reason": "Limit", "position": 2}}, {"queue": {"reason": "Limit", "position": 1}}, True),
+        ("no reason any more", {"queue": {"reason": "Suspended"}}, {}, True),
+        ("of a retry", {"phase": "Retrying", "attempt": 1}, {"phase": "Retrying", "attempt": 1, "queue": {"reason": "Limit"}}, True),
+        ("it runs", {}, {"phase": "Processing", "attempt": 1}, False),
+        ("a Job has been made", {}, {"attempt": 1, "job": "a-1", "queue": {"reason": "PodPending"}}, False),
+        ("given back", {"queuedAt": "2026-11-01T00:00:00Z"}, {"queuedAt": "2026-11-01T00:00:09Z"}, False),
+        ("progress", {"phase": "Processing"}, {"phase": "Processing", "progress": 9}, False),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_can_wait_is_to_say_why_a_task_waits(
+    why: str, before: dict[str, Any], after: dict[str, Any], waits: bool
+) -> None:
+    assert tells_a_wait(Status.model_validate(WAITING | before), Status.model_validate(WAITING | after)) is waits
 
 
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
