@@ -15,6 +15,8 @@ from aiohttp.connector import Connection
 from aiohttp.streams import StreamReader
 
 from task_contract.names import (
+    API_VERSION,
+    KIND,
     MANAGED_BY,
     MANAGED_BY_LABEL,
     PLURAL,
@@ -384,6 +386,21 @@ class Cluster(Kubernetes):
     async def delete_job(self, namespace: str, name: str, *, uid: str) -> None:
         """Delete this very Job and, after it, its pods with their grace period. One that is gone already is fine."""
         await self.delete(path_of(JOBS_API, namespace, "jobs", name), uid=uid, propagationPolicy="Background")
+
+    async def put_status(
+        self, namespace: str, name: str, *, uid: str, resource_version: int, status: Mapping[str, Any]
+    ) -> Manifest:
+        """Replace the status of this very task; :class:`Conflict` if it has changed since that version.
+
+        What the API server would do for a patch beside this (write the object as JSON, merge, read it again) is a fifth of
+        what a write of the status costs it. Everything but the status of what is sent is passed over.
+        """
+        body = {
+            "apiVersion": API_VERSION, "kind": KIND, "status": status,
+            "metadata": {"name": name, "namespace": namespace, "uid": uid, "resourceVersion": str(resource_version)},
+        }
+        path = f"{path_of(TASKS_API, namespace, PLURAL, name)}/status"
+        return await self.ask("PUT", path, body=body, params={"fieldManager": FIELD_MANAGER})
 
     async def patch_status(
         self, namespace: str, name: str, *, uid: str, resource_version: int, patch: Mapping[str, Any]

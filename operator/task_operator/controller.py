@@ -131,6 +131,9 @@ class Api(Protocol):
     async def create_job(self, job: Manifest) -> Manifest: ...  # noqa: D102
     async def delete_job(self, namespace: str, name: str, *, uid: str) -> None: ...  # noqa: D102
     async def delete_task(self, namespace: str, name: str, *, uid: str, resource_version: int) -> None: ...  # noqa: D102
+    async def put_status(  # noqa: D102
+        self, namespace: str, name: str, *, uid: str, resource_version: int, status: Mapping[str, Any]
+    ) -> Manifest: ...
     async def patch_status(  # noqa: D102
         self, namespace: str, name: str, *, uid: str, resource_version: int, patch: Mapping[str, Any]
     ) -> Manifest: ...
@@ -983,16 +986,19 @@ class Controller:
         if not patch:
             return False
         try:
-            if facts.insist and not task.cached.finished:
+            uid, version = task.cached.uid, task.cached.resource_version
+            if task.cached.finished:  # of which a part of the status is known
+                answer = await self._api.patch_status(*task.key, uid=uid, resource_version=version, patch=patch)
+            else:
                 before = task.cached.manifest()
                 generation, stored = before["metadata"]["generation"], before.get("status") or {}
-                answer = await self._api.replace_status(
-                    *task.key, uid=task.cached.uid, generation=generation, before=stored, after=merged(stored, patch)
-                )
-            else:
-                answer = await self._api.patch_status(
-                    *task.key, uid=task.cached.uid, resource_version=task.cached.resource_version, patch=patch
-                )
+                after = merged(stored, patch)  # with fields of a later release, which this one does not know
+                if facts.insist:
+                    answer = await self._api.replace_status(
+                        *task.key, uid=uid, generation=generation, before=stored, after=after
+                    )
+                else:
+                    answer = await self._api.put_status(*task.key, uid=uid, resource_version=version, status=after)
         except NotFound:
             self._gone(task.key, None)
             return False

@@ -220,7 +220,11 @@ class Lab:
 
 def status_writes(requests: Mapping[tuple[str, str, str], int]) -> int:
     """Return how many of the requests write the status of a task."""
-    return sum(number for (verb, what, _), number in requests.items() if (verb, what) == ("PATCH", "processingtasks/status"))
+    return sum(
+        number
+        for (verb, what, _), number in requests.items()
+        if verb in {"PATCH", "PUT"} and what == "processingtasks/status"
+    )
 
 
 async def tasks_called(names: str, *, server: Server, namespace: str) -> list[dict[str, Any]]:
@@ -331,10 +335,7 @@ async def at_rest(lab: Lab) -> None:
 
     async def still() -> bool:
         nonlocal written, since
-        requests = await lab.admin.requests()
-        now = sum(
-            number for (verb, what, _), number in requests.items() if (verb, what) == ("PATCH", "processingtasks/status")
-        )
+        now = status_writes(await lab.admin.requests())
         if now != written:
             written, since = now, time.monotonic()
         return time.monotonic() - since > 5

@@ -3,7 +3,7 @@
 Nothing here names a write of the operator or the runner. The seams are the libraries through which all of them go (aiohttp,
 asyncpg, the clients of Milvus and Elasticsearch, the termination message), so a write that is new is a point without anyone
 having to think of it. A point is named by what it does, which one of its kind it is in the life, and the side of the call:
-``API PATCH status #2 after``. Numbers go on over restarts: they are counted in the record, a file that outlives the process.
+``API PUT status #2 after``. Numbers go on over restarts: they are counted in the record, a file that outlives the process.
 """
 
 import functools

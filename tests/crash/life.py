@@ -74,7 +74,7 @@ class Life:
     scenario: Scenario
     track: "Track"
     kills: frozenset[str] = frozenset()
-    """Points at which a process is killed: ``operator API PATCH status #2 after``."""
+    """Points at which a process is killed: ``operator API PUT status #2 after``."""
     file: str = NEW
     after_kill: Callable[[], None] = lambda: None
     """Called when a runner has been killed, before anybody knows."""

@@ -19,31 +19,31 @@ EMBEDDED = "Milvus upsert #1 after"
 PUBLISH = Scenario("publish")
 SCENARIOS: list[tuple[Scenario, int, Mapping[str, int]]] = [
     # A new version of a document that readers see.
-    (PUBLISH, 4, {"POST jobs": 1, "PATCH status": 2}),
+    (PUBLISH, 4, {"POST jobs": 1, "PUT status": 2}),
     # The first document of a knowledge base: collection and index are made.
     (Scenario("first document", seeded=False, own_knowledge_base=True, published=1, roles=("runner",)), 2, {}),
     # An attempt fails and the next one goes on with what it left.
-    (Scenario("retry", runner={EMBEDDED: Action.KILL}), 3, {"POST jobs": 2, "PATCH status": 4, "DELETE jobs": 1}),
+    (Scenario("retry", runner={EMBEDDED: Action.KILL}), 3, {"POST jobs": 2, "PUT status": 4, "DELETE jobs": 1}),
     # The document is deleted: a version of no chunks.
-    (Scenario("delete", deletes=True), 2, {"POST jobs": 1, "PATCH status": 2}),
+    (Scenario("delete", deletes=True), 2, {"POST jobs": 1, "PUT status": 2}),
     # A store is down for the first pod: the attempt is given back and not counted.
     (
         Scenario("given back", first_pod={"TASKS_MILVUS_URL": "http://127.0.0.1:9"}),
         2,
-        {"POST jobs": 2, "PATCH status": 4, "DELETE jobs": 1},
+        {"POST jobs": 2, "PUT status": 4, "DELETE jobs": 1},
     ),
     # Canceled while the runner's node is lost; the runner comes back and wants to publish. It is lost at a moment when no
     # call is under way, whose timeout would be over when it comes back.
     (
         Scenario("cancel", runner={EMBEDDED: Action.STOP}, cancel=True, phase="Canceled", published=1, roles=("operator",)),
         2,
-        {"POST jobs": 1, "PATCH status": 2, "DELETE jobs": 1},
+        {"POST jobs": 1, "PUT status": 2, "DELETE jobs": 1},
     ),
     # The runner's node is lost before it has published. Another pod does; the first one comes back and wants to as well.
     (
         Scenario("lost node", runner={EMBEDDED: Action.STOP}, loses_node=True, roles=("operator",)),
         2,
-        {"POST jobs": 2, "PATCH status": 4, "DELETE jobs": 1},
+        {"POST jobs": 2, "PUT status": 4, "DELETE jobs": 1},
     ),
 ]
 """Each with the number of points that are tried unless all are, and with what it costs the API server without faults."""

@@ -458,7 +458,7 @@ def test_only_pods_of_operator_gateway_and_test_get_a_token(rendered: tuple[str,
 
 PERMISSIONS = {
     ("tasks.zzdsj.io", "processingtasks"): ["get", "list", "watch", "create", "patch", "delete"],
-    ("tasks.zzdsj.io", "processingtasks/status"): ["get", "patch"],
+    ("tasks.zzdsj.io", "processingtasks/status"): ["get", "patch", "update"],
     ("tasks.zzdsj.io", "workerpools"): ["list", "watch"],
     ("tasks.zzdsj.io", "workerpools/status"): ["patch"],
     ("tasks.zzdsj.io", "processingschedules"): ["list", "watch"],

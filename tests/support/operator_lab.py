@@ -457,4 +457,6 @@ def _write(request: web.Request, body: bytes) -> Write:
     if request.method == "PATCH":
         patch = orjson.loads(body)
         return Write("PATCH", str(patch.get("status", {}).get("phase", "status")))
+    if request.method == "PUT" and parts[-1] == "status":
+        return Write("PUT", orjson.loads(body)["status"]["phase"])
     return Write(request.method, plural)

@@ -110,6 +110,17 @@ class World:
     async def get_job(self, namespace: str, name: str) -> dict[str, Any]:
         return copy.deepcopy(_found(self.jobs, name))
 
+    async def put_status(
+        self, namespace: str, name: str, *, uid: str, resource_version: int, status: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        self._half_write("put status")
+        task = _found(self.tasks, (namespace, name))
+        if self.labelled:
+            self._touch("task", "MODIFIED", task)
+        if task["metadata"]["resourceVersion"] != str(resource_version) or task["metadata"]["uid"] != uid:
+            raise Conflict("cannot PUT: the object has been modified")
+        return self._put_status(task, copy.deepcopy(dict(status)), what=str(status.get("phase", "")))
+
     async def patch_status(
         self, namespace: str, name: str, *, uid: str, resource_version: int, patch: Mapping[str, Any]
     ) -> dict[str, Any]:

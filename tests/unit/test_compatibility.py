@@ -39,6 +39,7 @@ REVIEWED: dict[str, str] = {
         )
         for stage in ("analyze", "gate")
     },
+    ".status: x-kubernetes-map-type is 'atomic' and was None": "the operator alone writes a status",
     f".spec: a new rule: !has(self.callback) || self.callback.url.matches(r'{CALLBACK_PATTERN}')": (
         "allows more than the rule before it, which refused every callback"
     ),

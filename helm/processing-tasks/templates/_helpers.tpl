@@ -241,7 +241,7 @@ alone that sign callbacks. */}}
   verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [tasks.zzdsj.io]
   resources: [processingtasks/status]
-  verbs: [get, patch]
+  verbs: [get, patch, update]
 - apiGroups: [tasks.zzdsj.io]
   resources: [workerpools, processingschedules]
   verbs: [list, watch]
