@@ -2,7 +2,7 @@
 
 A caller gives ``traceparent`` (W3C Trace Context) as a header to the gateway, or as the annotation
 :data:`task_contract.names.TRACEPARENT_ANNOTATION` of the resource. Lines that operator and runner log about the task have
-its trace id, so that they are found beside what the caller logged.
+its trace id, so that they are found beside what the caller logged; callbacks, events and spans go on with it.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Final
 
 from task_contract.names import TRACEPARENT_ANNOTATION
 
-_TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+_TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 """Later versions may add fields behind; version ff is none."""
 _LONGEST: Final = 256
 
@@ -22,12 +22,35 @@ def trace_id(traceparent: str | None) -> str | None:
     >>> trace_id("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")
     '4bf92f3577b34da6a3ce929d0e0e4736'
     """
+    found = _read(traceparent)
+    return None if found is None else found[1]
+
+
+def parent_id(traceparent: str | None) -> str | None:
+    """Return the 16 hexadecimal digits of the caller's span; None as of :func:`trace_id`.
+
+    >>> parent_id("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")
+    '00f067aa0ba902b7'
+    """
+    found = _read(traceparent)
+    return None if found is None else found[2]
+
+
+def sampled(traceparent: str | None) -> bool:
+    """Tell whether the caller's span is recorded.
+
+    >>> sampled("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")
+    True
+    """
+    found = _read(traceparent)
+    return found is not None and bool(int(found[3], 16) & 1)
+
+
+def _read(traceparent: str | None) -> "re.Match[str] | None":
     if traceparent is None or len(traceparent) > _LONGEST:
         return None
     found = _TRACEPARENT.fullmatch(traceparent)
-    if found is None or (traceparent.startswith("00") and found[2]):
-        return None
-    return found[1]
+    return None if found is None or (traceparent.startswith("00") and found[4]) else found
 
 
 def trace_of(annotations: Mapping[str, str], *, uid: str) -> str:

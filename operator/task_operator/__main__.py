@@ -41,9 +41,10 @@ from task_operator.pool_queue import PoolQueue
 from task_operator.projection import Database
 from task_operator.schedule_controller import ScheduleController
 from task_operator.schema import migrate
-from task_operator.settings import DatabaseSettings, Settings
+from task_operator.settings import DatabaseSettings, Settings, headers_of
 from task_operator.sweeper import Sweeper
 from task_operator.targets import api_servers
+from task_operator.traces import TraceSink
 from task_operator.trial import Trial, TrialFailed
 from task_platform.kubernetes import Access, ClusterError, KubeconfigError, Kubernetes
 from task_platform.logs import configure_logging
@@ -161,6 +162,7 @@ async def run(settings: Settings) -> int:
             announce=lambda dead: events.submit(of_dead_callback(dead, now=datetime.now(UTC))),
             timeout=timeout,
             authorities=settings.callbacks_ca,
+            sampler=settings.sampler(),
             user_agent=f"processing-tasks/{product_version() or 'unknown'}",
         )
         listener = Listener(settings.postgres_url, {CALLBACKS_CHANNEL: sender.wake})
@@ -172,6 +174,17 @@ async def run(settings: Settings) -> int:
             from task_operator.broker import RabbitSink  # a library that few need
 
             sinks.append(RabbitSink(settings.rabbitmq_url, exchange=settings.rabbitmq_exchange))
+        if settings.traces_endpoint is not None and (sampler := settings.sampler()) is not None:
+            sinks.append(
+                TraceSink(
+                    database,
+                    endpoint=settings.traces_endpoint,
+                    headers=headers_of(settings.traces_headers),
+                    sampler=sampler,
+                    instance=settings.instance,
+                    version=product_version(),
+                )
+            )
         publishers = [Publisher(settings.postgres_url, sink, source=source, metrics=metrics) for sink in sinks]
     health = Health(
         listen=settings.listen,

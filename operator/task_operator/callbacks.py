@@ -31,6 +31,7 @@ from task_operator.outbox import Callback, Outbox, Settlement, Told
 from task_operator.projection import DatabaseUnavailable
 from task_operator.statuses import clip
 from task_operator.targets import Target, TargetRefused, Targets, TargetUnknown
+from task_operator.traces import Sampler, traceparent_of
 from task_platform.kubernetes import ClusterError, Conflict, Forbidden, Invalid, NotFound
 
 _log = structlog.get_logger(__name__)
@@ -194,13 +195,16 @@ class Sender:
         announce: Callable[[Told], None] = lambda _: None,
         timeout: timedelta = timedelta(seconds=10),
         authorities: str = "",
+        sampler: Sampler | None = None,
         per_host: int = _PER_HOST,
         at_once: int = _AT_ONCE,
         user_agent: str = "processing-tasks",
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         random: Callable[[], float] = random_module.random,
     ) -> None:
-        """``announce`` is called for callbacks that have died; ``authorities``: more certificates to trust, in PEM form."""
+        """``announce`` is called for callbacks that have died; ``authorities``: more certificates to trust, in PEM form;
+        ``sampler``: of the spans that are sent; None: none are.
+        """
         self._outbox = outbox
         self._targets = targets
         self._api = api
@@ -209,6 +213,7 @@ class Sender:
         self._announce = announce
         self._timeout = timeout
         self._authorities = authorities
+        self._sampler = sampler
         self._per_host = per_host
         self._at_once = at_once
         self._user_agent = user_agent
@@ -361,6 +366,8 @@ class Sender:
         now = self._clock()
         headers = sign(body, message_id=callback.id, timestamp=int(now.timestamp()), secrets=keys)
         headers |= {"Content-Type": "application/json", "Host": target.url.raw_authority}
+        if (trace := traceparent_of(callback.traceparent, uid=callback.task_uid, sampler=self._sampler)) is not None:
+            headers["traceparent"] = trace
         for address in target.addresses:
             try:
                 async with self._session.post(

@@ -38,7 +38,8 @@ _BEGIN: Final = (  # a sink that is new begins with what happens from now on
     "INSERT INTO event_cursors (sink, number) SELECT $1, coalesce(max(number), 0) FROM task_events ON CONFLICT DO NOTHING"
 )
 _NEXT: Final = (
-    "SELECT number, task_uid::text AS uid, namespace, name, kb_id, type, phase, attempt, reason, message, at "
+    "SELECT number, task_uid::text AS uid, namespace, name, kb_id, type, phase, attempt, reason, message, at, "
+    "(SELECT traceparent FROM tasks WHERE tasks.uid = task_uid) AS traceparent "
     "FROM task_events "
     "WHERE number > (SELECT number FROM event_cursors WHERE sink = $1) ORDER BY number LIMIT $2"
 )
@@ -66,12 +67,13 @@ class Sink(Protocol):
 class Event:
     """One event as a sink is given it."""
 
-    __slots__ = ("body", "number", "routing_key", "uid")
+    __slots__ = ("body", "number", "phase", "routing_key", "uid")
 
     def __init__(self, row: Mapping[str, Any], *, source: str) -> None:
         """``row``: of ``task_events``."""
         self.number: int = row["number"]
         self.uid: str = row["uid"]
+        self.phase: str = row["phase"]
         self.routing_key = f"tasks.{row['namespace']}.{row['type'] or 'unknown'}.{event_status(row['phase'])}"
         self.body: bytes = orjson.dumps(cloud_event(row, source=source))
 
@@ -106,8 +108,11 @@ def event_update(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cloud_event(row: Mapping[str, Any], *, source: str) -> dict[str, Any]:
-    """Return a row of ``task_events`` as a CloudEvent 1.0 in structured form."""
-    data = event_update(row)
+    """Return a row of ``task_events`` as a CloudEvent 1.0 in structured form.
+
+    With the extension for distributed tracing, where the task was given a ``traceparent``.
+    """
+    data, traceparent = event_update(row), row.get("traceparent")
     return {
         "specversion": "1.0",
         "id": str(row["number"]),
@@ -116,6 +121,7 @@ def cloud_event(row: Mapping[str, Any], *, source: str) -> dict[str, Any]:
         "subject": f"{row['namespace']}/{row['name']}",
         "time": data["at"],
         "datacontenttype": "application/json",
+        **({} if traceparent is None else {"traceparent": traceparent}),
         "data": data,
     }
 

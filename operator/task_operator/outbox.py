@@ -44,6 +44,8 @@ class Callback:
     """Deliveries that were tried before."""
     first_attempt_at: datetime | None
     lease: uuid.UUID
+    traceparent: str | None = None
+    """That the task was given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ _CLAIM: Final = (
     "ORDER BY found.next_at LIMIT $4) "
     "UPDATE callbacks SET lease = $5, next_at = now() + $6 FROM due WHERE callbacks.id = due.id "
     "RETURNING callbacks.id, task_uid::text, namespace, name, url, host, secret_name, secret_key, body, attempts, "
-    "first_attempt_at, lease"
+    "first_attempt_at, lease, (SELECT traceparent FROM tasks WHERE tasks.uid = callbacks.task_uid) AS traceparent"
 )
 _SETTLE: Final = (
     "UPDATE callbacks SET state = $3, attempts = attempts + 1, error = $4, status_code = $5, "

@@ -37,7 +37,8 @@ from task_contract.batches import COUNTS
 from task_contract.callbacks import CALLBACKS_CHANNEL, callback_body, callback_id, fill_url, host_of
 from task_contract.location import check_callback_url
 from task_contract.messages import AttemptOutcome
-from task_contract.names import EVENTS_NOTIFICATION
+from task_contract.names import EVENTS_NOTIFICATION, TRACEPARENT_ANNOTATION
+from task_contract.tracing import trace_id
 from task_operator.backlog import LIMIT, Backlog, Row
 from task_operator.jobs import parse_time
 from task_operator.metrics import Metrics
@@ -93,6 +94,7 @@ _COLUMNS: Final[tuple[tuple[str, str], ...]] = (
     ("deleted_at", "timestamptz"),
     ("generation", "bigint"),
     ("resource_version", "bigint"),
+    ("traceparent", "text"),
 )
 _NAMES: Final = ", ".join(name for name, _ in _COLUMNS)
 _PLACE: Final = {name: place for place, (name, _) in enumerate(_COLUMNS)}
@@ -916,7 +918,13 @@ def _values(manifest: Mapping[str, Any], *, deleted_at: datetime | None, now: da
         deleted_at,
         int(metadata.get("generation") or 0),
         int(metadata["resourceVersion"]),
+        _traceparent(metadata.get("annotations")),
     )
+
+
+def _traceparent(annotations: object) -> str | None:
+    given = annotations.get(TRACEPARENT_ANNOTATION) if isinstance(annotations, Mapping) else None
+    return given if isinstance(given, str) and trace_id(given) is not None else None
 
 
 def _text(value: object) -> str | None:

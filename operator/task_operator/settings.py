@@ -1,9 +1,10 @@
 """The operator's settings: environment variables with prefix ``OPERATOR_``, read and checked once at start."""
 
+import re
 import ssl
 from datetime import timedelta
 from typing import Annotated, Any, Final, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -18,6 +19,7 @@ from task_operator.observation import Policy
 from task_operator.projection import DefaultCallback
 from task_operator.resources import MemoryGrowth, classes, in_bytes
 from task_operator.targets import Targets
+from task_operator.traces import Sampler
 from task_platform.settings import Address as ListenAddress
 from task_platform.settings import Names, OptionalUrl, product_version
 
@@ -59,6 +61,29 @@ def _pem(text: str) -> str:
             ssl.create_default_context(cadata=text)
         except (ssl.SSLError, ValueError):
             raise ValueError("must be certificates in PEM form") from None
+    return text
+
+
+def _http_url(value: str | None) -> str | None:
+    if value is not None and not (value.startswith(("http://", "https://")) and urlsplit(value).hostname):
+        raise ValueError("must be http://HOST:PORT or https://HOST:PORT, where OTLP is taken over HTTP")
+    return value
+
+
+def headers_of(text: str) -> dict[str, str]:
+    """Return headers of the form ``name=value,name=value``. Raises ValueError."""
+    found = {}
+    for part in filter(None, (one.strip() for one in text.split(","))):
+        name, sign, value = part.partition("=")
+        decoded = unquote(value.strip())
+        if not sign or not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name.strip()) or not decoded.isprintable():
+            raise ValueError("must be name=value, comma separated, with percent-encoded values")
+        found[name.strip()] = decoded
+    return found
+
+
+def _headers(text: str) -> str:
+    headers_of(text)
     return text
 
 
@@ -186,12 +211,18 @@ class Settings(DatabaseSettings):
     """RabbitMQ to which life-cycle events are published, amqp:// or amqps://. None: they are not."""
     rabbitmq_exchange: Annotated[str, Field(min_length=1, max_length=127)] = "processing-tasks"
     """Topic exchange that is declared for them."""
+    traces_endpoint: Annotated[OptionalUrl, AfterValidator(_http_url)] = None
+    """OpenTelemetry collector to which spans of tasks are sent, by OTLP over HTTP: http://HOST:4318. None: they are not."""
+    traces_headers: Annotated[str, AfterValidator(_headers)] = ""
+    """Headers for it: ``name=value``, comma separated, values percent-encoded, as in OTEL_EXPORTER_OTLP_HEADERS."""
+    traces_ratio: Annotated[float, Field(ge=0, le=1)] = 1
+    """Part of the tasks that have spans, of those whose caller gave no trace; a caller's own decision goes before."""
     history_days: Annotated[float, Field(ge=0, le=36_500)] = 0
     """So long after its deletion what PostgreSQL has of a task stays there; 0: for ever."""
 
     @model_validator(mode="after")
     def _needs_postgres(self) -> Self:
-        for name in ("callbacks_default_url", "rabbitmq_url"):
+        for name in ("callbacks_default_url", "rabbitmq_url", "traces_endpoint"):
             if getattr(self, name) is not None and self.postgres_url is None:
                 raise ValueError(f"{PREFIX}{name.upper()} needs {PREFIX}POSTGRES_URL: what is sent waits in PostgreSQL")
         return self
@@ -204,6 +235,10 @@ class Settings(DatabaseSettings):
                 "deadline be 80 % of the duration at most: a leader is to have stopped before another one begins"
             )
         return self
+
+    def sampler(self) -> Sampler | None:
+        """Return which tasks have spans; None: none."""
+        return None if self.traces_endpoint is None else Sampler(self.traces_ratio)
 
     def timing(self) -> Timing:
         """Return the times of the election."""

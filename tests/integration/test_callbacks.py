@@ -311,6 +311,15 @@ async def test_a_callback_is_sent_at_once_signed_and_only_once(lab: Lab, receive
     assert lab.cluster.told in ([], [("handbook", "Delivered", 1)])
 
 
+async def test_a_callback_goes_on_with_the_trace_of_its_task(lab: Lab, receiver: Receiver) -> None:
+    given = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    uid = await lab.add(receiver.url())
+    await lab.sql.execute("UPDATE tasks SET traceparent = $2 WHERE uid = $1", uid, given)
+    async with lab.sending():
+        await lab.until_state("delivered")
+    assert receiver.received[0].headers["traceparent"] == given
+
+
 async def test_a_callback_without_a_secret_is_not_signed(lab: Lab, receiver: Receiver) -> None:
     async with lab.sending():
         await lab.add(receiver.url(), secret=False)

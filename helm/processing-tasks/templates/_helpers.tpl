@@ -223,6 +223,19 @@ redis: TASKS_REDIS_URL
 - name: OPERATOR_RABBITMQ_EXCHANGE
   value: {{ $root.Values.events.rabbitmq.exchange | quote }}
 {{- end }}
+{{- with $root.Values.traces.endpoint }}
+- name: OPERATOR_TRACES_ENDPOINT
+  value: {{ . | quote }}
+- name: OPERATOR_TRACES_RATIO
+  value: {{ $root.Values.traces.ratio | quote }}
+{{- with $root.Values.traces.headersSecret }}
+- name: OPERATOR_TRACES_HEADERS
+  valueFrom:
+    secretKeyRef:
+      name: {{ . }}
+      key: headers
+{{- end }}
+{{- end }}
 - name: OPERATOR_HISTORY_DAYS
   value: {{ int $root.Values.operator.historyDays | quote }}
 - name: OPERATOR_LOG_LEVEL
