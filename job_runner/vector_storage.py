@@ -121,7 +121,7 @@ class Survey:
     """What the first reading has found."""
 
     good: bytearray = field(default_factory=bytearray)
-    """For each row, in the order of the input: 0 for one that is refused, else that of its language in _LANGUAGES, from 1."""
+    """For each row, in the order of the input: 0 for one that is refused, else the place of its language, from 1."""
     refused: int = 0
     named: list[tuple[int, str]] = field(default_factory=list)
     """(row number, reason) of the first refused ones."""
@@ -237,8 +237,9 @@ def _metadata(own: Any, common: Mapping[str, str], key: str | None) -> Mapping[s
         raise Refused(f"the metadata has {len(found)} labels, {_LABELS} are the most")
     if any(not 0 < len(name) <= _KEY_CHARACTERS or len(value) > _VALUE_CHARACTERS for name, value in found.items()):
         raise Refused(f"a label of the metadata has a name over {_KEY_CHARACTERS} or a value over {_VALUE_CHARACTERS}")
-    if all(part.isascii() for pair in found.items() for part in pair) and 6 * sum(map(len, found.values())) < METADATA_BYTES // 2:
-        return found  # whatever of it JSON escapes
+    plain = all(part.isascii() for pair in found.items() for part in pair)
+    if plain and 6 * sum(map(len, found.values())) < METADATA_BYTES // 2:  # whatever of it JSON escapes
+        return found
     try:
         size = len(json.dumps(found, ensure_ascii=False).encode())
     except UnicodeEncodeError:

@@ -396,7 +396,9 @@ class Cluster(Kubernetes):
         what a write of the status costs it. Everything but the status of what is sent is passed over.
         """
         body = {
-            "apiVersion": API_VERSION, "kind": KIND, "status": status,
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "status": status,
             "metadata": {"name": name, "namespace": namespace, "uid": uid, "resourceVersion": str(resource_version)},
         }
         path = f"{path_of(TASKS_API, namespace, PLURAL, name)}/status"

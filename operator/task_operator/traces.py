@@ -1,10 +1,10 @@
 """Spans of tasks that have ended, made of their history and sent to an OpenTelemetry collector (OTLP over HTTP, as JSON).
 
 A task is a span from its creation to its end, below the span of the caller that gave its ``traceparent``; each attempt is a
-span below it. Both are what PostgreSQL holds anyway, so nothing is measured for them while tasks run, and a span is not lost
-with a process: spans go out as events do (:mod:`task_operator.cloud_events`), after the end was stored, again if nobody knows
-whether they have arrived. Their ids follow from the uid of the task, so one that comes twice is the same span, and a callback
-can name the span of its task before that was sent.
+span below it. Both are what PostgreSQL holds anyway, so nothing is measured for them while tasks run, and no span is lost
+with a process: spans go out as events do (:mod:`task_operator.cloud_events`), after the end was stored, and again if nobody
+knows whether they have arrived. Their ids follow from the uid of the task, so one that comes twice is the same span, and a
+callback can name the span of its task before that was sent.
 """
 
 import hashlib
@@ -217,7 +217,8 @@ class TraceSink:
         spans = await self._spans(uids)
         if not spans:
             return
-        body = {"resourceSpans": [{"resource": self._resource, "scopeSpans": [{"scope": {"name": __name__}, "spans": spans}]}]}
+        scope = {"scope": {"name": __name__}, "spans": spans}
+        body = {"resourceSpans": [{"resource": self._resource, "scopeSpans": [scope]}]}
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 timeout=aiohttp.ClientTimeout(total=_TIMEOUT), cookie_jar=aiohttp.DummyCookieJar()

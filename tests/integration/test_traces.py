@@ -49,9 +49,7 @@ class Collector:
         self.requests.append((request.content_type, request.headers.get("authorization"), _read(body)))
         status = next(self.answers, 200)
         if status == 200:
-            self.spans += [
-                span for one in body["resourceSpans"] for scope in one["scopeSpans"] for span in scope["spans"]
-            ]
+            self.spans += [span for one in body["resourceSpans"] for scope in one["scopeSpans"] for span in scope["spans"]]
         return web.json_response({}, status=status)
 
     @contextlib.asynccontextmanager
@@ -162,7 +160,9 @@ async def test_a_collector_gets_the_spans_of_tasks_and_attempts(
     assert (content_type, authorization) == ("application/json", "Bearer secret")
     [resource] = parsed.resource_spans
     assert {one.key: one.value.string_value for one in resource.resource.attributes} == {
-        **{"service.name": "processing-tasks", "service.instance.id": "test", "service.version": "1.0"}
+        "service.name": "processing-tasks",
+        "service.instance.id": "test",
+        "service.version": "1.0",
     }
     assert resource.scope_spans[0].spans[0].end_time_unix_nano > resource.scope_spans[0].spans[0].start_time_unix_nano
 

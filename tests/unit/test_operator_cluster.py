@@ -173,6 +173,7 @@ async def test_a_status_write_names_the_version_it_was_decided_upon(server: Serv
     )
     assert body == {"metadata": {"uid": "u", "resourceVersion": "41"}, "status": {"phase": "Completed"}}
     assert headers["Content-Type"] == "application/merge-patch+json"
+    server.says(200, {"metadata": {"name": "handbook"}})
     await client.put_status("knowledge", "handbook", uid="u", resource_version=41, status={"phase": "Completed"})
     method, path, body, headers = server.asked[1]
     assert (method, path.partition("?")[0].rpartition("/")[2]) == ("PUT", "status")

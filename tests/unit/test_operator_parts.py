@@ -68,13 +68,12 @@ async def test_a_worker_waits_for_the_first_key_and_hands_its_turn_on_when_it_is
 def test_a_turn_is_of_one_key_and_goes_to_those_that_came_meanwhile_in_their_order() -> None:
     woken: list[str] = []
     turn: Turn[str] = Turn(woken.append)
-    with pytest.raises(RuntimeError, match="no answer"), turn.of("a") as of_a:
+    with turn.of("a") as of_a:
         assert of_a
         for key in ("b", "c", "b"):
             with turn.of(key) as of_another:
                 assert not of_another
         assert woken == []
-        raise RuntimeError("no answer")
     assert woken == ["b"]
     with turn.of("b") as of_b:
         assert of_b
@@ -289,16 +288,17 @@ def test_a_patch_leads_from_one_to_the_other_and_is_empty_only_between_equals(
 # ------------------------------------------------------------------------------------------------------------ settings
 
 
+LIMIT: dict[str, Any] = {"reason": "LimitTotal"}
 WAITING: dict[str, Any] = {"phase": "Queued", "attempt": 0}
 
 
 @pytest.mark.parametrize(
     ("why", "before", "after", "waits"),
     [
-        ("a first reason", {}, {"queue": {"reason": "Limit"}, "queuedAt": "2026-11-01T00:00:00Z"}, True),
-        ("another place", {"queue": {"reason": "Limit", "position": 2}}, {"queue": {"reason": "Limit", "position": 1}}, True),
+        ("a first reason", {}, {"queue": LIMIT, "queuedAt": "2026-11-01T00:00:00Z"}, True),
+        ("another place", {"queue": LIMIT | {"position": 2}}, {"queue": LIMIT | {"position": 1}}, True),
         ("no reason any more", {"queue": {"reason": "Suspended"}}, {}, True),
-        ("of a retry", {"phase": "Retrying", "attempt": 1}, {"phase": "Retrying", "attempt": 1, "queue": {"reason": "Limit"}}, True),
+        ("of a retry", {"phase": "Retrying"}, {"phase": "Retrying", "queue": LIMIT}, True),
         ("it runs", {}, {"phase": "Processing", "attempt": 1}, False),
         ("a Job has been made", {}, {"attempt": 1, "job": "a-1", "queue": {"reason": "PodPending"}}, False),
         ("given back", {"queuedAt": "2026-11-01T00:00:00Z"}, {"queuedAt": "2026-11-01T00:00:09Z"}, False),
