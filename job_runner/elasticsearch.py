@@ -6,14 +6,14 @@ Deletion is search and bulk, since ``_delete_by_query`` comes with a module that
 
 import asyncio
 import contextlib
-import json
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
 from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any, Final, TypeVar
+
+import orjson
 
 from job_runner.backoff import Busy, patiently
 from job_runner.index import (
@@ -30,6 +30,7 @@ from job_runner.index import (
     Stale,
     Stored,
     alike,
+    columns_of,
 )
 from job_runner.usage import asked
 from job_runner.watchdog import beat
@@ -238,7 +239,8 @@ class ElasticsearchIndex:
         parts: list[list[bytes]] = [[]]
         size = 0
         for row in rows:
-            source = asdict(row)
+            source = columns_of(row)
+            source["metadata"] = dict(row.metadata)
             source["metadata_pairs"] = [f"{key}={value}" for key, value in row.metadata.items()]
             operation = _operation({"index": {"_id": source.pop("id")}}, source)
             if parts[-1] and size + len(operation) > _BULK_BYTES:
@@ -450,7 +452,7 @@ def _stored(hit: Mapping[str, Any]) -> Stored:
 def _operation(action: Mapping[str, Any], source: Mapping[str, Any] | None = None) -> bytes:
     """Return the lines of one operation of a bulk request."""
     lines = (action,) if source is None else (action, source)
-    return b"".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n" for line in lines)
+    return b"".join(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE) for line in lines)
 
 
 def _version(document_id: str, version: int, *, first: int = 0, below: int | None = None) -> dict[str, Any]:

@@ -10,8 +10,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from dataclasses import asdict
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
@@ -30,6 +29,7 @@ from job_runner.index import (
     Stale,
     Stored,
     alike,
+    columns_of,
 )
 from job_runner.usage import asked
 from job_runner.watchdog import beat
@@ -52,8 +52,13 @@ _UNDER_WAY: Final = 2.0
 _READ_LIMIT: Final = 16_384
 """Milvus' own limit on rows of one answer (proxy.maxResultWindow)."""
 _WINDOW: Final = 8_192
-_WRITE_ROWS: Final = 256
-"""At most 8,000 characters, 32 kB, a row: 8 MB a call, an eighth of Milvus' limit on a message."""
+_WRITE_ROWS: Final = 1_024
+_WRITE_BYTES: Final = 8_000_000
+"""A call at most: an eighth of Milvus' limit on a message."""
+_ROW_BYTES: Final = 2_000
+"""Of a row beside its vector, text and metadata."""
+_HASHES: Final = 256
+"""Texts that are asked for at once."""
 _DELETE_IDS: Final = 1_000
 _GONE_SECONDS: Final = 15.0
 """How long rows that were deleted are waited for, in pauses: a busy server may take its time for each call."""
@@ -74,6 +79,19 @@ earlier release, which go on writing for a while."""
 
 _PASSING: Final = ("unavailable", "deadline", "timeout", "auth", "connect", "not loaded", "not ready")
 """Words of errors that waiting, or an administrator, cures."""
+
+
+def _written_at_once(rows: Sequence[Row], dimension: int) -> Iterator[slice]:
+    """Yield which rows are written by one call: as many as can be, each call has a log to wait for."""
+    start = size = 0
+    for index, row in enumerate(rows):
+        more = 4 * (dimension + len(row.text) + sum(len(value) for value in row.metadata.values())) + _ROW_BYTES
+        if index > start and (index - start >= _WRITE_ROWS or size + more > _WRITE_BYTES):
+            yield slice(start, index)
+            start, size = index, 0
+        size += more
+    if start < len(rows):
+        yield slice(start, len(rows))
 
 
 class MilvusIndex:
@@ -236,10 +254,9 @@ class MilvusIndex:
 
     async def write(self, rows: Sequence[Row], vectors: "npt.NDArray[np.float32]") -> None:
         """Upsert: insert alone would leave two rows of one id after a retry (milvus-io/milvus#37389)."""
-        for start in range(0, len(rows), _WRITE_ROWS):
-            part = slice(start, start + _WRITE_ROWS)
+        for part in _written_at_once(rows, vectors.shape[1]):
             data = [
-                {**asdict(row), "metadata": dict(row.metadata), "keywords": list(row.keywords), "embedding": vector}
+                {**columns_of(row), "metadata": dict(row.metadata), "keywords": list(row.keywords), "embedding": vector}
                 for row, vector in zip(rows[part], vectors[part], strict=True)
             ]
             await self._run("write", self._upsert, data)
@@ -337,8 +354,8 @@ class MilvusIndex:
         condition = f"document_id == {_quoted(document_id)} and version == {version}"
         found: dict[str, npt.NDArray[np.float32]] = {}
         listed = sorted(text_hashes)
-        for start in range(0, len(listed), _WRITE_ROWS):
-            hashes = json.dumps(listed[start : start + _WRITE_ROWS])
+        for start in range(0, len(listed), _HASHES):
+            hashes = json.dumps(listed[start : start + _HASHES])
             rows = await self._run("read", self._query, f"{condition} and text_hash in {hashes}", ["text_hash", "embedding"])
             found |= {row["text_hash"]: np.asarray(row["embedding"], dtype=np.float32) for row in rows}
         return found

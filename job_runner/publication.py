@@ -23,6 +23,7 @@ memory does not grow with their number.
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self, TypeVar
@@ -175,9 +176,9 @@ class Publication:
         assert self._ready is not None  # noqa: S101 - for the type checker: run() has set it
         await asyncio.shield(self._ready)  # who waits may be canceled, the others go on waiting
 
-    def writer(self) -> "Writer":
-        """Return what writes in the background, once the stores are ready."""
-        return Writer(self.ready)
+    def writer(self, *, waiting: int = 0) -> "Writer":
+        """Return what writes in the background, once the stores are ready; ``waiting`` as of :class:`Writer`."""
+        return Writer(self.ready, waiting=waiting)
 
     async def take_over(self, intent: Intent, stores: Stores, window: Window) -> tuple[set[str], set[str]]:
         """Return the ids of a window that each store has already; remove what does not belong to this version."""
@@ -374,28 +375,33 @@ async def _end(task: asyncio.Task[Any]) -> None:
 
 
 class Writer:
-    """Writes in the background: one is under way while the next batch is made, so that a crash loses little."""
+    """Writes in the background, one after the other, while the next batch is made."""
 
-    def __init__(self, ready: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, ready: Callable[[], Awaitable[None]], *, waiting: int = 0) -> None:
+        """``waiting``: so many writes may wait for the one that is under way; with 0 a crash loses one batch alone."""
         self._ready = ready
-        self._running: asyncio.Task[None] | None = None
+        self._most = waiting
+        self._begun: deque[asyncio.Task[None]] = deque()
 
     async def start(self, write: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Start a write when the one before has ended and the stores are ready. Raises what the one before raised."""
-        await self.finish()
-        self._running = asyncio.create_task(self._after_ready(write))
+        """Start a write when those before have ended and the stores are ready. Raises what one before raised."""
+        while len(self._begun) > self._most:
+            await self._begun.popleft()
+        before = self._begun[-1] if self._begun else None
+        self._begun.append(asyncio.create_task(self._after(before, write)))
 
-    async def _after_ready(self, write: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def _after(self, before: "asyncio.Task[None] | None", write: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        if before is not None:
+            await asyncio.shield(before)
         await self._ready()
         await write()
 
     async def finish(self) -> None:
-        """Wait for the write that is under way."""
-        if self._running is not None:
-            await self._running
-            self._running = None
+        """Wait for the writes that are under way."""
+        while self._begun:
+            await self._begun.popleft()
 
     async def abandon(self) -> None:
-        """Cancel the write, after another failure. What it may have written is of a version that nobody reads."""
-        if self._running is not None:
-            await _end(self._running)
+        """Cancel the writes, after another failure. What they may have written is of a version that nobody reads."""
+        while self._begun:
+            await _end(self._begun.pop())

@@ -52,8 +52,10 @@ from task_contract.vectors import INLINE, vectors_of
 _VERSION: Final = "1"
 """Of what is made of a row; another one gives rows that differ for the same input."""
 _COLUMNS: Final = ("vector", "text", "id", "metadata")
-_GROUP: Final = 512
+_GROUP: Final = 1024
 """Rows that are read and written together; :data:`job_runner.publication.WINDOW` is a multiple of it."""
+_AHEAD: Final = 2
+"""Groups that may wait for each store."""
 _TEXT_BYTES: Final = 65_535
 """Milvus takes no longer text (job_runner.milvus)."""
 _DIMENSIONS: Final = 32_768
@@ -437,7 +439,8 @@ class VectorStorage:
         A group is read while the one before is written, by each store for itself.
         """
         row_of = partial(self._row, intent=intent, count=survey.accepted, source_sha256=found.sha256)
-        writers = publication.writer(), publication.writer()
+        # Neither store is to wait for the other with each group.
+        writers = publication.writer(waiting=_AHEAD), publication.writer(waiting=_AHEAD)
         spans = Window.all(survey.accepted)
         there: tuple[set[str], set[str]] = set(), set()
         done = 0
