@@ -795,6 +795,7 @@ class Controller:
             await self._act(key, facts)
         finally:
             self._settle(key, facts)
+            self._telling.over(key)
 
     async def _act(self, key: Key, facts: _Facts) -> None:
         cached = self._cache.task(key)

@@ -130,19 +130,21 @@ class WorkQueue(Generic[K]):
 
 
 class Turn(Generic[K]):
-    """Lets one key at a time do what is welcome and can wait; whoever comes meanwhile is woken when it is over.
+    """Lets one key at a time do what is welcome and can wait; whoever comes meanwhile is called when it is over.
 
     So it goes as fast as it is answered, and takes next to nothing from whoever answers slowly because of too much to do.
     """
 
-    def __init__(self, wake: Callable[[K], object]) -> None:
-        self._wake = wake
+    def __init__(self, call: Callable[[K], object]) -> None:
+        """``call`` has a key looked at; :meth:`over` is to follow each look."""
+        self._call = call
         self._taken = False
+        self._called: K | None = None
         self._waiting: dict[K, None] = {}
 
     @contextlib.contextmanager
     def of(self, key: K) -> Iterator[bool]:
-        """Say whether it is the turn of ``key``; if not, it is woken later."""
+        """Say whether it is the turn of ``key``; if not, it is called later."""
         if self._taken:
             self._waiting[key] = None
             yield False
@@ -153,7 +155,18 @@ class Turn(Generic[K]):
             yield True
         finally:
             self._taken = False
-            if self._waiting:
-                first = next(iter(self._waiting))
-                del self._waiting[first]
-                self._wake(first)
+            self._next()
+
+    def over(self, key: K) -> None:
+        """Say that a look at ``key`` has ended: one that was called and had nothing to do passes its turn on."""
+        if self._called == key:
+            self._called = None
+            if not self._taken:
+                self._next()
+
+    def _next(self) -> None:
+        if self._waiting:
+            first = next(iter(self._waiting))
+            del self._waiting[first]
+            self._called = first
+            self._call(first)

@@ -82,6 +82,25 @@ def test_a_turn_is_of_one_key_and_goes_to_those_that_came_meanwhile_in_their_ord
     assert woken == ["b", "c"]
 
 
+def test_who_is_called_and_has_nothing_to_do_passes_the_turn_on() -> None:
+    called: list[str] = []
+    turn: Turn[str] = Turn(called.append)
+    with turn.of("a"):
+        for key in ("b", "c", "d"):
+            with turn.of(key):
+                pass
+        turn.over("b")  # an earlier look: nobody was called yet
+    assert called == ["b"]
+    turn.over("a")
+    assert called == ["b"]
+    turn.over("b")  # it runs by now
+    assert called == ["b", "c"]
+    with turn.of("e") as of_another:  # came in between
+        assert of_another
+        turn.over("c")
+    assert called == ["b", "c", "d"]
+
+
 async def test_of_two_times_the_earlier_one_wins() -> None:
     queue: WorkQueue[str] = WorkQueue()
     queue.add_after("a", 3600)
