@@ -744,7 +744,11 @@ def test_users_roles_never_include_the_status() -> None:
 
 def environment(container: Document) -> dict[str, str]:
     """The container's variables; those from Secrets are given a value that fits."""
-    return {variable["name"]: variable.get("value", "postgresql://from-secret/x") for variable in container["env"]}
+    secret = {"OPERATOR_TRACES_HEADERS": "authorization=from-secret"}
+    return {
+        variable["name"]: variable.get("value", secret.get(variable["name"], "postgresql://from-secret/x"))
+        for variable in container["env"]
+    }
 
 
 @pytest.mark.parametrize("values", SETS)
