@@ -52,7 +52,7 @@ from task_contract.vectors import INLINE, vectors_of
 _VERSION: Final = "1"
 """Of what is made of a row; another one gives rows that differ for the same input."""
 _COLUMNS: Final = ("vector", "text", "id", "metadata")
-_GROUP: Final = 1024
+GROUP: Final = 1024
 """Rows that are read and written together; :data:`job_runner.publication.WINDOW` is a multiple of it."""
 _AHEAD: Final = 2
 """Groups that may wait for each store."""
@@ -403,7 +403,7 @@ class VectorStorage:
     async def _first_dimension(self, found: Input) -> int:
         """Return the dimension of the first row that can be stored. Raises DocumentRefused when there is none."""
         refused: list[tuple[int, str]] = []
-        async for part in windows(((record, self._good(record, None)) for record in found.rows()), _GROUP):
+        async for part in windows(((record, self._good(record, None)) for record in found.rows()), GROUP):
             for record, row in part:
                 if isinstance(row, Good):
                     return len(row.vector)
@@ -415,7 +415,7 @@ class VectorStorage:
         survey = Survey()
         with self._stages.enter(Stage.PARSE):
             rows = ((record, self._good(record, dimension)) for record in found.rows())
-            async for part in windows(rows, _GROUP):
+            async for part in windows(rows, GROUP):
                 for record, row in part:
                     survey.add(record, row)
             survey.refuse_repeated()
@@ -446,7 +446,7 @@ class VectorStorage:
         done = 0
         with self._stages.enter(Stage.STORE):
             try:
-                async for part in windows(self._again(found, survey, intent.claim.dimension), _GROUP):
+                async for part in windows(self._again(found, survey, intent.claim.dimension), GROUP):
                     if done % WINDOW == 0:
                         there = await publication.take_over(intent, stores, next(spans))
                     rows = [row_of(good, done + index, language) for index, (good, language) in enumerate(part)]

@@ -14,6 +14,7 @@ from pyarrow import parquet
 
 from job_runner.ledger import Ledger
 from job_runner.publication import WINDOW
+from job_runner.vector_storage import GROUP
 from task_contract.errors import Fenced, StoreUnavailable
 from task_contract.lifecycle import ExitCode
 from task_contract.messages import AttemptOutcome
@@ -341,7 +342,7 @@ async def test_a_version_of_more_rows_than_a_window_is_taken_over_and_compared_i
         raise StoreUnavailable("cannot go on: killed")
 
     with pytest.raises(StoreUnavailable):
-        await run_watched(task, lab.settings(), lab.embedder, Reached("texts.write 17 after", die))
+        await run_watched(task, lab.settings(), lab.embedder, Reached(f"texts.write {WINDOW // GROUP + 1} after", die))
     done = await run_pipeline(task, lab.settings(), lab.embedder)
     assert (done.result.chunks, done.result.milvus_count, done.result.elasticsearch_count) == (count,) * 3
     assert (await run_pipeline(task, lab.settings(), lab.embedder)).result.milvus_count == count
