@@ -54,5 +54,14 @@ def _read(traceparent: str | None) -> "re.Match[str] | None":
 
 
 def trace_of(annotations: Mapping[str, str], *, uid: str) -> str:
-    """Return the trace id of a task: that of its annotation, else the digits of its uid, which are one as well."""
-    return trace_id(annotations.get(TRACEPARENT_ANNOTATION)) or uid.replace("-", "")
+    """Return the trace id of a task: that of its annotation, else one of its own, as :func:`trace_for`."""
+    return trace_for(annotations.get(TRACEPARENT_ANNOTATION), uid=uid)
+
+
+def trace_for(traceparent: str | None, *, uid: str) -> str:
+    """Return the trace id that was given, else the digits of the uid, which are one as well.
+
+    >>> trace_for(None, uid="11111111-2222-3333-4444-555555555555")
+    '11111111222233334444555555555555'
+    """
+    return trace_id(traceparent) or uid.replace("-", "")

@@ -152,7 +152,7 @@ async def run(settings: Settings) -> int:
     sender, listener = None, None
     publishers: list[Publisher] = []
     if database is not None and settings.postgres_url is not None:
-        timeout = timedelta(seconds=settings.callbacks_timeout_seconds)
+        timeout, sampler = timedelta(seconds=settings.callbacks_timeout_seconds), settings.sampler()
         sender = Sender(
             outbox=Outbox(database, lease=timeout + timedelta(seconds=30)),
             targets=settings.callback_targets(api_servers(os.environ, access.server)),
@@ -162,7 +162,7 @@ async def run(settings: Settings) -> int:
             announce=lambda dead: events.submit(of_dead_callback(dead, now=datetime.now(UTC))),
             timeout=timeout,
             authorities=settings.callbacks_ca,
-            sampler=settings.sampler(),
+            sampler=sampler,
             user_agent=f"processing-tasks/{product_version() or 'unknown'}",
         )
         listener = Listener(settings.postgres_url, {CALLBACKS_CHANNEL: sender.wake})
@@ -174,7 +174,7 @@ async def run(settings: Settings) -> int:
             from task_operator.broker import RabbitSink  # a library that few need
 
             sinks.append(RabbitSink(settings.rabbitmq_url, exchange=settings.rabbitmq_exchange))
-        if settings.traces_endpoint is not None and (sampler := settings.sampler()) is not None:
+        if settings.traces_endpoint is not None and sampler is not None:
             sinks.append(
                 TraceSink(
                     database,

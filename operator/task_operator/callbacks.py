@@ -29,9 +29,9 @@ from task_contract.webhooks import parse_secrets, sign
 from task_operator.metrics import Metrics
 from task_operator.outbox import Callback, Outbox, Settlement, Told
 from task_operator.projection import DatabaseUnavailable
+from task_operator.spans import Sampler, traceparent_of
 from task_operator.statuses import clip
 from task_operator.targets import Target, TargetRefused, Targets, TargetUnknown
-from task_operator.traces import Sampler, traceparent_of
 from task_platform.kubernetes import ClusterError, Conflict, Forbidden, Invalid, NotFound
 
 _log = structlog.get_logger(__name__)

@@ -392,8 +392,8 @@ class Cluster(Kubernetes):
     ) -> Manifest:
         """Replace the status of this very task; :class:`Conflict` if it has changed since that version.
 
-        What the API server would do for a patch beside this (write the object as JSON, merge, read it again) is a fifth of
-        what a write of the status costs it. Everything but the status of what is sent is passed over.
+        For a patch the API server would write the object as JSON, merge, and read it again besides. Of what is sent all but
+        the status is passed over.
         """
         body = {
             "apiVersion": API_VERSION,

@@ -131,7 +131,7 @@ class Api(Protocol):
     async def create_job(self, job: Manifest) -> Manifest: ...  # noqa: D102
     async def delete_job(self, namespace: str, name: str, *, uid: str) -> None: ...  # noqa: D102
     async def delete_task(self, namespace: str, name: str, *, uid: str, resource_version: int) -> None: ...  # noqa: D102
-    async def put_status(  # noqa: D102
+    async def put_status(  # noqa: D102 - see Cluster
         self, namespace: str, name: str, *, uid: str, resource_version: int, status: Mapping[str, Any]
     ) -> Manifest: ...
     async def patch_status(  # noqa: D102

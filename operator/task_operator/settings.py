@@ -18,8 +18,8 @@ from task_operator.jobs import RunnerTemplate
 from task_operator.observation import Policy
 from task_operator.projection import DefaultCallback
 from task_operator.resources import MemoryGrowth, classes, in_bytes
+from task_operator.spans import Sampler
 from task_operator.targets import Targets
-from task_operator.traces import Sampler
 from task_platform.settings import Address as ListenAddress
 from task_platform.settings import Names, OptionalUrl, product_version
 
@@ -67,6 +67,8 @@ def _pem(text: str) -> str:
 def _http_url(value: str | None) -> str | None:
     if value is not None and not (value.startswith(("http://", "https://")) and urlsplit(value).hostname):
         raise ValueError("must be http://HOST:PORT or https://HOST:PORT, where OTLP is taken over HTTP")
+    if value is not None and "@" in urlsplit(value).netloc:
+        raise ValueError("must have no user and password, since it stands in logs: give them as a header")
     return value
 
 

@@ -1,7 +1,6 @@
 """Life-cycle events to Redis and RabbitMQ, from a real PostgreSQL to real brokers that are stopped in between."""
 
 import asyncio
-import contextlib
 import json
 import os
 import uuid
@@ -20,18 +19,16 @@ from devstack.stores import common, rabbitmq
 from task_contract.names import EVENTS_CHANNEL
 from task_operator.broker import RabbitSink
 from task_operator.channel import RedisSink
-from task_operator.cloud_events import Publisher, Sink
 from task_operator.metrics import Metrics
 from task_operator.projection import Database
 from tests.support.broker import Broker
 from tests.support.operator_lab import Kubelet, OperatorProcess, Place, until
 from tests.support.operator_values import finished, manifest, processing
+from tests.support.publishing import SOURCE, begun, caught_up, publishing
 
 DOWN = float(os.environ.get("BROKER_DOWN_SECONDS", "0"))
 """So long the broker is away at least; 600 is the promise, and a restart suffices to see it."""
 pytestmark = [pytest.mark.integration, pytest.mark.alone]  # they stop the broker
-
-SOURCE = "//tasks.zzdsj.io/test"
 
 
 @dataclass
@@ -66,41 +63,8 @@ async def story(url: str) -> AsyncIterator[Story]:
     await database.aclose()
 
 
-@contextlib.asynccontextmanager
-async def publishing(url: str, sink: Sink) -> AsyncIterator[Publisher]:
-    publisher = Publisher(url, sink, source=SOURCE, metrics=Metrics())
-    work = asyncio.create_task(publisher.run())
-    try:
-        yield publisher
-        if work.done():
-            work.result()
-    finally:
-        work.cancel()
-        await asyncio.wait([work])
-        await publisher.aclose()
-
-
-async def _begun(sql: "asyncpg.Connection[Any]", sink: str) -> None:
-    async def look() -> bool:
-        return bool(await sql.fetchval("SELECT count(*) FROM event_cursors WHERE sink = $1", sink))
-
-    await until(f"{sink} has begun", look, interval=0.02)
-
-
 async def _numbers(sql: "asyncpg.Connection[Any]", *, after: int = 0) -> list[int]:
     return [row["number"] for row in await sql.fetch("SELECT number FROM task_events WHERE number > $1 ORDER BY 1", after)]
-
-
-async def _caught_up(sql: "asyncpg.Connection[Any]", sink: str, *, seconds: float = 60) -> None:
-    async def look() -> bool:
-        return bool(
-            await sql.fetchval(
-                "SELECT number >= (SELECT coalesce(max(number), 0) FROM task_events) FROM event_cursors WHERE sink = $1",
-                sink,
-            )
-        )
-
-    await until(f"{sink} has all events", look, seconds=seconds, interval=0.05)
 
 
 def _in_order_of_each_task(events: list[dict[str, Any]]) -> None:
@@ -155,9 +119,9 @@ async def test_events_are_published_as_cloud_events_with_routing_keys_that_selec
     everything = await _bound_queue(broker, one._exchange_name)
     ends = await _bound_queue(broker, one._exchange_name, "tasks.knowledge.*.completed")
     async with publishing(url, one):
-        await _begun(sql, "rabbitmq")
+        await begun(sql, "rabbitmq")
         await story.live(3)
-        await _caught_up(sql, "rabbitmq")
+        await caught_up(sql, "rabbitmq")
     messages = await _drain(broker, everything)
     assert [int(message.message_id or 0) for message in messages] == await _numbers(sql)
     first = messages[0]
@@ -173,7 +137,7 @@ async def test_a_broker_that_was_away_is_told_of_all_that_happened_in_order(
     one = sink()
     queue = await _bound_queue(broker, one._exchange_name)
     async with publishing(url, one):
-        await _begun(sql, "rabbitmq")
+        await begun(sql, "rabbitmq")
         await story.live(20)
         work = asyncio.create_task(story.live(40))
         await asyncio.to_thread(broker.stop)  # in the middle of it
@@ -185,9 +149,9 @@ async def test_a_broker_that_was_away_is_told_of_all_that_happened_in_order(
             await asyncio.sleep(1)
         assert await sql.fetchval("SELECT number FROM event_cursors") < max(await _numbers(sql))
         await asyncio.to_thread(broker.start)
-        await _caught_up(sql, "rabbitmq")
+        await caught_up(sql, "rabbitmq")
         await story.live(5)
-        await _caught_up(sql, "rabbitmq")
+        await caught_up(sql, "rabbitmq")
     events = [json.loads(message.body) for message in await _drain(broker, queue)]
     assert {event["data"]["event"] for event in events} == set(await _numbers(sql))
     _in_order_of_each_task(events)
@@ -199,12 +163,12 @@ async def test_a_broker_that_is_killed_under_load_loses_nothing_that_it_confirme
     one = sink()
     queue = await _bound_queue(broker, one._exchange_name)
     async with publishing(url, one):
-        await _begun(sql, "rabbitmq")
+        await begun(sql, "rabbitmq")
         work = asyncio.create_task(story.live(150))
         await asyncio.to_thread(lambda: broker.stop(kill=True))
         await work
         await asyncio.to_thread(broker.start)
-        await _caught_up(sql, "rabbitmq")
+        await caught_up(sql, "rabbitmq")
     events = [json.loads(message.body) for message in await _drain(broker, queue)]
     assert {event["data"]["event"] for event in events} == set(await _numbers(sql))
     _in_order_of_each_task(events)
@@ -217,11 +181,11 @@ async def test_one_of_two_publishers_works_and_the_other_takes_over_where_it_end
     queue = await _bound_queue(broker, one._exchange_name)
     async with publishing(url, two):
         async with publishing(url, one):
-            await _begun(sql, "rabbitmq")
+            await begun(sql, "rabbitmq")
             await story.live(10)
-            await _caught_up(sql, "rabbitmq")
+            await caught_up(sql, "rabbitmq")
         await story.live(10)
-        await _caught_up(sql, "rabbitmq")
+        await caught_up(sql, "rabbitmq")
     numbers = [int(message.message_id or 0) for message in await _drain(broker, queue)]
     assert numbers == await _numbers(sql)  # none twice: nothing failed
 
@@ -234,9 +198,9 @@ async def test_a_new_sink_begins_with_what_happens_from_now_on(
     one = sink()
     queue = await _bound_queue(broker, one._exchange_name)
     async with publishing(url, one):
-        await _begun(sql, "rabbitmq")
+        await begun(sql, "rabbitmq")
         await story.live(2)
-        await _caught_up(sql, "rabbitmq")
+        await caught_up(sql, "rabbitmq")
     numbers = [int(message.message_id or 0) for message in await _drain(broker, queue)]
     assert numbers == await _numbers(sql, after=before)
 
@@ -248,9 +212,9 @@ async def test_whoever_subscribes_in_redis_hears_of_events(
     async with Redis.from_url(redis_url) as redis, redis.pubsub() as subscription:
         await subscription.subscribe(EVENTS_CHANNEL)
         async with publishing(url, RedisSink(redis_url)):
-            await _begun(sql, "redis")
+            await begun(sql, "redis")
             await story.live(2)
-            await _caught_up(sql, "redis")
+            await caught_up(sql, "redis")
         heard: list[dict[str, Any]] = []
 
         async def all_of_them() -> bool:
@@ -281,8 +245,8 @@ async def test_an_operator_tells_redis_and_rabbitmq_of_a_task(
         "OPERATOR_RABBITMQ_EXCHANGE": exchange,
     }
     async with Kubelet(place).at_work(), process(OPERATOR_POSTGRES_URL=url, **brokers).at_work() as operator:
-        await _begun(sql, "rabbitmq")
-        await _begun(sql, "redis")
+        await begun(sql, "rabbitmq")
+        await begun(sql, "redis")
         await place.create()
         await place.wait_for("Completed")
 
@@ -290,8 +254,8 @@ async def test_an_operator_tells_redis_and_rabbitmq_of_a_task(
             return bool(await sql.fetchval("SELECT count(*) FROM task_events WHERE phase = 'Completed'"))
 
         await until("PostgreSQL has its end", told)
-        await _caught_up(sql, "rabbitmq")
-        await _caught_up(sql, "redis")
+        await caught_up(sql, "rabbitmq")
+        await caught_up(sql, "redis")
         _, metrics = await operator.get("/metrics")
     events = [json.loads(message.body) for message in await _drain(broker, queue)]
     assert [event["data"]["status"] for event in events][-1] == "completed"

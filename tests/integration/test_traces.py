@@ -1,6 +1,5 @@
 """Traces from a real PostgreSQL: spans to a collector that is away in between, and what callbacks and events carry."""
 
-import asyncio
 import base64
 import contextlib
 import json
@@ -16,12 +15,13 @@ from google.protobuf import json_format
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from task_contract.names import API_VERSION, KIND, TRACEPARENT_ANNOTATION
-from task_operator.cloud_events import Publisher
 from task_operator.metrics import Metrics
 from task_operator.projection import Database
-from task_operator.traces import Sampler, TraceSink, span_id
+from task_operator.spans import Sampler, span_id
+from task_operator.traces import TraceSink
 from tests.support.operator_lab import Kubelet, OperatorProcess, Place, until
 from tests.support.operator_values import finished, manifest, processing
+from tests.support.publishing import begun, caught_up, publishing
 from tests.support.servers import free_port
 
 pytestmark = pytest.mark.integration
@@ -90,24 +90,6 @@ async def database(url: str) -> AsyncIterator[Database]:
     await database.aclose()
 
 
-@contextlib.asynccontextmanager
-async def publishing(url: str, sink: TraceSink, sql: "asyncpg.Connection[Any]") -> AsyncIterator[None]:
-    work = asyncio.create_task(Publisher(url, sink, source="//test", metrics=Metrics()).run())
-    try:
-
-        async def begun() -> bool:
-            return bool(await sql.fetchval("SELECT count(*) FROM event_cursors WHERE sink = 'traces'"))
-
-        await until("the sink has begun", begun, interval=0.02)
-        yield
-        if work.done():
-            work.result()
-    finally:
-        work.cancel()
-        await asyncio.wait([work])
-        await sink.aclose()
-
-
 def _sink(database: Database, collector: Collector, *, ratio: float = 1.0) -> TraceSink:
     return TraceSink(
         database,
@@ -132,25 +114,15 @@ async def _live(database: Database, *, given: str | None = None) -> str:
     return uid
 
 
-async def _caught_up(sql: "asyncpg.Connection[Any]") -> None:
-    async def look() -> bool:
-        return bool(
-            await sql.fetchval(
-                "SELECT number = (SELECT max(number) FROM task_events) FROM event_cursors WHERE sink = 'traces'"
-            )
-        )
-
-    await until("all spans are sent", look, seconds=60, interval=0.05)
-
-
 async def test_a_collector_gets_the_spans_of_tasks_and_attempts(
     database: Database, url: str, sql: "asyncpg.Connection[Any]"
 ) -> None:
     collector = Collector()
-    async with collector.at_work(), publishing(url, _sink(database, collector), sql):
+    async with collector.at_work(), publishing(url, _sink(database, collector)):
+        await begun(sql, "traces")
         traced, other = await _live(database, given=GIVEN), await _live(database)
         await _live(database, given=GIVEN[:-2] + "00")  # not sampled by its caller
-        await _caught_up(sql)
+        await caught_up(sql, "traces")
     names = {(span["traceId"], span["name"]) for span in collector.spans}
     own = other.replace("-", "")
     assert names == {(trace, name) for trace in (TRACE, own) for name in ("task document_processing", "attempt 1")}
@@ -171,14 +143,15 @@ async def test_a_collector_that_was_away_gets_all_spans_and_one_that_refuses_hol
     database: Database, url: str, sql: "asyncpg.Connection[Any]"
 ) -> None:
     collector = Collector(answers=iter((503, 429, 200, 400)))
-    async with publishing(url, _sink(database, collector), sql):
+    async with publishing(url, _sink(database, collector)):
+        await begun(sql, "traces")
         first = await _live(database)
         async with collector.at_work():
-            await _caught_up(sql)
+            await caught_up(sql, "traces")
             refused = await _live(database)
-            await _caught_up(sql)
+            await caught_up(sql, "traces")
             last = await _live(database)
-            await _caught_up(sql)
+            await caught_up(sql, "traces")
     ids = [span["spanId"] for span in collector.spans]
     assert [span_id(uid) in ids for uid in (first, refused, last)] == [True, False, True]
     assert len(collector.requests) == 5

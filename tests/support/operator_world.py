@@ -110,26 +110,26 @@ class World:
     async def get_job(self, namespace: str, name: str) -> dict[str, Any]:
         return copy.deepcopy(_found(self.jobs, name))
 
+    def _unchanged(self, namespace: str, name: str, *, uid: str, resource_version: int) -> dict[str, Any]:
+        task: dict[str, Any] = _found(self.tasks, (namespace, name))
+        if self.labelled:
+            self._touch("task", "MODIFIED", task)
+        if task["metadata"]["resourceVersion"] != str(resource_version) or task["metadata"]["uid"] != uid:
+            raise Conflict("cannot write: the object has been modified")
+        return task
+
     async def put_status(
         self, namespace: str, name: str, *, uid: str, resource_version: int, status: Mapping[str, Any]
     ) -> dict[str, Any]:
         self._half_write("put status")
-        task = _found(self.tasks, (namespace, name))
-        if self.labelled:
-            self._touch("task", "MODIFIED", task)
-        if task["metadata"]["resourceVersion"] != str(resource_version) or task["metadata"]["uid"] != uid:
-            raise Conflict("cannot PUT: the object has been modified")
+        task = self._unchanged(namespace, name, uid=uid, resource_version=resource_version)
         return self._put_status(task, copy.deepcopy(dict(status)), what=str(status.get("phase", "")))
 
     async def patch_status(
         self, namespace: str, name: str, *, uid: str, resource_version: int, patch: Mapping[str, Any]
     ) -> dict[str, Any]:
         self._half_write("patch status")
-        task = _found(self.tasks, (namespace, name))
-        if self.labelled:
-            self._touch("task", "MODIFIED", task)
-        if task["metadata"]["resourceVersion"] != str(resource_version) or task["metadata"]["uid"] != uid:
-            raise Conflict("cannot PATCH: the object has been modified")
+        task = self._unchanged(namespace, name, uid=uid, resource_version=resource_version)
         return self._put_status(task, _merge(task["status"], patch), what=str(patch.get("phase", "")))
 
     async def replace_status(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from task_operator.settings import headers_of
-from task_operator.traces import Sampler, span_id, spans_of, traceparent_of
+from task_operator.spans import Sampler, span_id, spans_of, traceparent_of
 from tests.support.operator_values import at
 
 UID = "11111111-2222-3333-4444-555555555555"
