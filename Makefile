@@ -16,7 +16,7 @@ PACKAGES := crds operator job_runner client devstack tests
 given = $(if $(filter command,$(firstword $(origin $(1)))),$(2) $($(1)))
 CHOICE = $(call given,CLUSTER,--cluster) $(call given,NAMESPACE,--namespace) $(call given,VALUES,--values)
 
-.PHONY: help demo test test-all test-unit test-integration test-e2e test-torch test-ocr crash freeze-release bench docs lint format generate lock images sbom up down status logs clean
+.PHONY: help demo test test-all test-unit test-integration test-e2e test-torch test-kueue test-ocr crash freeze-release bench soak docs lint format generate lock images sbom up down status logs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[1m%-17s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,7 +28,7 @@ demo: $(READY) ## Real documents through a real cluster into real stores, and a 
 # A test by name needs only the files that have it, and brings up by itself what it needs of the devstack.
 test: $(READY) ## All tests but the longest; make test NAME=test_cancel for those whose name holds it
 ifeq ($(origin NAME),command line)
-	@$(BIN)/python -m pytest $$(grep -rl --include='test_*.py' --exclude-dir=torch --exclude-dir=ocr -e '$(NAME)' tests || echo tests) -k '$(NAME)'
+	@$(BIN)/python -m pytest $$(grep -rl --include='test_*.py' --exclude-dir=torch --exclude-dir=ocr --exclude-dir=kueue -e '$(NAME)' tests || echo tests) -k '$(NAME)'
 else
 	@$(call whole,and not long)
 endif
@@ -67,11 +67,19 @@ test-torch: $(READY) ## Tests of sentence-transformers, in an environment of its
 	@$(BIN)/python -m devstack up --parts stores
 	@$(BIN)/python -m tests.torch
 
+test-kueue: $(READY) ## Jobs under the real controller of Kueue, which is built the first time (an hour on two cores)
+	@$(BIN)/python -c 'from devstack import tools; tools.kueue()'
+	@$(BIN)/python -m devstack up --parts cluster
+	@WITH_KUEUE=1 $(BIN)/python -m pytest tests/kueue
+
 test-ocr: $(READY) ## Tests of scanned pages and pictures, in an environment of its own (0.5 GB, kept in the cache)
 	@$(BIN)/python -m tests.ocr
 
 bench: $(READY) ## Measure; writes build/bench/NAME.json (make bench NAME=operator for one, ONLY=restart for a part of it)
 	@$(BIN)/python -m tests.bench $(NAME) $(if $(ONLY),--only $(ONLY))
+
+soak: $(READY) ## Ten thousand tasks, come and gone for an hour: the operator's memory (SOAK_MINUTES=10 for less)
+	@$(BIN)/python -m tests.bench soak
 
 docs: $(READY) ## The documentation site: build/site/index.html; a link or an anchor that leads nowhere fails
 	@$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python build/docs

@@ -13,7 +13,9 @@ from devstack.process import run
 from devstack.progress import DevstackError, step
 
 HELM = "v3.22.0"
+HELM_4 = "v4.3.2"
 KUEUE = "v0.17.0"
+KWOK = "v0.7.0"
 KIND = "v0.30.0"
 """Its node is Kubernetes 1.34, as the embedded cluster."""
 GO_MINIMUM = (1, 24)
@@ -21,6 +23,7 @@ PARTS = ("etcd", "kubectl", "kube-apiserver", "kube-controller-manager", "kube-s
 
 _KUBE = Path(__file__).parent / "kube"
 _PROMETHEUS = Path(__file__).parent / "prometheus"
+_OTELCOL = Path(__file__).parent / "otelcol"
 """A module of two tools: `go install` refuses the published one, whose go.mod excludes versions of others."""
 # The machine's own C compiler must not matter, nor where the sources lie.
 _GO_ENV = {"CGO_ENABLED": "0", "GOFLAGS": "-trimpath -buildvcs=false -mod=readonly", "GOWORK": "off"}
@@ -59,9 +62,25 @@ def helm() -> Path:
     return installed("helm", f"helm.sh/helm/v3/cmd/helm@{HELM}")
 
 
+def helm_4() -> Path:
+    """Return the path of helm 4; built once, in 1 to 3 minutes. For tests alone: the devstack installs with helm 3."""
+    return installed("helm-4", f"helm.sh/helm/v4/cmd/helm@{HELM_4}", program="helm")
+
+
 def kueue() -> tuple[Path, Path]:
-    """Return the controller of Kueue, and the folder of its CRDs; built once, in 5 to 10 minutes. For a test alone."""
-    return installed("kueue", f"sigs.k8s.io/kueue/cmd/kueue@{KUEUE}"), kueue_crds()
+    """Return the controller of Kueue, and the folder of its CRDs; built once, in an hour. For a test alone."""
+    package = f"sigs.k8s.io/kueue/cmd/kueue@{KUEUE}"
+    return installed("kueue", package, takes="an hour and 7 GB on two cores; what is compiled is kept"), kueue_crds()
+
+
+def kwok() -> Path:
+    """Return KWOK, which plays nodes and their pods; built once. For a benchmark alone."""
+    return installed("kwok", f"sigs.k8s.io/kwok/cmd/kwok@{KWOK}")
+
+
+def otelcol() -> Path:
+    """Return an OpenTelemetry Collector that passes on spans (devstack/otelcol); built once. For a test alone."""
+    return program(_OTELCOL)
 
 
 def kueue_crds() -> Path:
@@ -71,17 +90,20 @@ def kueue_crds() -> Path:
     return Path(module["Dir"]) / "config/components/crd/bases"
 
 
-def installed(name: str, package: str) -> Path:
-    """Return the program NAME of a published Go package such as `example.com/tool/cmd/tool@v1.2.3`; built once."""
+def installed(name: str, package: str, *, program: str = "", takes: str = "1 to 3 minutes") -> Path:
+    """Return the program of a published Go package such as `example.com/tool/cmd/tool@v1.2.3`; built once.
+
+    NAME is its own, unless PROGRAM is.
+    """
     version = package.partition("@")[2]
 
     def build(folder: Path) -> None:
         _require_go()
         folder.mkdir()
-        with step(f"building {name} {version} from its Go module (the first time: 1 to 3 minutes)"):
+        with step(f"building {name} {version} from its Go module (the first time: {takes})"):
             _go("install", package, doing=f"build {name}", cwd=folder, env={"GOBIN": str(folder)})
 
-    return cached(name, [version.encode()], build, keep=2) / name
+    return cached(name, [version.encode()], build, keep=2) / (program or name)
 
 
 def program(source: Path) -> Path:

@@ -46,8 +46,10 @@ ROWS: Final[dict[str, tuple[Panel, ...]]] = {
     "Overview": (
         Panel("Waiting", "short", ((f"sum(max by (priority) (task_queue_size{{{_OURS}}}))", ""),), 4, "stat"),
         Panel("Oldest", "s", ((f"max(task_queue_oldest_seconds{{{_OURS}}})", ""),), 4, "stat"),
-        Panel("Completed in an hour", "short", ((f"sum(increase(task_success_total{{{_OURS}}}[1h]))", ""),), 4, "stat"),
-        Panel("Failed in an hour", "short", ((f"sum(increase(task_failure_total{{{_OURS}}}[1h]))", ""),), 4, "stat"),
+        Panel(
+            "Completed in an hour", "short", ((f"round(sum(increase(task_success_total{{{_OURS}}}[1h])))", ""),), 4, "stat"
+        ),
+        Panel("Failed in an hour", "short", ((f"round(sum(increase(task_failure_total{{{_OURS}}}[1h])))", ""),), 4, "stat"),
         Panel(
             "Lag of a status, 99 %",
             "s",

@@ -9,7 +9,7 @@ transaction that enters it (:meth:`job_runner.ledger.Ledger.keep_vectors`). The 
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from job_runner.vector_files import Sink
-
 T = TypeVar("T")
 
 _WINDOW: Final = 2_048
@@ -49,6 +47,9 @@ log = structlog.get_logger(__name__)
 
 Texts = Callable[[], Iterator[Record]]
 """Reads texts from the first one on: each record has a text, and perhaps an id."""
+
+Keep = Callable[[Sequence[str | None], "npt.NDArray[np.float32]"], Awaitable[None]]
+"""Takes ids and vectors of texts, in the order of these."""
 
 
 async def embedding_generation(work: Work) -> AttemptOutcome:
@@ -92,6 +93,8 @@ async def windows(rows: Iterator[T], size: int) -> AsyncIterator[list[T]]:
     while part := await asyncio.to_thread(lambda: list(islice(rows, size))):
         beat()
         yield part
+        if len(part) < size:
+            return
 
 
 class EmbeddingGeneration:
@@ -145,7 +148,7 @@ class EmbeddingGeneration:
         parts: list[VectorPart] = []
         rows = max(1, _PART_BYTES // (kept.dimension * 4))
 
-        def keep(ids: Sequence[str | None], vectors: "npt.NDArray[np.float32]") -> None:
+        async def keep(ids: Sequence[str | None], vectors: "npt.NDArray[np.float32]") -> None:
             for start in range(0, len(ids), rows):
                 first = sum(len(part.ids) for part in parts)
                 part = slice(start, start + rows)
@@ -163,7 +166,11 @@ class EmbeddingGeneration:
         with contextlib.ExitStack() as stack:
             output = await asyncio.to_thread(stack.enter_context, place)
             with self._stages.enter(Stage.EMBED), writing(output, count=kept.vectors, dimension=kept.dimension) as sink:
-                await self._embed(texts, kept.vectors, sink)
+
+                async def write(ids: Sequence[str | None], vectors: "npt.NDArray[np.float32]") -> None:
+                    await asyncio.to_thread(sink, ids, vectors)
+
+                await self._embed(texts, kept.vectors, write)
             with self._stages.enter(Stage.PUBLISH):
                 await asyncio.to_thread(output.flush)
                 whole = replace(kept, output_sha256=output.sha256)
@@ -174,20 +181,25 @@ class EmbeddingGeneration:
                 attempt = self._settings.attempt
                 await to_the_end(self._work.ledger.keep_vectors(whole, attempt=attempt, before_commit=publish))
 
-    async def _embed(self, texts: Texts, count: int, sink: "Sink") -> None:
+    async def _embed(self, texts: Texts, count: int, keep: Keep) -> None:
         """Compute vectors batch by batch, and hand them on window by window, in the order of their texts."""
         import numpy as np
 
         embedder = self._embedder
-        await asyncio.to_thread(embedder.warm_up)
         done = 0
-        async for part in windows(texts(), _WINDOW):
-            given = [str(record.fields["text"]) for record in part]
-            tokens = await asyncio.to_thread(list, map(embedder.count_tokens, given))
+
+        def sized() -> Iterator[tuple[Record, int]]:
+            embedder.warm_up()  # here, as it blocks too: each thread more costs as much as a short text
+            for record in texts():
+                yield record, embedder.count_tokens(str(record.fields["text"]))
+
+        async for part in windows(sized(), _WINDOW):
+            given = [str(record.fields["text"]) for record, _ in part]
+            tokens = [size for _, size in part]
             vectors = np.empty((len(given), embedder.dimension), dtype=np.float32)
             for batch in batches(tokens, budget=embedder.batch_tokens):
                 vectors[batch] = await asyncio.to_thread(embedder.embed, [given[index] for index in batch])
                 done += len(batch)
                 self._stages.within(Stage.EMBED, done, count)
-            ids = [None if (key := record.fields.get("id")) is None else str(key) for record in part]
-            await asyncio.to_thread(sink, ids, vectors)
+            ids = [None if (key := record.fields.get("id")) is None else str(key) for record, _ in part]
+            await keep(ids, vectors)

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextvars import Context
-from typing import Final
+from typing import Any, Final
 
 from job_runner.embed import Embedder
 from job_runner.ledger import Ledger
@@ -15,9 +15,11 @@ from job_runner.settings import Settings, revealed
 from job_runner.watchdog import beat
 from task_contract.errors import TaskError, Unhealthy
 from task_contract.models import Component, ComponentHealth, Result
+from task_contract.redis_address import open_redis
 
-DEADLINE: Final = 5.0
-"""Seconds for one component; all are asked at once."""
+DEADLINE: Final = 8.0
+"""Seconds for one component; all are asked at once. A resolver asks again after 5 s (resolv.conf(5)): one packet of DNS that
+is lost, as may happen in the first moment of a pod, is no outage of all stores."""
 SHARED_SECONDS: Final = 1.0
 """So long an answer holds for other tasks of the same worker."""
 _MESSAGE_LIMIT: Final = 250
@@ -109,19 +111,26 @@ def unhealthy(result: Result) -> Unhealthy | None:
     return Unhealthy(f"cannot call the platform healthy: {described}")
 
 
+async def redis_version(url: str) -> str:
+    """Return the version of Redis, which answers then; of a cluster that of one node."""
+    import redis.asyncio
+
+    client = open_redis(redis.asyncio, url, socket_timeout=DEADLINE)
+    try:
+        answer: dict[str, Any] = await client.info("server")
+        one = answer if "redis_version" in answer else next(iter(answer.values()))
+        return str(one["redis_version"])
+    finally:
+        await client.aclose()
+
+
 def checks(
     wanted: Sequence[Component] | None, *, settings: Settings, ledger: Ledger, embedder: Embedder
 ) -> dict[Component, Check]:
     """Return the checks of the components that a task names, or of all that are configured."""
 
     async def redis() -> str:
-        import redis.asyncio
-
-        client = redis.asyncio.from_url(revealed(settings.redis_url) or "", socket_timeout=DEADLINE)
-        try:
-            return f"Redis {(await client.info('server'))['redis_version']}"
-        finally:
-            await client.aclose()
+        return f"Redis {await redis_version(revealed(settings.redis_url) or '')}"
 
     async def milvus() -> str:
         from job_runner import milvus as store

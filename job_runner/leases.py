@@ -5,21 +5,24 @@ a call that failed are ours, and nobody works on them. They are looked for befor
 """
 
 import random
-from collections.abc import AsyncIterator, Awaitable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, TypeVar
 
 import redis
+import redis.asyncio
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 from redis.retry import Retry as BlockingRetry
 
 from task_contract.leases import GROUP, RENEW, REPORT, TAKE, PoolKeys, PoolReport, WorkerState
 from task_contract.names import PROGRESS_CHANNEL
+from task_contract.redis_address import failures, open_redis, publish, subscribed
 
+_FAILURES: Final = failures(redis)
 T = TypeVar("T")
 
 _TIMEOUT: Final = 5.0  # seconds
@@ -93,8 +96,8 @@ class Leases:
             "retry": Retry(NoBackoff(), 0),
             "health_check_interval": 30,
         }
-        self._redis: Redis = Redis.from_url(url, socket_timeout=_TIMEOUT, **options)
-        self._listening: Redis = Redis.from_url(url, socket_timeout=_LONGEST_WAIT + _TIMEOUT, **options)
+        self._redis: Redis = open_redis(redis.asyncio, url, socket_timeout=_TIMEOUT, **options)
+        self._listening: Redis = open_redis(redis.asyncio, url, socket_timeout=_LONGEST_WAIT + _TIMEOUT, **options)
         self._scripts = {text: self._redis.register_script(text) for text in (TAKE, RENEW, REPORT)}
         self._seen: dict[str, str] | None = None
         self._in_doubt = False
@@ -182,31 +185,29 @@ class Leases:
     def last_words(self, reports: Sequence[tuple[Lease, PoolReport]]) -> None:
         """Report from another thread while the event loop hangs. Blocks for seconds at most; raises nothing."""
         try:
-            with redis.Redis.from_url(
+            with open_redis(
+                redis,
                 self._url,
                 socket_timeout=_LAST_WORDS_TIMEOUT,
                 socket_connect_timeout=_LAST_WORDS_TIMEOUT,
                 retry=BlockingRetry(NoBackoff(), 0),
             ) as client:
                 client.eval(REPORT, len(self._all), *self._all, *_reports(self._worker, reports))
-        except (RedisError, OSError):
+        except _FAILURES:
             pass  # the leases run out
 
     async def publish_progress(self, messages: Sequence[str]) -> None:
         """Tell how far tasks have come; may be lost."""
-        async with self._redis.pipeline(transaction=False) as pipeline:
-            for message in messages:
-                pipeline.publish(PROGRESS_CHANNEL, message)
-            await _answered(pipeline.execute())
+        await _answered(publish(self._redis, PROGRESS_CHANNEL, messages))
 
     async def control(self) -> AsyncIterator[str]:
         """Yield uids of tasks that were withdrawn, and ``drain``, as they come; "" once it listens."""
-        async with self._listening.pubsub() as channel:
-            await _answered(channel.subscribe(self._keys.control))
-            while True:
-                message = await _answered(channel.get_message(timeout=_LONGEST_WAIT))
-                if message is not None:
-                    yield str(message["data"]) if message["type"] == "message" else ""
+        with _explained():
+            async with subscribed(self._listening, self._keys.control) as channel:
+                while True:
+                    message = await channel.get_message(timeout=_LONGEST_WAIT)
+                    if message is not None:
+                        yield str(message["data"]) if message["type"] == "message" else ""
 
     async def _run(self, script: str, arguments: Sequence[Any]) -> Any:
         return await _answered(self._scripts[script](self._all, list(arguments)))
@@ -225,7 +226,13 @@ def _reports(worker: str, reports: Sequence[tuple[Lease, PoolReport]]) -> list[s
 
 
 async def _answered(request: Awaitable[T]) -> T:
-    try:
+    with _explained():
         return await request
-    except (RedisError, OSError, TimeoutError) as error:
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except _FAILURES as error:
         raise QueueUnavailable(f"cannot use Redis: {str(error) or type(error).__name__}") from error

@@ -12,6 +12,7 @@ import structlog
 from task_contract.messages import progress_event
 from task_contract.models import ProcessingTask, Stage
 from task_contract.names import PROGRESS_CHANNEL
+from task_contract.redis_address import open_redis
 
 _INTERVAL: Final = 0.25
 """Seconds between two messages: four a second at most, however fast the work goes."""
@@ -101,8 +102,8 @@ class RedisProgress:
         if self._client is None:
             import redis.asyncio
 
-            self._client = redis.asyncio.from_url(
-                self._url, socket_timeout=_SEND_TIMEOUT, socket_connect_timeout=_SEND_TIMEOUT
+            self._client = open_redis(
+                redis.asyncio, self._url, socket_timeout=_SEND_TIMEOUT, socket_connect_timeout=_SEND_TIMEOUT
             )
         await self._client.publish(PROGRESS_CHANNEL, message)
 

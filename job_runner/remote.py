@@ -29,6 +29,7 @@ from urllib.parse import quote
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.connector import Connection
 from yarl import URL
 
 from job_runner.guard import Guard, Resolve, Target, resolve
@@ -39,6 +40,8 @@ from task_contract.location import bucket_and_key
 from task_contract.networks import Address, AllowList
 
 if TYPE_CHECKING:
+    from aiohttp.client_proto import ResponseHandler
+    from aiohttp.tracing import Trace
     from obstore.store import ClientConfig, RetryConfig, S3Config, S3Credential, S3Store
 
 _REDIRECTS: Final = 3
@@ -190,8 +193,9 @@ async def _request(
 ) -> URL | None:
     """Make one request. Return where it is redirected, or None when the document is in the file."""
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS)
+    connector = _Connector(target, context)
     session = aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(resolver=_Pinned(target), ssl=context, use_dns_cache=False),
+        connector=connector,
         timeout=timeout,
         trust_env=False,  # no proxy: it would resolve the name again, out of the guard's sight
         cookie_jar=aiohttp.DummyCookieJar(),
@@ -201,7 +205,7 @@ async def _request(
     )
     # No chain of exceptions below: those of aiohttp hold the URL of the request, which may be signed.
     try:
-        async with _answer(session, target.url) as response:
+        async with _answer(session, connector, target.url) as response:
             if response.status == 200:
                 await _keep(location, response, into=into, max_bytes=max_bytes)
                 return None
@@ -236,17 +240,43 @@ async def _request(
         raise SourceUnavailable(f"cannot fetch {location}: {type(error).__name__}; look at the server") from None
 
 
+class _Connector(aiohttp.TCPConnector):
+    """Knows the connections that it made until they are gone. A session that is closed waits for those in its pool alone,
+    and an answer that ends its connection has taken that one out."""
+
+    def __init__(self, target: Target, context: ssl.SSLContext) -> None:
+        super().__init__(resolver=_Pinned(target), ssl=context, use_dns_cache=False)
+        self._made: list[tuple[ResponseHandler, asyncio.Transport]] = []
+
+    async def connect(
+        self,
+        req: aiohttp.ClientRequest,
+        traces: "list[Trace]",
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109  # the name is aiohttp's, and it is no time to wait here
+    ) -> Connection:
+        """Return a connection, and remember it."""
+        connection = await super().connect(req, traces, timeout)
+        if (protocol := connection.protocol) is not None and protocol.transport is not None:
+            self._made.append((protocol, protocol.transport))
+        return connection
+
+    async def end(self) -> None:
+        """End all connections, without a farewell of TLS: what was to be read has been, and nothing else is wanted."""
+        gone = [closed for protocol, _ in self._made if (closed := protocol.closed) is not None]
+        for _, transport in self._made:
+            transport.abort()
+        await asyncio.gather(*gone, return_exceptions=True)
+
+
 @contextlib.asynccontextmanager
-async def _answer(session: aiohttp.ClientSession, url: URL) -> AsyncIterator[aiohttp.ClientResponse]:
-    """Make the one request of a session. Its connection is closed when this ends, not only told to close."""
-    response = None
+async def _answer(session: aiohttp.ClientSession, connector: _Connector, url: URL) -> AsyncIterator[aiohttp.ClientResponse]:
+    """Make the one request of a session. Its connection is gone when this ends, not only told to close."""
     try:
-        response = await session.get(url, allow_redirects=False)
-        yield response
+        async with session.get(url, allow_redirects=False) as response:
+            yield response
     finally:
-        await session.close()  # first, as it waits for connections, but only for those that the response has not given back
-        if response is not None:
-            response.close()
+        await connector.end()
+        await session.close()
 
 
 async def _keep(location: str, response: aiohttp.ClientResponse, *, into: "IO[bytes]", max_bytes: int) -> None:

@@ -105,6 +105,8 @@ class Searcher:
         self._stores = stores
         self._embedder = embedder
         self._ledger = ledger
+        self._computing = asyncio.Lock()
+        """Several may ask at once, and a model may not be made for it."""
 
     async def ask(self, query: str, *, top_k: int = 5, filters: Filters | None = None, mode: Mode = Mode.HYBRID) -> Answers:
         """Return the best ``top_k`` of each ranking. Raises StoreUnavailable."""
@@ -117,7 +119,8 @@ class Searcher:
 
     async def _by_meaning(self, query: str, depth: int, filters: Filters | None) -> list[Hit]:
         assert self._embedder is not None  # noqa: S101 - for the type checker: who asks by meaning gives one
-        vector = await asyncio.to_thread(self._embedder.embed_query, query)
+        async with self._computing:
+            vector = await asyncio.to_thread(self._embedder.embed_query, query)
         return await self._published(
             lambda limit, offset: self._stores.vectors.search(vector, limit=limit, offset=offset, filters=filters), depth
         )

@@ -4,7 +4,6 @@ Stores are optional one by one: a health check looks at what is there, a documen
 """
 
 import re
-import ssl
 import uuid
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -15,6 +14,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from job_runner.cpus import cpu_limit
 from job_runner.embed import PACKAGED_MODEL
+from task_contract.certificates import check_certificates
 from task_contract.errors import StoreUnavailable
 from task_contract.names import DOCUMENT_ROOT, TERMINATION_LOG
 from task_contract.networks import AllowList
@@ -30,14 +30,6 @@ def _listed(value: object) -> object:
 def _checked_allow_list(entries: tuple[str, ...]) -> tuple[str, ...]:
     AllowList.parse(entries)
     return entries
-
-
-def _checked_certificates(text: str) -> str:
-    try:
-        ssl.create_default_context().load_verify_locations(cadata=text)
-    except (ssl.SSLError, ValueError) as error:
-        raise ValueError("must be one or more certificates in PEM form") from error
-    return text
 
 
 class Settings(BaseSettings):
@@ -57,14 +49,15 @@ class Settings(BaseSettings):
     """http://host:9200, the full-text store; user and password may stand in it."""
     elasticsearch_api_key: SecretStr | None = None
     """Instead of user and password in the URL."""
-    elasticsearch_ca: Annotated[str, Field(max_length=2**20), AfterValidator(_checked_certificates)] | None = None
+    elasticsearch_ca: Annotated[str, Field(max_length=2**20), AfterValidator(check_certificates)] | None = None
     """Certificates in PEM form that an https:// server is trusted by, besides those of the system."""
     elasticsearch_analyzer: Annotated[str, Field(max_length=64)] | None = None
     """Analyzer of new indices. Default: the first of smartcn, cjk, standard that the server has."""
     elasticsearch_replicas: Annotated[int, Field(ge=0, le=8)] = 0
     """Copies of each shard of new indices; 1 or more needs as many further nodes."""
     redis_url: SecretStr | None = None
-    """redis://host:6379/0, for live progress; it may be absent or die."""
+    """redis://host:6379/0, redis+sentinel://host:26379,host:26379/service/0 or redis+cluster://host:6379,host:6379, for live
+    progress; it may be absent or die."""
     document_root: Path = Path(DOCUMENT_ROOT)
     """Folder of the document volume."""
     embedding_model: str = PACKAGED_MODEL
@@ -82,7 +75,7 @@ class Settings(BaseSettings):
     """Ports of servers that documents may be fetched from."""
     source_allow_http: bool = False
     """true: documents may be fetched from http:// URLs too, where anyone on the way can change them."""
-    source_ca: Annotated[str, Field(max_length=2**20), AfterValidator(_checked_certificates)] | None = None
+    source_ca: Annotated[str, Field(max_length=2**20), AfterValidator(check_certificates)] | None = None
     """Certificates in PEM form that servers of documents are trusted by, besides those of the system."""
     source_seconds: Annotated[float, Field(gt=0)] = 300
     """Longest time of fetching one document from a server."""

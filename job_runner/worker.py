@@ -59,7 +59,7 @@ _ACCOUNT_SECONDS: Final = 1.0
 """What attempts have used is written so often."""
 _WAIT_SECONDS: Final = 1.0
 """So long a worker waits to be woken before it looks by itself."""
-_TAKE_SECONDS: Final = 0.02
+_TAKE_SECONDS: Final = 0.05
 """At least so long between two calls that take tasks, where the first has found fewer than there was room for: many that
 come one by one are taken together."""
 _UNREPORTED: Final = 256

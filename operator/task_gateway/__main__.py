@@ -5,19 +5,22 @@ import asyncio
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import structlog
 import uvloop
 from aiohttp import web
+from pydantic import SecretStr
 
 from task_gateway.app import Gate, make_app
 from task_gateway.batches import Batches
+from task_gateway.buckets import DocumentBucket
 from task_gateway.callbacks import Callbacks
 from task_gateway.callers import ANYBODY, Caller, Callers
 from task_gateway.cluster import Cluster
 from task_gateway.costs import Costs
 from task_gateway.database import Database
-from task_gateway.documents import DocumentVolumes
+from task_gateway.documents import DocumentStore
 from task_gateway.following import Watchers
 from task_gateway.hub import Hub
 from task_gateway.knowledge import Knowledge
@@ -35,6 +38,7 @@ from task_gateway.tasks import Tasks
 from task_gateway.tickets import Tickets
 from task_gateway.uploads import Uploads
 from task_gateway.vectors import Vectors
+from task_gateway.volumes import DocumentVolumes
 from task_platform.kubernetes import Access, KubeconfigError
 from task_platform.logs import configure_logging
 from task_platform.progress import ProgressFeed
@@ -72,12 +76,8 @@ async def run(settings: Settings) -> int:
     )
     tasks = Tasks(cluster=cluster, database=database, callers=callers, metrics=metrics, settings=settings, latest=hub.latest)
     live = Live(Watchers(hub=hub, past=database, callers=callers, most=settings.live_clients), origins=settings.cors_origins)
-    uploads = Uploads(
-        tasks=tasks,
-        callers=callers,
-        volumes=None if settings.documents is None else DocumentVolumes(settings.documents),
-        most_bytes=settings.upload_bytes,
-    )
+    documents = _documents(settings)
+    uploads = Uploads(tasks=tasks, callers=callers, store=documents, most_bytes=settings.upload_bytes)
     metrics.watch_hub(hub)
     probes = Probes(
         checks={"kubernetes": cluster.ping, "postgres": database.ping, "redis": None if feed is None else feed.ping},
@@ -162,10 +162,33 @@ async def run(settings: Settings) -> int:
         await listener.aclose()
         if feed is not None:
             await feed.aclose()
+        if documents is not None:
+            await documents.aclose()
         await cluster.aclose()
         await database.aclose()
         _log.info("gateway stopped")
     return 0
+
+
+def _documents(settings: Settings) -> DocumentStore | None:
+    """Return where uploads are put; None: there are none."""
+    if settings.documents is None:
+        return None
+    if not settings.documents.startswith("s3://"):
+        return DocumentVolumes(Path(settings.documents))
+    return DocumentBucket(
+        settings.documents,
+        endpoint=settings.s3_endpoint,
+        region=settings.s3_region,
+        virtual=settings.s3_addressing == "virtual",
+        account=(_revealed(settings.s3_access_key_id), _revealed(settings.s3_secret_access_key)),
+        session_token=_revealed(settings.s3_session_token) or None,
+        certificates=settings.s3_ca,
+    )
+
+
+def _revealed(secret: SecretStr | None) -> str:
+    return "" if secret is None else secret.get_secret_value()
 
 
 async def _signalled() -> None:

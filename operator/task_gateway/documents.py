@@ -1,47 +1,34 @@
-"""The document volumes, as uploads are put on them: ``FOLDER/NAMESPACE`` here is ``/data`` in the pods of that namespace.
+"""Documents that are uploaded: what is told of one by its name and beginning, and where they are put.
 
-A file arrives under a name that nobody looks at, is flushed to the disk, and is renamed into its place: what stands there is
-whole, whenever the process or the machine dies. What was left half is removed, by whoever began it, or an hour later.
-
-Every folder is opened below the one before, and no link is followed: whoever writes to the volume of one namespace leads
-nothing into that of another.
+The places are :mod:`task_gateway.volumes` and :mod:`task_gateway.buckets`.
 """
 
-import asyncio
-import contextlib
-import errno
 import hashlib
-import os
 import re
-import time
 import unicodedata
-import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Final
-
-from task_contract.names import DOCUMENT_ROOT
+from pathlib import PurePosixPath
+from typing import Final, Protocol
 
 FOLDER: Final = "uploads"
-"""Below the volume's root; everything there is the gateway's."""
+"""Of a namespace; everything there is the gateway's."""
+PARTIAL: Final = ".partial-"
+"""Begins the names of files that have no place yet."""
+ABANDONED: Final = 3600.0
+"""Seconds since a file that has no place was last written to, after which nobody does any more."""
 HEAD: Final = 4096
 """Bytes from which a kind is told."""
-_PARTIAL: Final = ".partial-"
-_ABANDONED: Final = 3600.0  # seconds since a file was last written to
-_BLOCK: Final = 1 << 20
-"""Bytes that are written at once."""
 _NAME_BYTES: Final = 200
 """Of a file's name; file systems allow 255."""
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
-class VolumeUnavailable(Exception):
-    """The document volume of a namespace cannot be written to at the moment."""
+class PlaceUnavailable(Exception):
+    """Documents of a namespace cannot be stored at the moment."""
 
 
-class VolumeFull(Exception):
+class PlaceFull(Exception):
     """There is no room for the document."""
 
 
@@ -55,10 +42,37 @@ class Received:
 
     namespace: str
     partial: str
+    """Its name until then."""
     size: int
     sha256: str
     head: bytes
     """The first :data:`HEAD` bytes."""
+
+
+class Arriving:
+    """A file on its way: its chunks, which can be gone over once, and what they have come to so far."""
+
+    def __init__(self, chunks: AsyncIterator[bytes], *, limit: int) -> None:
+        """``limit``: bytes, past which :class:`TooLarge` is raised."""
+        self._chunks = chunks
+        self._limit = limit
+        self._digest = hashlib.sha256()
+        self._size = 0
+        self._head = b""
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for chunk in self._chunks:
+            self._size += len(chunk)
+            if self._size > self._limit:
+                raise TooLarge(f"an upload has at most {self._limit} bytes")
+            if len(self._head) < HEAD:
+                self._head += chunk[: HEAD - len(self._head)]
+            self._digest.update(chunk)
+            yield chunk
+
+    def received(self, namespace: str, partial: str) -> Received:
+        """Return it as one that has arrived, under the name that it has until it has a place."""
+        return Received(namespace, partial, size=self._size, sha256=self._digest.hexdigest(), head=self._head)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +81,42 @@ class Stored:
 
     namespace: str
     file_path: str
-    """As a task names it: below ``/data``."""
+    """As a task names it: below ``/data``, or ``s3://``."""
     fresh: bool
     """Whether it was not there before: an upload that is repeated finds what the first one stored."""
+
+
+class DocumentStore(Protocol):
+    """Where uploads are put. A file arrives under a name that nobody looks at; what stands in its place is whole, whenever a
+    process dies, and what was left half is removed: by whoever began it, or an hour later."""
+
+    def serves(self, namespace: str) -> bool:
+        """Whether documents of a namespace can be put here."""
+
+    def receive(self, chunks: AsyncIterator[bytes], *, namespace: str, limit: int) -> AbstractAsyncContextManager[Received]:
+        """Write a file as it arrives; what was not placed until the end of the block is removed.
+
+        Raises :class:`TooLarge` past ``limit`` bytes, :class:`PlaceFull`, :class:`PlaceUnavailable`, and what ``chunks``
+        raises.
+        """
+
+    async def place(self, received: Received, *, kb_id: str, token: str, name: str) -> Stored:
+        """Give a file its place: ``uploads/KB_ID/TOKEN/NAME``. Whoever repeats it with the same token gets the same one.
+
+        Raises :class:`PlaceFull`, :class:`PlaceUnavailable`.
+        """
+
+    async def remove(self, stored: Stored) -> None:
+        """Remove a file whose task was refused. One that is gone, or cannot be reached, is fine."""
+
+    async def tidy(self, *, now: float | None = None) -> int:
+        """Remove what processes that were killed have left half; return how many files.
+
+        ``now``: seconds since the epoch. A file that is still being written to is younger than :data:`ABANDONED`.
+        """
+
+    async def aclose(self) -> None:
+        """Close connections."""
 
 
 def safe_name(name: str | None) -> str:
@@ -88,159 +135,6 @@ def safe_name(name: str | None) -> str:
     while len((stem + suffix).encode()) > _NAME_BYTES:
         stem = stem[:-1]
     return stem + suffix
-
-
-class DocumentVolumes:
-    """Where uploads are put."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def serves(self, namespace: str) -> bool:
-        """Whether there is a volume for a namespace."""
-        return (self._folder / namespace).is_dir()
-
-    @contextlib.asynccontextmanager
-    async def receive(self, chunks: AsyncIterator[bytes], *, namespace: str, limit: int) -> AsyncIterator[Received]:
-        """Write a file as it arrives; what was not placed until the end of the block is removed.
-
-        Raises :class:`TooLarge` past ``limit`` bytes, :class:`VolumeFull`, :class:`VolumeUnavailable`, and what ``chunks``
-        raises.
-        """
-        partial = _PARTIAL + uuid.uuid4().hex
-        with _explained(namespace):
-            folder = await asyncio.to_thread(self._open, namespace, FOLDER)
-        try:
-            with _explained(namespace):
-                file = await asyncio.to_thread(_create, partial, folder)
-            try:
-                size, digest, head = await _write(file, chunks, namespace=namespace, limit=limit)
-            finally:
-                os.close(file)
-            yield Received(namespace=namespace, partial=partial, size=size, sha256=digest, head=head)
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(partial, dir_fd=folder)  # gone already when it was placed
-            os.close(folder)
-
-    async def place(self, received: Received, *, kb_id: str, token: str, name: str) -> Stored:
-        """Give a file its place: ``uploads/KB_ID/TOKEN/NAME``. Whoever repeats it with the same token gets the same one."""
-        with _explained(received.namespace):
-            fresh = await asyncio.to_thread(self._place, received, kb_id, token, name)
-        path = f"{DOCUMENT_ROOT}/{FOLDER}/{kb_id}/{token}/{name}"
-        return Stored(namespace=received.namespace, file_path=path, fresh=fresh)
-
-    def remove(self, stored: Stored) -> None:
-        """Remove a file whose task was refused, with its folder; blocks for a moment. One that is gone is fine."""
-        folder, token, name = stored.file_path.removeprefix(f"{DOCUMENT_ROOT}/").rsplit("/", 2)
-        with contextlib.suppress(OSError):
-            above = self._open(stored.namespace, *folder.split("/"))
-            try:
-                below = os.open(token, _DIRECTORY, dir_fd=above)
-                try:
-                    os.unlink(name, dir_fd=below)
-                finally:
-                    os.close(below)
-                os.rmdir(token, dir_fd=above)
-            finally:
-                os.close(above)
-
-    def tidy(self, *, now: float | None = None) -> int:
-        """Remove what processes that were killed have left half; blocks. Returns how many files.
-
-        ``now``: seconds since the epoch. A file that is still being written to is younger than an hour.
-        """
-        before = (time.time() if now is None else now) - _ABANDONED
-        removed = 0
-        for namespace in sorted(self._folder.iterdir()) if self._folder.is_dir() else []:
-            with contextlib.suppress(OSError):
-                folder = os.open(namespace / FOLDER, _DIRECTORY)
-                try:
-                    for name in os.listdir(folder):  # noqa: PTH208 - of an open folder
-                        if (
-                            name.startswith(_PARTIAL)
-                            and os.stat(name, dir_fd=folder, follow_symlinks=False).st_mtime < before
-                        ):
-                            os.unlink(name, dir_fd=folder)
-                            removed += 1
-                finally:
-                    os.close(folder)
-        return removed
-
-    def _open(self, namespace: str, *parts: str) -> int:
-        """Open a folder below the volume of a namespace, making the parts that are not there."""
-        current = os.open(self._folder / namespace, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # a mount, not a user's
-        for part in parts:
-            try:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(part, 0o755, dir_fd=current)
-                following = os.open(part, _DIRECTORY, dir_fd=current)
-            finally:
-                os.close(current)
-            current = following
-        return current
-
-    def _place(self, received: Received, kb_id: str, token: str, name: str) -> bool:
-        above = self._open(received.namespace, FOLDER)
-        try:
-            place = self._open(received.namespace, FOLDER, kb_id, token)
-            try:
-                fresh = name not in os.listdir(place)  # noqa: PTH208 - of an open folder
-                os.rename(received.partial, name, src_dir_fd=above, dst_dir_fd=place)
-                os.fsync(place)
-                return fresh
-            finally:
-                os.close(place)
-        finally:
-            os.close(above)
-
-
-def _create(name: str, folder: int) -> int:
-    return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=folder)
-
-
-async def _write(file: int, chunks: AsyncIterator[bytes], *, namespace: str, limit: int) -> tuple[int, str, bytes]:
-    """Write all that comes and flush it to the disk; return size, SHA-256 and beginning."""
-    digest, size, head = hashlib.sha256(), 0, b""
-    block = bytearray()
-
-    def flush(data: bytes) -> None:
-        digest.update(data)
-        view = memoryview(data)
-        while view:
-            view = view[os.write(file, view) :]
-
-    async def write() -> None:
-        with _explained(namespace):
-            await asyncio.to_thread(flush, bytes(block))
-        block.clear()
-
-    async for chunk in chunks:
-        size += len(chunk)
-        if size > limit:
-            raise TooLarge(f"an upload has at most {limit} bytes")
-        if len(head) < HEAD:
-            head += chunk[: HEAD - len(head)]
-        block += chunk
-        if len(block) >= _BLOCK:
-            await write()
-    await write()
-    with _explained(namespace):
-        await asyncio.to_thread(os.fsync, file)
-    return size, digest.hexdigest(), head
-
-
-@contextlib.contextmanager
-def _explained(namespace: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise VolumeFull(f"cannot store the document: the volume of namespace {namespace} is full") from error
-        raise VolumeUnavailable(
-            f"cannot store the document: the volume of namespace {namespace} cannot be written to ({error.strerror}); "
-            "is it mounted in the gateway, below GATEWAY_DOCUMENTS?"
-        ) from error
 
 
 # ------------------------------------------------------------------------------------------------------------- content

@@ -151,8 +151,11 @@ def parse_task(body: object) -> TaskRequest:
     return TaskRequest(spec=wanted, labels=around.labels, namespace=around.namespace, idempotency_key=spec.idempotency_key)
 
 
-def manifest_of(request: TaskRequest, *, name: str, namespace: str, caller: str) -> dict[str, Any]:
-    """Return the resource that a request asks for."""
+def manifest_of(
+    request: TaskRequest, *, name: str, namespace: str, caller: str, labels: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the resource that a request asks for. ``labels``: where it gives no others."""
+    labels = {**labels, **request.labels}
     annotations = {REQUEST_HASH: request.hash} | ({CREATED_BY: caller} if caller else {})
     return {
         "apiVersion": API_VERSION,
@@ -161,7 +164,7 @@ def manifest_of(request: TaskRequest, *, name: str, namespace: str, caller: str)
             "name": name,
             "namespace": namespace,
             "annotations": annotations,
-            **({"labels": dict(request.labels)} if request.labels else {}),
+            **({"labels": labels} if labels else {}),
         },
         "spec": request.spec,
     }

@@ -232,7 +232,8 @@ class Tasks:
         key = wanted.idempotency_key
         name = f"task-{secrets.token_hex(10)}" if key is None else name_of(namespace=namespace, caller=caller.name, key=key)
         structlog.contextvars.bind_contextvars(namespace=namespace, task=name)
-        manifest = manifest_of(wanted, name=name, namespace=namespace, caller=caller.name)
+        labels = self._settings.task_labels
+        manifest = manifest_of(wanted, name=name, namespace=namespace, caller=caller.name, labels=labels)
         manifest["metadata"]["annotations"] |= tracing.annotations() | dict(annotations or {})
         for _ in range(2):
             with refused("cannot create the task"):

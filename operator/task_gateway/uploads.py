@@ -1,4 +1,4 @@
-"""Uploads: a document is put on the volume of its namespace, and a task is made that processes it.
+"""Uploads: a document is put on the volume of its namespace or into a bucket, and a task is made that processes it.
 
 The file comes first; a task that is refused takes it away again. When nobody can tell (the API server does not answer) the
 file stays, for the task may be there.
@@ -20,11 +20,11 @@ from task_contract.models import Payload, TaskType
 from task_contract.names import GROUP, digest
 from task_gateway.callers import Caller, Callers
 from task_gateway.documents import (
-    DocumentVolumes,
+    DocumentStore,
+    PlaceFull,
+    PlaceUnavailable,
     Received,
     TooLarge,
-    VolumeFull,
-    VolumeUnavailable,
     safe_name,
     wrong_content,
 )
@@ -69,7 +69,7 @@ class Uploaded(Accepted):
 class _Upload:
     """A file that is being uploaded."""
 
-    volumes: DocumentVolumes
+    store: DocumentStore
     caller: Caller
     namespace: str
     name: str
@@ -81,11 +81,11 @@ class _Upload:
 class Uploads:
     """POST /api/v1/knowledge/upload."""
 
-    def __init__(self, *, tasks: Tasks, callers: Callers, volumes: DocumentVolumes | None, most_bytes: int) -> None:
-        """``volumes``: None: there are no uploads; ``most_bytes``: of a file."""
+    def __init__(self, *, tasks: Tasks, callers: Callers, store: DocumentStore | None, most_bytes: int) -> None:
+        """``store``: None: there are no uploads; ``most_bytes``: of a file."""
         self._tasks = tasks
         self._callers = callers
-        self._volumes = volumes
+        self._store = store
         self._most_bytes = most_bytes
         self._finishing: set[asyncio.Task[web.Response]] = set()
 
@@ -133,14 +133,17 @@ class Uploads:
             finishing = asyncio.create_task(self._finish(upload, upload.received, fields))
             self._finishing.add(finishing)
             finishing.add_done_callback(self._finishing.discard)
-            return await asyncio.shield(finishing)
+            try:
+                return await asyncio.shield(finishing)
+            finally:
+                await asyncio.wait([finishing])  # it needs what was received
 
     async def _begin(self, request: web.Request, part: BodyPartReader, fields: Mapping[str, str]) -> _Upload:
         """Check what is known before a byte of the file is read."""
         caller = caller_of(request)
         namespace = self._callers.namespace(fields.get("namespace"), *asked_namespace(request))
         await self._callers.check(caller, "create", namespace)
-        if self._volumes is None or not self._volumes.serves(namespace):
+        if self._store is None or not self._store.serves(namespace):
             raise Problem(
                 404,
                 "not-found",
@@ -148,7 +151,7 @@ class Uploads:
                 "put the document there yourself and create a task with its payload.file_path",
             )
         declared = part.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        upload = _Upload(self._volumes, caller, namespace, safe_name(part.filename), declared)
+        upload = _Upload(self._store, caller, namespace, safe_name(part.filename), declared)
         if "kb_id" in fields:
             parse_task(_body(fields, upload, file_path="/data/document", size=0))
         return upload
@@ -157,7 +160,7 @@ class Uploads:
     async def _receive(self, upload: _Upload, part: BodyPartReader) -> AsyncIterator[Received]:
         with _storable():
             try:
-                async with upload.volumes.receive(
+                async with upload.store.receive(
                     _chunks(part), namespace=upload.namespace, limit=self._most_bytes
                 ) as received:
                     yield received
@@ -177,7 +180,7 @@ class Uploads:
         key = wanted.idempotency_key
         token = secrets.token_hex(12) if key is None else digest(upload.caller.name, key, received.sha256, length=24)
         with _storable():
-            stored = await upload.volumes.place(received, kb_id=kb_id, token=token, name=upload.name)
+            stored = await upload.store.place(received, kb_id=kb_id, token=token, name=upload.name)
         body = _body(fields, upload, file_path=stored.file_path, size=received.size)
         try:
             manifest, replayed = await self._tasks.create(
@@ -190,7 +193,7 @@ class Uploads:
             if problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 _log.warning("an uploaded file stays, for its task may have been created", path=stored.file_path)
             elif stored.fresh:
-                upload.volumes.remove(stored)
+                await upload.store.remove(stored)
             raise
         told = {
             **accepted(manifest),
@@ -207,7 +210,7 @@ class Uploads:
     async def tidy(self) -> None:
         """Remove what processes that were killed have left half, once an hour, until cancelled."""
         while True:
-            if self._volumes is not None and (removed := await asyncio.to_thread(self._volumes.tidy)):
+            if self._store is not None and (removed := await self._store.tidy()):
                 _log.info("removed uploads that had been cut off", files=removed)
             await asyncio.sleep(_TIDY_SECONDS)
 
@@ -272,12 +275,12 @@ async def _read_field(part: BodyPartReader, fields: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def _storable() -> Iterator[None]:
-    """Turn what is wrong with a volume into a problem."""
+    """Turn what is wrong with where documents are put into a problem."""
     try:
         yield
-    except VolumeFull as error:
+    except PlaceFull as error:
         raise Problem(507, "volume-full", str(error)) from error
-    except VolumeUnavailable as error:
+    except PlaceUnavailable as error:
         raise Problem(503, "unavailable", str(error), retry_after=10) from error
 
 

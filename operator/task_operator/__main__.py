@@ -70,7 +70,7 @@ async def run(settings: Settings) -> int:
     metrics = Metrics()
     template = settings.runner_template()
     leases, election = _election(settings, access, metrics, labels=common_labels(template, name=NAME, component="operator"))
-    cluster = Cluster(access, observe=metrics.requested, leads=election.leads)
+    cluster = Cluster(access, selector=settings.selector, observe=metrics.requested, leads=election.leads)
     await cluster.warm_up()
     with_pools = await cluster.has(POOL_PLURAL, settings.namespaces)
     with_schedules = await cluster.has(SCHEDULE_PLURAL, settings.namespaces)
@@ -111,6 +111,7 @@ async def run(settings: Settings) -> int:
         database=database,
         announce=events.submit,
         namespaces=settings.namespaces,
+        selected=bool(settings.selector),
         pools=pools,
         pool_queue=pool_queue,
         policy=settings.policy(),
@@ -131,6 +132,7 @@ async def run(settings: Settings) -> int:
         metrics=metrics,
         archived=archived,
         namespaces=settings.namespaces,
+        selector=settings.selector,
         watched=with_schedules,
         resync_seconds=settings.resync_seconds,
     )
@@ -140,6 +142,7 @@ async def run(settings: Settings) -> int:
             create_job=cluster.create_job,
             database=database,
             alive=controller.alive,
+            elsewhere=controller.elsewhere,
             template=template,
             metrics=metrics,
             namespaces=settings.namespaces,
@@ -275,7 +278,7 @@ async def run(settings: Settings) -> int:
                 cleanup=cleanup,
                 begun=begun,
             ),
-            settings=kopf_settings(),
+            settings=kopf_settings(selector=settings.selector),
             clusterwide=not settings.namespaces,
             namespaces=list(settings.namespaces),
             standalone=True,
@@ -285,7 +288,12 @@ async def run(settings: Settings) -> int:
     )
     stopping = _start("signal", _wait(told_to_stop))
     try:
-        _log.info("operator started", namespaces=settings.namespaces or "all", server=access.server)
+        _log.info(
+            "operator started",
+            namespaces=settings.namespaces or "all",
+            selector=settings.selector or "none",
+            server=access.server,
+        )
         await asyncio.wait([watching, stopping, *parts], return_when=asyncio.FIRST_COMPLETED)
         failed = [part for part in parts if part.done() and not part.cancelled()]
         if stopping.done():
@@ -404,6 +412,7 @@ async def run_trial(options: argparse.Namespace) -> int:
             seconds=options.seconds,
             folder=options.folder,
             document=options.document,
+            labels=dict(options.label),
         ).run()
     except (TrialFailed, ClusterError) as error:
         _log.error("the trial failed", error=str(error))
@@ -441,10 +450,20 @@ def _parser() -> argparse.ArgumentParser:
         "--name", required=True, help="begins the names of the tasks; the knowledge base, which is deleted again"
     )
     trial.add_argument("--seconds", type=float, default=240, help="for all of it")
+    trial.add_argument(
+        "--label", action="append", default=[], type=_label, metavar="KEY=VALUE", help="of its tasks; may be repeated"
+    )
     source = trial.add_mutually_exclusive_group()
     source.add_argument("--folder", type=Path, help="where the document volume is mounted: a page is written there")
     source.add_argument("--document", help="path or URL of a document that is there")
     return parser
+
+
+def _label(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is no label; write KEY=VALUE")
+    return key, value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

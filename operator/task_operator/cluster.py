@@ -31,6 +31,7 @@ from task_platform.kubernetes import (
     CORE_API,
     EVENTS_API,
     JOBS_API,
+    METADATA_ALONE,
     TASKS_API,
     Access,
     ClusterError,
@@ -220,9 +221,16 @@ class Cluster(Kubernetes):
     """Requests of the operator; those that change something are sent only while it leads."""
 
     def __init__(
-        self, access: Access, *, observe: Observe = lambda *_: None, leads: Callable[[], bool] = lambda: True
+        self,
+        access: Access,
+        *,
+        selector: str = "",
+        observe: Observe = lambda *_: None,
+        leads: Callable[[], bool] = lambda: True,
     ) -> None:
+        """``selector``: of the labels of the tasks, pools and schedules that are listed; empty: of all."""
         super().__init__(access, user_agent=USER_AGENT, observe=observe)
+        self._selector = selector
         self._leads = leads
         self._pod_lists: dict[str, _PodLists] = {}
 
@@ -234,8 +242,8 @@ class Cluster(Kubernetes):
 
     async def check_access(self, namespace: str | None) -> None:
         """Raise :class:`Forbidden` or :class:`NotFound` unless tasks and Jobs can be listed."""
-        for group, plural in ((TASKS_API, PLURAL), (JOBS_API, "jobs")):
-            await self.ask("GET", path_of(group, namespace, plural), params={"limit": "1"})
+        for group, plural, selector in ((TASKS_API, PLURAL, self._selector), (JOBS_API, "jobs", "")):
+            await self.ask("GET", path_of(group, namespace, plural), params={"limit": "1", "labelSelector": selector})
 
     async def has(self, plural: str, namespaces: Sequence[str]) -> bool:
         """Whether a kind of ours can be listed: its CRD is there, and so is the right to. Waits for the API server.
@@ -263,7 +271,12 @@ class Cluster(Kubernetes):
 
     def list_tasks(self, namespace: str | None) -> AsyncIterator[Page]:
         """Hand out all tasks of a namespace, or of the cluster, in pages: ten thousand at once would take 100 MB."""
-        return self.pages(TASKS_API, PLURAL, namespace)
+        return self.pages(TASKS_API, PLURAL, namespace, labelSelector=self._selector)
+
+    async def list_uids(self, namespace: str | None) -> AsyncIterator[set[str]]:
+        """Hand out the uids of all tasks that there are, whoever looks after them, in pages without their contents."""
+        async for page in self.pages(TASKS_API, PLURAL, namespace, accept=METADATA_ALONE):
+            yield {one["metadata"]["uid"] for one in page.items}
 
     def list_jobs(self, namespace: str | None) -> AsyncIterator[Page]:
         """Hand out all Jobs that are ours, in pages."""
@@ -271,7 +284,7 @@ class Cluster(Kubernetes):
 
     def list_pools(self, namespace: str | None) -> AsyncIterator[Page]:
         """Hand out all worker pools of a namespace, or of the cluster, in pages."""
-        return self.pages(TASKS_API, POOL_PLURAL, namespace)
+        return self.pages(TASKS_API, POOL_PLURAL, namespace, labelSelector=self._selector)
 
     def list_worker_jobs(self, namespace: str | None) -> AsyncIterator[Page]:
         """Hand out the Jobs of workers, in pages."""
@@ -297,11 +310,12 @@ class Cluster(Kubernetes):
 
     def list_schedules(self, namespace: str | None) -> AsyncIterator[Page]:
         """Hand out all schedules of a namespace, or of the cluster, in pages."""
-        return self.pages(TASKS_API, SCHEDULE_PLURAL, namespace)
+        return self.pages(TASKS_API, SCHEDULE_PLURAL, namespace, labelSelector=self._selector)
 
     def list_scheduled_tasks(self, namespace: str | None) -> AsyncIterator[Page]:
         """Hand out the tasks that schedules made, in pages."""
-        return self.pages(TASKS_API, PLURAL, namespace, labelSelector=SCHEDULE_LABEL)
+        selector = ",".join(filter(None, (SCHEDULE_LABEL, self._selector)))
+        return self.pages(TASKS_API, PLURAL, namespace, labelSelector=selector)
 
     async def create_task(self, task: Manifest) -> Manifest:
         """Create a task; :class:`Conflict` if the name is taken."""

@@ -86,15 +86,21 @@ from task_operator.pool_tasks import PoolPort, PoolTasks, Queue
 from task_operator.pools import Backlog, Pool
 from task_operator.projection import Database, DatabaseUnavailable, Held
 from task_operator.reconcile import decide, refuse
+from task_operator.selection import instance_of
 from task_operator.statuses import tells_a_wait
 from task_operator.verdict import WORKER_LOST
 from task_operator.waits import refused_for
-from task_operator.workqueue import Turn, WorkQueue
+from task_operator.workqueue import Glances, Turn, WorkQueue
 from task_platform.kubernetes import ClusterError, Conflict, Forbidden, Gone, Invalid, Manifest, NotFound, Page, Unavailable
 
 _log = structlog.get_logger(__name__)
 
 _WORKERS: Final = 24
+_PODS_AT_ONCE: Final = 50
+"""Tasks whose pods are looked at together where they do not start, in one list of each namespace."""
+_PODS_APART: Final = 1.0
+"""Seconds from one such look to the next: in a burst of a thousand Jobs there were ten lists a second, and what they told
+was over before it could be written."""
 _ORPHAN_PATIENCE: Final = 3.0  # seconds in which the garbage collector may do it
 _CONFLICTS: Final = 4  # looks in a row that may end in a conflict before the task waits
 _ROUNDS: Final = 12  # a decision asks for at most one thing a round, and there are nine
@@ -123,6 +129,7 @@ class Api(Protocol):
     async def check_access(self, namespace: str | None) -> None: ...  # noqa: D102 - see Cluster
     async def task_version(self, namespace: str | None) -> int: ...  # noqa: D102
     def list_tasks(self, namespace: str | None) -> AsyncIterator[Page]: ...  # noqa: D102
+    def list_uids(self, namespace: str | None) -> AsyncIterator[set[str]]: ...  # noqa: D102 - see Cluster
     def list_jobs(self, namespace: str | None) -> AsyncIterator[Page]: ...  # noqa: D102
     async def list_pods(self, namespace: str, *, task_uid: str) -> list[Manifest]: ...  # noqa: D102
     async def pod_refusal(self, namespace: str, *, job_uid: str) -> str | None: ...  # noqa: D102
@@ -176,6 +183,17 @@ class _Live:
 
 
 @dataclass(frozen=True, slots=True)
+class _Unseen:
+    """A task that is seen no more."""
+
+    uid: str
+    resource_version: int
+    """Since when."""
+    manifest: Mapping[str, Any] | None
+    """As it was last; None: nobody has told."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Task:
     """A task as one look sees it."""
 
@@ -200,6 +218,7 @@ class Controller:
         database: Database | None = None,
         announce: Callable[[Manifest], None] = lambda _: None,
         namespaces: Sequence[str] = (),
+        selected: bool = False,
         pools: PoolPort | None = None,
         pool_queue: Queue | None = None,
         policy: Policy | None = None,
@@ -210,8 +229,11 @@ class Controller:
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         random: Callable[[], float] = random_module.random,
         workers: int = _WORKERS,
+        pods_apart: float = _PODS_APART,
     ) -> None:
-        """``budget``: so many tasks of a namespace stay; over it, finished ones go before their time. 0: any number.
+        """``selected``: whether it sees tasks of some labels only: one that it sees no more may be there all the same, and
+        another installation looks after it.
+        ``budget``: so many tasks of a namespace stay; over it, finished ones go before their time. 0: any number.
         ``leads``: whether this operator acts at the moment, or stands by and only watches.
 
         Without ``pools`` and ``pool_queue`` no task gets to a worker pool.
@@ -222,6 +244,8 @@ class Controller:
         self._database = database
         self._announce = announce
         self._namespaces: tuple[str | None, ...] = tuple(namespaces) or (None,)
+        self._selected = selected
+        self._unseen: dict[Key, _Unseen] = {}
         self._policy = policy or Policy()
         self._resync_seconds = resync_seconds
         self._clock = clock
@@ -257,6 +281,13 @@ class Controller:
         self._live: dict[str, _Live] = {}
         self._news: dict[Key, float] = {}
         """Since when news of a task wait for a look, on the clock of time.perf_counter."""
+        self._glances = Glances[tuple[Key, str], tuple[PodReport, ...]](
+            lambda of: self._pods(of[0][0], of[1]),
+            lambda of: self._queue.add(of[0]),
+            at_once=_PODS_AT_ONCE,
+            apart=pods_apart,
+        )
+        """Pods of tasks that wait for them to run."""
         self._leads = leads
         self._term = 0  # how often it was called to act
         self._confirmed: int | None = None  # the term in which everything was last listed
@@ -443,8 +474,9 @@ class Controller:
         metadata = manifest["metadata"]
         key = (metadata["namespace"], metadata["name"])
         if kind == "DELETED":
-            self._gone(key, manifest)
+            self._not_seen(key, _Unseen(metadata["uid"], int(metadata["resourceVersion"]), manifest))
             return
+        self._seen(key, kind, metadata)
         new = self._cache.task(key) is None
         if self._cache.put_task(manifest):
             self._project(manifest)
@@ -460,7 +492,7 @@ class Controller:
         """Take in a Job of ours."""
         job = JobState.from_manifest(manifest)
         key = job_key(job)
-        if key is None:
+        if key is None or self._is_anothers(key, manifest):
             return
         if kind == "DELETED":
             if self._cache.drop_job(key, job.name, uid=job.uid, now=self._clock()):
@@ -471,6 +503,10 @@ class Controller:
             else:
                 self._news.setdefault(key, time.perf_counter())
                 self._queue.add(key)
+
+    def _is_anothers(self, key: Key, job: Mapping[str, Any]) -> bool:
+        """Whether another installation has made a Job, for a task that it looks after."""
+        return self._selected and self._cache.task(key) is None and instance_of(job) != self._template.instance
 
     def on_progress(self, event: ProgressEvent) -> None:
         """Take in progress; of one attempt only news that are newer."""
@@ -490,6 +526,62 @@ class Controller:
             wait = timedelta() if live.written is None else live.written + self._policy.progress_interval - self._clock()
             self._queue.add_after(key, wait.total_seconds())
 
+    def _not_seen(self, key: Key, unseen: _Unseen) -> None:
+        """A task is deleted; or its labels are no longer those that are looked after, which only the API server knows."""
+        if self._selected:
+            self._unseen[key] = unseen
+            self._queue.add(key)
+        else:
+            self._gone(key, unseen.manifest)
+
+    def _seen(self, key: Key, kind: str | None, metadata: Mapping[str, Any]) -> None:
+        """A task of this name is seen, by a watch or a list; what was read by its name (MODIFIED) may be another's."""
+        unseen = self._unseen.get(key)
+        if unseen is None:
+            return
+        if unseen.uid != metadata["uid"]:
+            del self._unseen[key]
+            self._gone(key, unseen.manifest)
+        elif kind != "MODIFIED" and int(metadata["resourceVersion"]) > unseen.resource_version:
+            del self._unseen[key]
+
+    async def _ask_after(self, key: Key) -> None:
+        """Find out what has become of a task that is seen no more: only one that is deleted is fenced and told so."""
+        unseen = self._unseen[key]
+        try:
+            there = (await self._api.get_task(*key))["metadata"]["uid"] == unseen.uid
+        except NotFound:
+            there = False
+        if self._unseen.get(key) is not unseen:
+            return  # it was seen again, or has gone again
+        del self._unseen[key]
+        if not there:
+            self._gone(key, unseen.manifest)
+            return
+        _log.info("another installation looks after a task", namespace=key[0], task=key[1], uid=unseen.uid)
+        self._forget(key, unseen.uid, gone=False)
+        for job in self._cache.jobs(key):
+            self._cache.drop_job(key, job.name, uid=job.uid, now=self._clock())
+
+    def _forget(self, key: Key, uid: str, *, gone: bool) -> None:
+        """Forget what is known of a task."""
+        if self._cache.drop_task(key, uid=uid, gone=gone) and self._dispatch is not None:
+            self._dispatch.release(key)
+        self._live.pop(uid, None)
+        self._wake_dependents(key)
+        self._news.pop(key, None)
+        if self._pools is not None:
+            self._pools.forget(uid, key)
+
+    async def elsewhere(self) -> set[str]:
+        """Return the uids of tasks that are there and that another installation looks after. Raises ClusterError."""
+        found: set[str] = set()
+        if self._selected:
+            for namespace in self._namespaces:
+                async for uids in self._api.list_uids(namespace):
+                    found |= uids
+        return found - self._cache.uids()
+
     def _gone(self, key: Key, manifest: Mapping[str, Any] | None) -> None:
         """Forget a task; its fence is raised, so that a pod that still runs publishes nothing."""
         known = self._cache.task(key)
@@ -498,13 +590,7 @@ class Controller:
             return
         phase = ((manifest or {}).get("status") or {}).get("phase")
         finished = phase in FINISHED or (known is not None and known.uid == uid and known.finished)
-        if self._cache.drop_task(key, uid=uid) and self._dispatch is not None:
-            self._dispatch.release(key)
-        self._live.pop(uid, None)
-        self._wake_dependents(key)
-        self._news.pop(key, None)
-        if self._pools is not None:
-            self._pools.forget(uid, key)
+        self._forget(key, uid, gone=True)
         if self._database is not None:
             if manifest is not None:
                 self._database.submit(manifest, deleted=True)
@@ -730,13 +816,16 @@ class Controller:
         before, newest = self._cache.uids(), self._cache.newest_task()
         lost = max(newest, -1 if self._database is None else self._database.newest())
         seen: set[str] = set()
+        listed_at = 0
         async for page in self._api.list_tasks(namespace):
             if page.resource_version < newest:
                 raise VersionsWentBack
+            listed_at = page.resource_version
             for manifest in page.items:
                 metadata = manifest["metadata"]
                 key, uid = (metadata["namespace"], metadata["name"]), metadata["uid"]
                 seen.add(uid)
+                self._seen(key, None, metadata)
                 known = self._cache.task(key)
                 if known is not None and int(metadata["resourceVersion"]) < known.resource_version <= newest:
                     raise VersionsWentBack
@@ -749,7 +838,7 @@ class Controller:
         for key, cached in self._cache.tasks():
             inside = namespace is None or key[0] == namespace
             if inside and cached.uid in before and cached.uid not in seen:
-                self._gone(key, None)
+                self._not_seen(key, _Unseen(cached.uid, listed_at, None))
 
     async def _list_jobs(self, namespace: str | None) -> None:
         before, now = self._cache.job_uids(), self._clock()
@@ -758,7 +847,9 @@ class Controller:
             for manifest in page.items:
                 job = JobState.from_manifest(manifest)
                 seen.add(job.uid)
-                self._cache.put_job(job, now=now)
+                owner = job_key(job)
+                if owner is not None and not self._is_anothers(owner, manifest):
+                    self._cache.put_job(job, now=now)
         for key in self._cache.job_keys():
             for job in self._cache.jobs(key):
                 inside = namespace is None or key[0] == namespace
@@ -780,6 +871,8 @@ class Controller:
         gone = {uid: one for uid, one in held.items() if uid not in alive}
         if not gone or self._database is None:
             return
+        if others := await self.elsewhere():
+            gone = {uid: one for uid, one in gone.items() if uid not in others}
         try:
             await self._database.mark_deleted(gone)
         except DatabaseUnavailable as error:
@@ -798,6 +891,8 @@ class Controller:
             self._telling.over(key)
 
     async def _act(self, key: Key, facts: _Facts) -> None:
+        if key in self._unseen:
+            await self._ask_after(key)
         cached = self._cache.task(key)
         await self._delete_orphans(key, None if cached is None else cached.uid)
         if cached is None:
@@ -892,6 +987,12 @@ class Controller:
                 place=facts.place,
             )
             decision = decide(observed, now=self._clock(), random=random, policy=self._policy)
+            if decision.patient and Need.PODS in decision.needs:
+                if (pods := self._glances.take((task.key, uid))) is None:
+                    return Decision()  # it is looked at again when they are there
+                facts.pods = pods
+                facts.answered |= {Need.PODS}
+                continue
             if not decision.needs:
                 if decision.awaits_pool and pools is not None and usable is not None:
                     since = task.status.queued_at or task.metadata.creation_timestamp
@@ -910,7 +1011,7 @@ class Controller:
         namespace, uid = task.metadata.namespace, task.metadata.uid or ""
         match need:
             case Need.PODS:
-                facts.pods = tuple(pod_report(pod) for pod in await self._api.list_pods(namespace, task_uid=uid))
+                facts.pods = await self._pods(namespace, uid)
             case Need.POD_REFUSAL:
                 job = view_of(Observed(task=task, jobs=self._jobs_of(task))).job
                 job_uid = "" if job is None else job.uid
@@ -938,6 +1039,9 @@ class Controller:
                     await self._ask(self._database, need, uid, facts, decision, attempt=current_attempt(task.status))
                 except DatabaseUnavailable as error:
                     _log.warning("PostgreSQL does not answer", task=task.metadata.name, error=str(error))
+
+    async def _pods(self, namespace: str, uid: str) -> tuple[PodReport, ...]:
+        return tuple(pod_report(pod) for pod in await self._api.list_pods(namespace, task_uid=uid))
 
     async def _dependencies(self, task: ProcessingTask) -> Dependencies:
         """Return what has become of the tasks that a task waits for: those that are gone PostgreSQL may know."""

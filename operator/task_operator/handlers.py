@@ -58,8 +58,11 @@ class _NoProgress(kopf.ProgressStorage):
         return essence
 
 
-def kopf_settings() -> kopf.OperatorSettings:
-    """Return settings under which kopf only watches, in little memory; each was measured or guards against a known hang."""
+def kopf_settings(*, selector: str = "") -> kopf.OperatorSettings:
+    """Return settings under which kopf only watches, in little memory; each was measured or guards against a known hang.
+
+    ``selector``: of the labels of what is looked after; empty: everything is.
+    """
     settings = kopf.OperatorSettings()
     settings.peering.standalone = True
     settings.scanning.disabled = True  # no watches on CRDs and namespaces, no rights for them
@@ -73,6 +76,9 @@ def kopf_settings() -> kopf.OperatorSettings:
     settings.watching.connect_timeout = 10
     settings.watching.reconnect_backoff = 1
     settings.watching.label_selectors["batch", "v1", "jobs"] = MANAGED_SELECTOR
+    for plural in (PLURAL, POOL_PLURAL, SCHEDULE_PLURAL):
+        if selector:
+            settings.watching.label_selectors[GROUP, VERSION, plural] = selector
     settings.networking.request_timeout = 30
     settings.networking.connect_timeout = 10
     settings.persistence.diffbase_storage = _NoDiffBase()

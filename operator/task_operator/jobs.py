@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any, Final, NamedTuple, Protocol
 
 from task_contract.batches import parallelism_of, write_shards
@@ -80,6 +81,8 @@ class RunnerTemplate:
     stores_secret: str = "processing-task-stores"  # noqa: S105 - the name of a Secret, not a secret
     documents_claim: str | None = "processing-task-documents"
     """Claim of the document volume; None mounts none."""
+    documents_subpath: str = ""
+    """Folder of the volume that pods see, with ``{namespace}`` in place of theirs; empty: all of it."""
     priority_classes: Mapping[Priority, str] = field(default_factory=dict)
     classes: Mapping[str, Resources] = field(default_factory=dict)
     """Resources by the name of their class; pods of no task have those of medium."""
@@ -103,6 +106,7 @@ class RunnerTemplate:
     """Of the product, for the label ``app.kubernetes.io/version``; empty: unknown, and the label is left out."""
 
 
+INSTANCE_LABEL: Final = "app.kubernetes.io/instance"
 KUEUE_QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"
 """By it Kueue knows the Jobs that are its own (https://kueue.sigs.k8s.io/docs/tasks/run/jobs/)."""
 
@@ -114,7 +118,7 @@ def common_labels(template: RunnerTemplate, *, name: str, component: str) -> dic
     """
     labels = {
         "app.kubernetes.io/name": name,
-        "app.kubernetes.io/instance": template.instance,
+        INSTANCE_LABEL: template.instance,
         "app.kubernetes.io/component": component,
         "app.kubernetes.io/part-of": PART_OF,
         MANAGED_BY_LABEL: MANAGED_BY,
@@ -330,7 +334,7 @@ def _task_pod(task: ProcessingTask, *, attempt: int, template: RunnerTemplate, s
         },
     ]
     mounts: list[dict[str, Any]] = [{"name": _TASK_VOLUME, "mountPath": folder, "readOnly": True}]
-    documents = document_volume(template, writes=task.spec.payload.output_path is not None)
+    documents = document_volume(template, task.metadata.namespace, writes=task.spec.payload.output_path is not None)
     volumes += documents.volumes
     mounts += documents.mounts
     return runner_pod(
@@ -364,14 +368,18 @@ class DocumentVolume(NamedTuple):
     mounts: list[dict[str, Any]]
 
 
-def document_volume(template: RunnerTemplate, *, writes: bool) -> DocumentVolume:
+def document_volume(template: RunnerTemplate, namespace: str, *, writes: bool) -> DocumentVolume:
     """Return the document volume of a pod, which reads it; if it ``writes``, then to the folder of outputs alone."""
     if not template.documents_claim:
         return DocumentVolume([], [])
     claim = {"claimName": template.documents_claim, "readOnly": not writes}
     mounts: list[dict[str, Any]] = [{"name": "documents", "mountPath": DOCUMENT_ROOT, "readOnly": True}]
+    below = template.documents_subpath.replace("{namespace}", namespace)
+    if below:
+        mounts[0]["subPath"] = below
     if writes:
-        mounts.append({"name": "documents", "mountPath": f"{DOCUMENT_ROOT}/{OUTPUTS}", "subPath": OUTPUTS})
+        outputs = f"{below}/{OUTPUTS}" if below else OUTPUTS
+        mounts.append({"name": "documents", "mountPath": f"{DOCUMENT_ROOT}/{OUTPUTS}", "subPath": outputs})
     return DocumentVolume([{"name": "documents", "persistentVolumeClaim": claim}], mounts)
 
 
@@ -673,6 +681,7 @@ def pods_of(job: JobState, pods: Iterable[PodReport]) -> tuple[PodReport, ...]:
     return tuple(sorted(mine, key=lambda pod: (pod.finished_at or latest, pod.started_at or latest, pod.name)))
 
 
+@lru_cache(maxsize=4096)  # of a thousand Jobs of one second each would keep three of its own
 def parse_time(text: str | None) -> datetime | None:
     """Read a timestamp of the Kubernetes API; None for none, or for one that is no timestamp."""
     if not text:

@@ -247,6 +247,8 @@ class Decision:
     """What to do, in this order: answer the needs (and decide again), or write, delete, create."""
 
     needs: frozenset[Need] = frozenset()
+    patient: bool = False
+    """Whether the pods, if they are among the needs, can wait a moment: nothing but why none runs depends on them."""
     fence_reason: str = ""
     """Why the fence is to be raised, when it is among the needs."""
     settle: Failure | None = None

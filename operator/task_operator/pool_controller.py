@@ -160,10 +160,6 @@ class PoolController:
         """Have everything listed soon: a watch was lost for longer than the server remembers, with deletions unseen."""
         self._lookout.relist()
 
-    def poke(self, pool: Pool) -> None:
-        """Have a pool looked at soon: tasks have come for it."""
-        self._lookout.soon((pool.namespace, pool.name))
-
     def _put_pool(self, key: Key, manifest: Mapping[str, Any]) -> None:
         version = int(manifest["metadata"]["resourceVersion"])
         known = self._known.get(key)

@@ -85,7 +85,7 @@ def _labels(pool: Pool, template: RunnerTemplate) -> dict[str, str]:
 
 def _spec(pool: Pool, template: RunnerTemplate, *, labels: Mapping[str, str]) -> dict[str, Any]:
     spec = pool.spec
-    documents = document_volume(template, writes=not _WRITES.isdisjoint(spec.types))
+    documents = document_volume(template, pool.namespace, writes=not _WRITES.isdisjoint(spec.types))
     revision = labels.get(REVISION_LABEL, "")
     return {
         "backoffLimit": 0,

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final, TypeVar
 
+import redis
+import redis.asyncio
 import structlog
 from pydantic import ValidationError
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from task_contract.leases import (
     DISMISS,
@@ -27,7 +28,9 @@ from task_contract.leases import (
     WorkerState,
 )
 from task_contract.models import Priority
+from task_contract.redis_address import failures, open_redis, takes_everything_in_pipelines
 
+_FAILURES: Final = failures(redis)
 _log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
@@ -94,8 +97,13 @@ class PoolQueue:
 
     def __init__(self, url: str) -> None:
         # Reports are waited for on a connection of their own, which a read blocks for longer than others may take.
-        self._redis: Redis = Redis.from_url(
-            url, decode_responses=True, socket_connect_timeout=_TIMEOUT, socket_timeout=_TIMEOUT, health_check_interval=30
+        self._redis: Redis = open_redis(
+            redis.asyncio,
+            url,
+            decode_responses=True,
+            socket_connect_timeout=_TIMEOUT,
+            socket_timeout=_TIMEOUT,
+            health_check_interval=30,
         )
         self._scripts = {text: self._redis.register_script(text) for text in (OFFER, LOOK, WITHDRAW, DRAIN, DISMISS)}
 
@@ -104,11 +112,16 @@ class PoolQueue:
         await self._redis.aclose()
 
     async def offer(self, keys: PoolKeys, offers: Sequence[Offer], *, now: datetime) -> list[bool]:
-        """Put tasks into a pool's queue in one request; return for each whether it was not there yet."""
+        """Put tasks into a pool's queue in one request, in a cluster one by one; return for each whether it was not there
+        yet."""
+        calls: list[list[str | float]] = [
+            [STREAM_OF[Priority(one.priority)], one.uid, one.attempt, one.stamp, one.rank, now.isoformat(), one.task]
+            for one in offers
+        ]
+        if not takes_everything_in_pipelines(self._redis):
+            return [bool(await self._run(OFFER, keys, values)) for values in calls]
         async with self._redis.pipeline(transaction=False) as pipeline:
-            for one in offers:
-                stream = STREAM_OF[Priority(one.priority)]
-                values: list[str | float] = [stream, one.uid, one.attempt, one.stamp, one.rank, now.isoformat(), one.task]
+            for values in calls:
                 await self._scripts[OFFER](keys.all, values, client=pipeline)
             return [bool(new) for new in await _answered(pipeline.execute())]
 
@@ -193,7 +206,7 @@ def _report(keys: PoolKeys, values: Mapping[str, str]) -> PoolReport | None:
 async def _answered(request: Awaitable[T]) -> T:
     try:
         answer = await request
-    except (RedisError, OSError, TimeoutError) as error:
+    except _FAILURES as error:
         _stop_if_canceled()
         raise QueueUnavailable(f"cannot use Redis: {str(error) or type(error).__name__}") from error
     _stop_if_canceled()

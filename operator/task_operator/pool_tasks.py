@@ -346,6 +346,10 @@ class PoolTasks:
     def on_reports(self, pool: PoolId, batch: Iterable[Heard]) -> None:
         """Take in reports, some of them perhaps again; none: there are no more at the moment."""
         place, some = self._place(pool), False
+        if place.gone_since is not None and place.down_since is not None:
+            # Nobody looks at a pool that is gone. That its reports can be read says that Redis is back.
+            place.down_since = None
+            self._wake_all(place)
         for heard in batch:
             some = True
             if (pool, heard.number) in self._numbers:

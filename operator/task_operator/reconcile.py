@@ -369,7 +369,8 @@ def _stopping(
     if job.suspended or job.started_at is None or now - changed < _patience(observed.task, policy):
         return None  # or the Job controller has not taken it up: there is no pod
     if Need.PODS not in observed.answered:
-        return Decision(needs=frozenset({Need.PODS}))
+        ran = observed.task.status.phase is Phase.PROCESSING  # then it is not one of many that wait for room
+        return Decision(needs=frozenset({Need.PODS}), patient=not ran)
     alive = [pod for pod in pods_of(job, observed.pods) if pod.alive]
     ends = [pod.stop_by for pod in alive if pod.stop_by is not None]
     if not alive or len(ends) < len(alive):
@@ -462,7 +463,7 @@ def _starting(observed: Observed, view: View, job: JobState, *, now: datetime, r
         return Decision(after=policy.controller_patience - unseen)  # in a burst it lags behind: there is no pod to look at
     queue = wait_of(observed, job, now=now)
     if isinstance(queue, Need):
-        return Decision(needs=frozenset({queue}))
+        return Decision(needs=frozenset({queue}), patient=True)
     pods = pods_of(job, observed.pods)
     if (burden := burden_on_nodes(pods, most=policy.evictions_under_pressure)) is not None:
         judged = _judge(observed, view, burden, now=now, random=random, policy=policy)

@@ -23,6 +23,7 @@ from task_contract.schedules import ScheduleStatus
 from task_operator.lookout import Lookout
 from task_operator.metrics import Metrics
 from task_operator.schedules import Decision, Refusal, Run, Schedule, build_task, decide, owner_of, run_of
+from task_operator.selection import inherited
 from task_platform.kubernetes import ClusterError, Conflict, Forbidden, Invalid, Manifest, NotFound, Page
 
 _log = structlog.get_logger(__name__)
@@ -59,6 +60,8 @@ class _Known:
     schedule: Schedule
     version: int
     template: Mapping[str, Any]
+    labels: Mapping[str, str]
+    """That its tasks have too."""
     wake_at: datetime | None = None
     refused: Refusal | None = None
     refused_at: float = float("-inf")
@@ -74,16 +77,19 @@ class ScheduleController:
         metrics: Metrics,
         archived: Archived,
         namespaces: Sequence[str] = (),
+        selector: str = "",
         watched: bool = True,
         resync_seconds: float = 300,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``watched``: whether :meth:`on_schedule` is told of schedules; else they are listed every few seconds."""
+        """``selector``: of the labels of what is looked after: a schedule's tasks have its own. ``watched``: whether
+        :meth:`on_schedule` is told of schedules; else they are listed every few seconds."""
         self._api = api
         self._metrics = metrics
         self._archived = archived
         self._namespaces: tuple[str | None, ...] = tuple(namespaces) or (None,)
+        self._selector = selector
         self._clock = clock
         self._monotonic = monotonic
         self._known: dict[Key, _Known] = {}
@@ -123,7 +129,8 @@ class ScheduleController:
         self._lookout.relist()
 
     def _put_schedule(self, key: Key, manifest: Mapping[str, Any]) -> None:
-        version = int(manifest["metadata"]["resourceVersion"])
+        metadata = manifest["metadata"]
+        version = int(metadata["resourceVersion"])
         known = self._known.get(key)
         if known is not None and version < known.version:
             return
@@ -134,12 +141,13 @@ class ScheduleController:
             self._known.pop(key, None)
             return
         template = manifest["spec"]["taskTemplate"]
+        labels = inherited(metadata.get("labels") or {}, selector=self._selector)
         if known is None or known.schedule.uid != schedule.uid:
-            self._known[key] = _Known(schedule, version, template)
+            self._known[key] = _Known(schedule, version, template, labels)
         else:
             if known.schedule.generation != schedule.generation:
                 known.refused = None  # what was refused may be what was changed
-            known.schedule, known.version, known.template = schedule, version, template
+            known.schedule, known.version, known.template, known.labels = schedule, version, template, labels
         self._lookout.soon(key)
 
     def _put_run(self, manifest: Mapping[str, Any]) -> None:
@@ -276,7 +284,7 @@ class ScheduleController:
     async def _create(self, known: _Known, at: datetime) -> Refusal | None:
         """Make the task of a time; return why there is none."""
         schedule = known.schedule
-        task = build_task(schedule, at, known.template)
+        task = build_task(schedule, at, known.template, labels=known.labels)
         name = task["metadata"]["name"]
         try:
             self._put_run(await self._api.create_task(task))

@@ -171,9 +171,11 @@ def decide(
     )
 
 
-def build_task(schedule: Schedule, at: datetime, template: Mapping[str, Any]) -> dict[str, Any]:
+def build_task(
+    schedule: Schedule, at: datetime, template: Mapping[str, Any], *, labels: Mapping[str, str]
+) -> dict[str, Any]:
     """Return the manifest of the task of a time. ``template``: ``spec.taskTemplate`` as it stands in the schedule, with
-    fields that a later release may know."""
+    fields that a later release may know. ``labels``: of the task in any case."""
     metadata = template.get("metadata") or {}
     owner = {
         "apiVersion": API_VERSION,
@@ -189,7 +191,12 @@ def build_task(schedule: Schedule, at: datetime, template: Mapping[str, Any]) ->
         "metadata": {
             "name": schedule.task_name(at),
             "namespace": schedule.namespace,
-            "labels": {**(metadata.get("labels") or {}), SCHEDULE_LABEL: schedule.name, MANAGED_BY_LABEL: MANAGED_BY},
+            "labels": {
+                **(metadata.get("labels") or {}),
+                **labels,
+                SCHEDULE_LABEL: schedule.name,
+                MANAGED_BY_LABEL: MANAGED_BY,
+            },
             "annotations": {**(metadata.get("annotations") or {}), SCHEDULED_AT_ANNOTATION: rfc3339(at)},
             "ownerReferences": [owner],
         },

@@ -18,11 +18,14 @@ from task_operator.jobs import RunnerTemplate
 from task_operator.observation import Policy
 from task_operator.projection import DefaultCallback
 from task_operator.resources import MemoryGrowth, classes, in_bytes
+from task_operator.selection import check_selector
 from task_operator.spans import Sampler
 from task_operator.targets import Targets
 from task_platform.settings import Address as ListenAddress
-from task_platform.settings import Names, OptionalUrl, product_version
+from task_platform.settings import Names, OptionalUrl, RedisUrl, product_version
 
+_SUBPATH: Final = r"^([A-Za-z0-9_{][A-Za-z0-9._{}-]*(/[A-Za-z0-9_{][A-Za-z0-9._{}-]*)*)?$"
+"""No part of it begins with a dot, so none is ``..``."""
 PREFIX: Final = "OPERATOR_"
 _LABEL_VALUE: Final = r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
 
@@ -103,10 +106,13 @@ class DatabaseSettings(BaseSettings):
 class Settings(DatabaseSettings):
     """What the operator is told by its environment."""
 
-    redis_url: OptionalUrl = None
+    redis_url: RedisUrl = None
     """Redis that carries live progress. None: no progress in the status."""
     namespaces: Names = ()
     """Namespaces to look after, comma separated; empty: all of the cluster."""
+    selector: Annotated[str, AfterValidator(check_selector)] = ""
+    """Label selector of the tasks, pools and schedules to look after, where several installations share namespaces:
+    ``team=a``; empty: all."""
     runner_image: Annotated[str, Field(min_length=1)]
     """Image of the runner pods."""
     runner_image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
@@ -117,6 +123,8 @@ class Settings(DatabaseSettings):
     """Secret in each task namespace with the runner's environment."""
     documents_claim: str = "processing-task-documents"
     """PersistentVolumeClaim in each task namespace with the documents; empty: none."""
+    documents_subpath: Annotated[str, Field(pattern=_SUBPATH)] = ""
+    """Folder of it that pods see as /data, such as teams/{namespace}, where the namespace is filled in; empty: all of it."""
     priority_classes: dict[Priority, str] = {}
     """PriorityClass of each priority, as a JSON object; a priority that is not named gets none."""
     runner_resources: Annotated[dict[str, dict[str, str]], AfterValidator(_resources)] = {
@@ -274,6 +282,7 @@ class Settings(DatabaseSettings):
             service_account=self.service_account,
             stores_secret=self.stores_secret,
             documents_claim=self.documents_claim or None,
+            documents_subpath=self.documents_subpath,
             priority_classes=self.priority_classes,
             classes=classes(self.runner_resources, configured=self.runner_resource_classes),
             memory_growth=MemoryGrowth(factor=self.runner_memory_factor, limit=self.runner_memory_limit),

@@ -49,6 +49,11 @@ def is_due(swept: Swept, *, interval: timedelta, now: datetime) -> bool:
     return swept.dirty or now - swept.since >= interval
 
 
+async def _nowhere() -> Collection[str]:
+    """No other installation looks after tasks of these namespaces."""
+    return ()
+
+
 class Sweeper:
     """Compares and creates Jobs until cancelled."""
 
@@ -60,14 +65,18 @@ class Sweeper:
         alive: Callable[[], Collection[str] | None],
         template: RunnerTemplate,
         metrics: Metrics,
+        elsewhere: Callable[[], Awaitable[Collection[str]]] = _nowhere,
         namespaces: Sequence[str] = (),
         interval: timedelta = timedelta(hours=1),
         look: timedelta = LOOK,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
+        """``alive``: the tasks that have not finished; None while that is not known. ``elsewhere``: those that another
+        installation looks after, which shares namespaces and database; it may raise ClusterError."""
         self._create_job = create_job
         self._database = database
         self._alive = alive
+        self._elsewhere = elsewhere
         self._template = template
         self._metrics = metrics
         self._namespaces = namespaces
@@ -94,7 +103,9 @@ class Sweeper:
         alive = self._alive()  # asked for after the intents
         if alive is None:
             return
-        for uid in dead(intents, alive=alive, now=self._clock()):
+        ended = dead(intents, alive=alive, now=self._clock())
+        others = await self._elsewhere() if ended else ()
+        for uid in [uid for uid in ended if uid not in others]:
             await self._database.raise_fence(uid, reason="Ended")
             self._metrics.dead_intents.inc()
             _log.info("a task that has ended or gone cannot publish any more", uid=uid)

@@ -9,8 +9,8 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Protocol
 
@@ -61,6 +61,8 @@ class Trial:
     """Root of the document volume, where this process may write; a page is put there for as long as the trial takes."""
     document: str | None = None
     """Path or URL of a document that is there, in place of a page of its own. With neither only the health is checked."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Of its tasks: those by which the operator knows them, if it looks after some alone."""
 
     async def run(self) -> None:
         """Carry it out and clear up. Raises :class:`TrialFailed` and :class:`~task_platform.kubernetes.ClusterError`."""
@@ -117,7 +119,7 @@ class Trial:
         manifest = {
             "apiVersion": "tasks.zzdsj.io/v1",
             "kind": "ProcessingTask",
-            "metadata": {"name": name, "labels": {"app.kubernetes.io/part-of": "processing-tasks"}},
+            "metadata": {"name": name, "labels": {**self.labels, "app.kubernetes.io/part-of": "processing-tasks"}},
             "spec": spec | {"ttlSecondsAfterFinished": _KEPT, "deadline": f"{max(1, int(until - time.monotonic()))}s"},
         }
         while True:

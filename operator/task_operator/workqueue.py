@@ -1,19 +1,21 @@
-"""A queue of keys: each once, none by two workers at a time, later, or again after an error with growing waits. And a turn
-that one key has at a time.
+"""A queue of keys: each once, none by two workers at a time, later, or again after an error with growing waits. A turn that
+one key has at a time. And questions about keys that are asked together.
 """
 
 import asyncio
 import contextlib
 import heapq
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
-from itertools import count
+from collections.abc import Awaitable, Callable, Hashable, Iterator
+from itertools import count, islice
 from typing import Final, Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
+A = TypeVar("A")
 
 _FIRST_BACKOFF: Final = 1.0  # seconds: an object that goes wrong costs at most one try a second
 _MAX_BACKOFF: Final = 60.0
+_FRESH: Final = 10.0  # seconds that a glance is true for: the line of keys that are called may be long
 
 
 class WorkQueue(Generic[K]):
@@ -170,3 +172,48 @@ class Turn(Generic[K]):
             del self._waiting[first]
             self._called = first
             self._call(first)
+
+
+class Glances(Generic[K, A]):
+    """Asks what is welcome and can wait about many keys together, once in a while; nobody is kept waiting for the answers.
+
+    Who finds no answer is called when it is there, and has :data:`_FRESH` seconds to come for it: what was true an hour ago,
+    when it was not needed any more, is no answer.
+    """
+
+    def __init__(self, ask: Callable[[K], Awaitable[A]], call: Callable[[K], object], *, at_once: int, apart: float) -> None:
+        """``ask`` is called for at most so many keys ``at_once``, those that wait longest; ``call`` has a key looked at;
+        ``apart``: seconds from then to the next time."""
+        self._ask = ask
+        self._call = call
+        self._at_once = at_once
+        self._apart = apart
+        self._asked: dict[K, None] = {}
+        self._answers: dict[K, tuple[float, A | BaseException]] = {}
+        """Each with when it was asked for, in the loop's time."""
+        self._working: asyncio.Task[None] | None = None
+
+    def take(self, key: K) -> A | None:
+        """Return the answer about a key; None: it is asked for, and ``key`` is called. Raises what asking raised."""
+        began, answer = self._answers.pop(key, (0.0, None))
+        if answer is None or began < asyncio.get_running_loop().time() - _FRESH:
+            self._asked[key] = None
+            if self._working is None or self._working.done():
+                self._working = asyncio.create_task(self._work())
+            return None
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    async def _work(self) -> None:
+        time = asyncio.get_running_loop().time
+        while self._asked:
+            began, keys = time(), [*islice(self._asked, self._at_once)]
+            for key in keys:
+                del self._asked[key]
+            self._answers = {key: answer for key, answer in self._answers.items() if answer[0] >= began - _FRESH}
+            answers = await asyncio.gather(*map(self._ask, keys), return_exceptions=True)
+            self._answers.update((key, (began, answer)) for key, answer in zip(keys, answers, strict=True))
+            for key in keys:
+                self._call(key)
+            await asyncio.sleep(began + self._apart - time())

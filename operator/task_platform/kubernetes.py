@@ -48,6 +48,12 @@ JOBS_API: Final = "/apis/batch/v1"
 CORE_API: Final = "/api/v1"
 EVENTS_API: Final = "/apis/events.k8s.io/v1"
 LEASES_API: Final = "/apis/coordination.k8s.io/v1"
+_JSON: Final = "application/json"
+METADATA_ALONE: Final = f"{_JSON};as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+"""A list without specs and statuses.
+
+https://kubernetes.io/docs/reference/using-api/api-concepts/#alternate-representations-of-resources
+"""
 
 
 class ClusterError(Exception):
@@ -275,12 +281,14 @@ class Kubernetes:
                 raise
             return  # another object of that name: the one that was meant is gone
 
-    async def pages(self, group: str, plural: str, namespace: str | None, **params: str) -> AsyncIterator[Page]:
-        """Hand out a list in pages; without namespace, of the whole cluster."""
+    async def pages(
+        self, group: str, plural: str, namespace: str | None, *, accept: str = _JSON, **params: str
+    ) -> AsyncIterator[Page]:
+        """Hand out a list in pages; without namespace, of the whole cluster. ``accept``: as what, see METADATA_ALONE."""
         path = path_of(group, namespace, plural)
         position = ""
         while True:
-            page = await self.ask("GET", path, params=params | {"limit": str(_PAGE), "continue": position})
+            page = await self.ask("GET", path, params=params | {"limit": str(_PAGE), "continue": position}, accept=accept)
             metadata = page["metadata"]
             items = page.pop("items", None) or []
             yield Page(items=items, resource_version=int(metadata["resourceVersion"]))
@@ -323,7 +331,8 @@ class Kubernetes:
         *,
         body: Any = None,
         params: Mapping[str, str] | None = None,
-        content_type: str = "application/json",
+        content_type: str = _JSON,
+        accept: str = _JSON,
     ) -> bytes:
         """Make a request and return the body of the answer. Raises a :class:`ClusterError`."""
         if self._session is None:
@@ -335,7 +344,7 @@ class Kubernetes:
                 self._access.server + path,
                 params={key: value for key, value in (params or {}).items() if value},
                 data=None if body is None else orjson.dumps(body),
-                headers={"Content-Type": content_type, "Accept": "application/json"},
+                headers={"Content-Type": content_type, "Accept": accept},
             ) as response:
                 code = str(response.status)
                 data = await response.read()

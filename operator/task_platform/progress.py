@@ -4,14 +4,16 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
+import redis
+import redis.asyncio
 import structlog
 from pydantic import ValidationError
-from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from task_contract.messages import ProgressEvent
 from task_contract.names import PROGRESS_CHANNEL
+from task_contract.redis_address import failures, open_redis, subscribed
 
+_FAILURES: Final = failures(redis)
 _log = structlog.get_logger(__name__)
 _MAX_BACKOFF: Final = 30.0  # seconds
 _SILENCE: Final = 15.0  # seconds without a message before a ping asks whether Redis is still there
@@ -21,7 +23,9 @@ class ProgressFeed:
     """Subscribes to the progress channel and hands each event on; comes back after every loss of the connection."""
 
     def __init__(self, url: str, *, sink: Callable[[ProgressEvent], None]) -> None:
-        self._redis: Redis = Redis.from_url(url, socket_connect_timeout=5, health_check_interval=_SILENCE)
+        self._redis: redis.asyncio.Redis = open_redis(
+            redis.asyncio, url, socket_connect_timeout=5, health_check_interval=_SILENCE
+        )
         self._sink = sink
 
     async def run(self) -> None:
@@ -29,15 +33,14 @@ class ProgressFeed:
         wait = 1.0
         while True:
             try:
-                async with self._redis.pubsub() as subscription:
-                    await subscription.subscribe(PROGRESS_CHANNEL)
+                async with subscribed(self._redis, PROGRESS_CHANNEL) as subscription:
                     wait = 1.0
                     while True:
                         # With a timeout, so that the health check notices a peer that is gone without a word.
                         message = await subscription.get_message(ignore_subscribe_messages=True, timeout=_SILENCE)
                         if message is not None:
                             self._handle(message["data"])
-            except (RedisError, OSError, TimeoutError) as error:
+            except _FAILURES as error:
                 _log.warning("cannot follow progress in Redis; status shows none until it is back", error=repr(error))
                 await asyncio.sleep(wait)
                 wait = min(2 * wait, _MAX_BACKOFF)

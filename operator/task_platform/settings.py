@@ -2,10 +2,12 @@
 
 import re
 from importlib import metadata
-from typing import Annotated, TypeVar
+from typing import Annotated, Final, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, ValidationError
 from pydantic_settings import BaseSettings, NoDecode
+
+from task_contract.redis_address import check_redis_url
 
 
 class SettingsError(ValueError):
@@ -32,9 +34,13 @@ Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
 """Comma separated."""
 Address = Annotated[str, AfterValidator(_address)]
 """HOST:PORT to listen on."""
-OptionalAddress = Annotated[Address | None, BeforeValidator(_empty_is_none)]
+EmptyIsNone: Final = BeforeValidator(_empty_is_none)
+"""For a setting that may be left empty."""
+OptionalAddress = Annotated[Address | None, EmptyIsNone]
 """The same; empty: do not listen."""
-OptionalUrl = Annotated[str | None, BeforeValidator(_empty_is_none)]
+OptionalUrl = Annotated[str | None, EmptyIsNone]
+RedisUrl = Annotated[Annotated[str, AfterValidator(check_redis_url)] | None, EmptyIsNone]
+"""Of one server, or of Sentinels (:mod:`task_contract.redis_address`); empty: none."""
 
 
 def product_version() -> str:

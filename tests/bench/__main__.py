@@ -31,10 +31,10 @@ BENCHMARKS = (
         "projection",
         "quality",
     ),
-    *("rebuild", "store_limits", "vectors"),
+    *("rebuild", "soak", "store_limits", "vectors"),
 )
-NAMED_ONLY = ("store_limits",)
-"""Takes half an hour, and is left out where all are run."""
+NAMED_ONLY = ("soak", "store_limits")
+"""Take half an hour and an hour, and are left out where all are run."""
 PARTED = ("gateway", "gateway_live", "operator", "pipeline", "pools", "quality", "rebuild", "store_limits", "vectors")
 """Have parts."""
 RESULTS = Path(__file__).resolve().parents[2] / "build/bench"
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
         else None,
     )
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHMARKS)}; none: all but store_limits"
+        "names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHMARKS)}; none: all but soak and store_limits"
     )
     parser.add_argument("--only", metavar="PART", help=f"parts of the benchmark {' or '.join(PARTED)}, comma separated")
     parser.add_argument("--most", type=int, metavar="COUNT", help="knowledge bases of store_limits, rows of the others")

@@ -5,6 +5,8 @@ the very Jobs that ours makes and reads the end of an attempt from the pod, as o
 the API server. It has no retries, no history and no fence, and a kill between two of its writes may lose a task.
 """
 
+import json
+import os
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,7 +22,7 @@ from task_operator.jobs import RunnerTemplate, build_job
 TEMPLATE = RunnerTemplate(
     image="localhost/processing-tasks/runner:test",
     classes={"medium": {"requests": {"cpu": "250m", "memory": "512Mi"}, "limits": {"memory": "2Gi"}}},
-    node_selector={"tests.tasks.zzdsj.io/node": "none"},
+    node_selector=json.loads(os.environ.get("BENCH_NODE_SELECTOR", '{"tests.tasks.zzdsj.io/node": "none"}')),
 )
 
 kubernetes.config.load_config()

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import psutil
 
-from devstack import DevstackError, process
+from devstack import DevstackError, network, process
 from devstack.stores import redis
 from tests.bench import corpus, side_by_side
 from tests.bench.pool_rounds import TEXT, TEXTS
@@ -25,6 +25,7 @@ CONFIGURATIONS: Final = {
 
 def measure() -> dict[str, Any]:
     """Measure both configurations. Raises DevstackError."""
+    network.up()  # Redis listens on its bridge too
     redis.up()
     python = side_by_side.environment()
     text = "".join(corpus.chinese(TEXTS * TEXT))
@@ -48,7 +49,7 @@ def _measured(python: Path, environment: dict[str, str], texts: str) -> dict[str
         worker = _Worker(python, environment)
         try:
             load = subprocess.Popen(
-                [str(python), "celery_app.py"],
+                [str(python), "-c", "import celery_app; celery_app.load()"],
                 cwd=_FOLDER,
                 env=environment,
                 stdin=subprocess.PIPE,
@@ -64,6 +65,7 @@ def _measured(python: Path, environment: dict[str, str], texts: str) -> dict[str
             first = json.loads(load.stdout.readline() or "{}")
             after = worker.cpu() + _redis()
             second = json.loads(load.stdout.readline() or "{}")
+            last_cpu = worker.cpu() + _redis()
             if load.stdout.readline().strip() != "kill":
                 errors.seek(0)
                 raise DevstackError(f"cannot measure Celery:\n{errors.read().decode()[-3000:]}")
@@ -79,6 +81,7 @@ def _measured(python: Path, environment: dict[str, str], texts: str) -> dict[str
         "noop_rate": 5000 / first["noop_seconds"],
         "noop_cpu": (after - before + first["cpu"]) * 1000 / 5000,
         "embed_rate": TEXTS / second["embed_seconds"],
+        "embed_cpu": (last_cpu - after + second["cpu"] - first["cpu"]) * 1000 / TEXTS,
         "lost": last["of"] - last["done"],
         "killed_of": last["of"],
     }

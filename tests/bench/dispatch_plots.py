@@ -1,5 +1,6 @@
 """``python -m tests.bench.dispatch_plots``: draw the plots of docs/scaling.md, as SVG, from simulations of the dispatch."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -9,15 +10,22 @@ from tests.bench.dispatch_simulation import fair, fifo, jain, simulate
 
 _IMAGES: Final = Path(__file__).resolve().parents[2] / "docs/images"
 _COLOURS: Final = ("#1f6feb", "#d1242f", "#8250df")
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 640, 320, 70, 50, 40
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 640, 320, 80, 50, 50
 
 Points = Sequence[tuple[float, float]]
 
 
+def axis(most: float) -> tuple[float, float]:
+    """Return the end of an axis that holds a value, and the steps of it: of 1, 2 or 5 times a power of ten."""
+    size = 10 ** math.floor(math.log10(most / 4))
+    step = next(size * times for times in (1, 2, 5, 10) if most / (size * times) <= 6)
+    return math.ceil(most / step - 1e-9) * step, step
+
+
 def chart(title: str, x: str, y: str, lines: Mapping[str, Points]) -> str:
     """Return a chart of lines as SVG; axes begin at 0."""
-    right = max(point[0] for points in lines.values() for point in points)
-    high = 1.1 * max(point[1] for points in lines.values() for point in points)
+    right, across_by = axis(max(point[0] for points in lines.values() for point in points))
+    high, up_by = axis(max(point[1] for points in lines.values() for point in points))
 
     def place(point: tuple[float, float]) -> str:
         across = _LEFT + (_WIDTH - _LEFT - 20) * point[0] / right
@@ -33,17 +41,19 @@ def chart(title: str, x: str, y: str, lines: Mapping[str, Points]) -> str:
         text(_WIDTH / 2, _HEIGHT - 10, x),
         text(16, _HEIGHT / 2, y, more=f'transform="rotate(-90 16 {_HEIGHT / 2:.0f})"'),
     ]
-    for step in range(6):
-        across, up = place((right * step / 5, high * step / 5)).split(",")
-        parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - 20}" y1="{up}" y2="{up}" stroke="#ddd"/>')
-        parts.append(text(float(across), _HEIGHT - _BOTTOM + 16, f"{right * step / 5:g}"))
-        parts.append(text(_LEFT - 6, float(up) + 4, f"{high * step / 5:.3g}", "end"))
+    for step in range(round(right / across_by) + 1):
+        across = float(place((across_by * step, 0)).split(",")[0])
+        parts.append(text(across, _HEIGHT - _BOTTOM + 16, f"{across_by * step:,g}"))
+    for step in range(round(high / up_by) + 1):
+        up = float(place((0, up_by * step)).split(",")[1])
+        parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - 20}" y1="{up:.1f}" y2="{up:.1f}" stroke="#ddd"/>')
+        parts.append(text(_LEFT - 6, up + 4, f"{up_by * step:,g}", "end"))
     for number, (name, points) in enumerate(lines.items()):
         colour = _COLOURS[number]
         parts.append(
             f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{" ".join(place(one) for one in points)}"/>'
         )
-        parts.append(text(_WIDTH - 30, _TOP + 4 + 16 * number, name, "end", f'fill="{colour}"'))
+        parts.append(text(_LEFT + 160 * number, _TOP - 4, f"● {name}", "start", f'fill="{colour}"'))
     return "\n".join([*parts, "</svg>", ""])
 
 

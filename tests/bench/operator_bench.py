@@ -1,10 +1,11 @@
 """Our operator, the obvious one and the least one under the same load on a real API server, with a real PostgreSQL.
 
-``--only steady`` (or burst, jobs, idle, restart; comma separated) runs one scenario. Each operator in each scenario has a
-machine of its own: network and process namespace, etcd, API server, Job controller and PostgreSQL, all started for it
-(:mod:`tests.bench.operator_rounds`). Operators sign in with a service account, as in a cluster, and run in the environment
-of the image (``requirements/operator.txt``); the obvious one (:mod:`tests.bench.baseline_operator`) in that of the tests,
-since it needs the generated client. The least one is :mod:`tests.bench.lean_operator`.
+``--only steady`` (or burst, jobs, idle, nodes, nodes-stock, restart; comma separated) runs one scenario. Each
+operator in each scenario has a machine of its own: network and process namespace, etcd, API server, Job controller
+and PostgreSQL, all started for it (:mod:`tests.bench.operator_rounds`). Operators sign in with a service account, as
+in a cluster, and run in the environment of the image (``requirements/operator.txt``); the obvious one
+(:mod:`tests.bench.baseline_operator`) in that of the tests, since it needs the generated client. The least one is
+:mod:`tests.bench.lean_operator`.
 """
 
 import json
@@ -12,7 +13,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -32,24 +34,31 @@ _LOCK: Final = ROOT / "requirements/operator.txt"
 
 def run(only: Sequence[str] = ()) -> list[Measurement]:
     """Run all scenarios, or those named, and compare. Raises DevstackError."""
-    if unknown := set(only) - SCENARIOS.keys():
-        raise DevstackError(f"cannot run {', '.join(sorted(unknown))}: the scenarios are {', '.join(SCENARIOS)}")
+    if unknown := set(only) - _TABLES.keys():
+        raise DevstackError(f"cannot run {', '.join(sorted(unknown))}: the scenarios are {', '.join(_TABLES)}")
+    python = prepared(only or list(_TABLES))
+    measurements: list[Measurement] = []
+    for name in only or _TABLES:
+        rounds = {}
+        for operator in SCENARIOS[name].operators:
+            print(f"    {name}, {operator}", flush=True)
+            rounds[operator] = measured(name, operator, python=python)
+            print(f"      {rounds[operator]}", flush=True)
+        measurements += _TABLES[name](SCENARIOS[name], rounds)
+    return measurements
+
+
+def prepared(names: Iterable[str]) -> Path:
+    """Have all that scenarios need, and return the interpreter of the operator. Raises DevstackError."""
     machine.require_root()
     machine.require(["cluster"])
     # Built here: the private machines reach no network.
     tools.kube()
     tools.kubectl()
+    if any(SCENARIOS[name].nodes for name in names):
+        tools.kwok()
     postgres.programs_folder()
-    python = environment()
-    measurements: list[Measurement] = []
-    for name in only or SCENARIOS:
-        rounds = {}
-        for operator in SCENARIOS[name].operators:
-            print(f"    {name}, {operator}", flush=True)
-            rounds[operator] = _round(name, operator, python=python)
-            print(f"      {rounds[operator]}", flush=True)
-        measurements += _TABLES[name](SCENARIOS[name], rounds)
-    return measurements
+    return environment()
 
 
 def environment() -> Path:
@@ -66,7 +75,8 @@ def environment() -> Path:
     return cached("operator-environment", [_LOCK], build, keep=1) / "bin/python"
 
 
-def _round(scenario: str, operator: str, *, python: Path) -> Round:
+def measured(scenario: str, operator: str, *, python: Path, limit: float = _LIMIT) -> Round:
+    """Return what one operator did in one scenario, within so many seconds. Raises DevstackError."""
     with tempfile.TemporaryDirectory(prefix="operator-bench-") as name:
         folder = Path(name)
         folder.chmod(0o755)  # PostgreSQL runs as another user, who has to get to its data
@@ -76,11 +86,10 @@ def _round(scenario: str, operator: str, *, python: Path) -> Round:
         state = {
             "DEVSTACK_STATE": f"{name}/state",
             "DEVSTACK_CONTROLLER_MANAGER_ARGS": SCENARIOS[scenario].manager_flags,
+            "DEVSTACK_SCHEDULER_ARGS": SCENARIOS[scenario].scheduler_flags,
         }
         try:
-            subprocess.run(
-                [*command, "bash", "-c", shell], cwd=ROOT, env={**os.environ, **state}, timeout=_LIMIT, check=True
-            )
+            subprocess.run([*command, "bash", "-c", shell], cwd=ROOT, env={**os.environ, **state}, timeout=limit, check=True)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             message = f"cannot measure {operator} in {scenario}: {error}; see what is printed above"
             raise DevstackError(message) from error
@@ -140,7 +149,7 @@ def _loaded(name: str, scenario: Scenario, rounds: Mapping[str, Round]) -> _Tabl
     return table
 
 
-def _cpu(table: _Table, *, operator: float, servers: float | None = None) -> None:
+def _cpu(table: _Table, *, operator: float | None, servers: float | None = None) -> None:
     table.row("operator CPU", "ms/task", lambda one: one.cpu["operator"], operator, each=True)
     names = ("operator", *_SERVERS)
     table.row(
@@ -211,6 +220,42 @@ def _idle(scenario: Scenario, rounds: Mapping[str, Round]) -> list[Measurement]:
     return table.rows
 
 
+def _nodes(scenario: Scenario, rounds: Mapping[str, Round], *, name: str, stock: bool) -> list[Measurement]:
+    bare = rounds["bare"]
+    table = _loaded(name, scenario, rounds)
+
+    def all_of(one: Round) -> float:
+        return sum(ms for part, ms in one.cpu.items() if part != "load")
+
+    def rate(one: Round) -> float:
+        return one.completed / one.seconds if one.seconds else 0.0
+
+    table.row("rate", "/s", rate, higher=True, how=f"bare Jobs: {rate(bare):.1f}/s")
+    table.row(
+        "rate, of that of bare Jobs",
+        "%",
+        lambda one: 100 * rate(one) / rate(bare),
+        90 if stock else None,
+        higher=True,
+        how=f"of the same Jobs, made by the load: {rate(bare):.1f}/s",
+    )
+    if not stock:
+        table.row(
+            "rate, of the obvious operator's", "times", lambda one: rate(one) / rate(rounds["obvious"]), 1.3, higher=True
+        )
+    table.row(
+        "CPU above a bare Job",
+        "ms/task",
+        lambda one: all_of(one) - all_of(bare),
+        None if stock else 12.0,
+        each=True,
+        how=f"all but the load: {all_of(rounds['ours']):.1f} beside {all_of(bare):.1f}",
+    )
+    _cpu(table, operator=None)
+    table.row("operator memory, most", "MB", lambda one: one.memory, 100)
+    return table.rows
+
+
 def _restart(scenario: Scenario, rounds: Mapping[str, Round]) -> list[Measurement]:
     table = _Table("restart", scenario, rounds)
     table.row(
@@ -222,4 +267,12 @@ def _restart(scenario: Scenario, rounds: Mapping[str, Round]) -> list[Measuremen
     return table.rows
 
 
-_TABLES: Final = {"steady": _steady, "burst": _burst, "jobs": _jobs, "idle": _idle, "restart": _restart}
+_TABLES: Final[Mapping[str, Callable[[Scenario, Mapping[str, Round]], list[Measurement]]]] = {
+    "steady": _steady,
+    "burst": _burst,
+    "jobs": _jobs,
+    "idle": _idle,
+    "nodes": partial(_nodes, name="nodes", stock=False),
+    "nodes-stock": partial(_nodes, name="nodes-stock", stock=True),
+    "restart": _restart,
+}

@@ -34,6 +34,7 @@ from task_contract.models import ProcessingTask
 from task_operator.jobs import RunnerTemplate, build_job
 from task_operator.schema import migrate
 from task_platform.kubernetes import Access
+from tests.bench import kwok
 from tests.bench.operator_load import (
     OUTCOME,
     Hand,
@@ -82,9 +83,17 @@ class Scenario:
     """Tasks that have completed before, with their Jobs."""
     type: str = "document_processing"
     operators: tuple[str, ...] = ("ours", "lean", "obvious")
+    scheduler_flags: str = ""
+    nodes: bool = False
+    """Scheduler and Job controller are real, and KWOK plays nodes and pods; beside operators run Jobs without one."""
 
 
 RAISED: Final = "--kube-api-qps=2000 --kube-api-burst=4000 --concurrent-job-syncs=20"
+_COMPARED: Final = ("ours", "bare", "obvious")
+SOAK_RATE: Final = 10  # tasks a second
+SOAK_LIVE: Final = 10_000  # tasks that are there all the time
+SOAK_MINUTES: Final = float(os.environ.get("SOAK_MINUTES", "60"))
+SOAK_SAMPLE: Final = 15.0  # seconds between two looks at the operator's memory
 SCENARIOS: Final = {
     "steady": Scenario("100 tasks/s for 60 s, Jobs ended by one status patch", 6000, 100, 30),
     "burst": Scenario("5,000 tasks at once, Jobs ended by one status patch", 5000, None, 60),
@@ -105,6 +114,40 @@ SCENARIOS: Final = {
         manager_flags="--kube-api-qps=20 --kube-api-burst=30",
         type="health_check",
         operators=("ours", "obvious"),
+    ),
+    "nodes": Scenario(
+        f"1,000 tasks at once, simulated nodes (KWOK), real scheduler and Job controller ({RAISED})",
+        1000,
+        None,
+        90,
+        real_jobs=True,
+        manager_flags=RAISED,
+        scheduler_flags="--kube-api-qps=2000 --kube-api-burst=4000",
+        nodes=True,
+        operators=_COMPARED,
+    ),
+    "nodes-stock": Scenario(
+        "150 tasks at once, simulated nodes (KWOK), real scheduler and Job controller with their stock flags",
+        150,
+        None,
+        90,
+        real_jobs=True,
+        manager_flags="--kube-api-qps=20 --kube-api-burst=30",
+        nodes=True,
+        operators=_COMPARED,
+    ),
+    "soak": Scenario(
+        f"{SOAK_LIVE} tasks all the time, of which {SOAK_RATE} a second come, complete and go after their TTL, for "
+        f"{SOAK_MINUTES:g} min; simulated nodes (KWOK), real scheduler and Job controller",
+        round(SOAK_MINUTES * 60 * SOAK_RATE),
+        SOAK_RATE,
+        60,
+        real_jobs=True,
+        manager_flags=RAISED,
+        scheduler_flags="--kube-api-qps=2000 --kube-api-burst=4000",
+        seeds=SOAK_LIVE,
+        nodes=True,
+        operators=("ours",),
     ),
     "restart": Scenario(
         "killed and started again among 10,000 tasks with their Jobs: 9,800 have completed, 200 run",
@@ -149,13 +192,16 @@ class Round:
     ready: float = 0.0
     """Seconds from the start of the process to its being ready; of a restart alone, as the next."""
     cpu_seconds: float = 0.0
+    samples: list[tuple[float, float, int]] = field(default_factory=list)
+    """Of a soak: seconds since its begin, memory of the operator (VmRSS) in MB, and tasks that are there."""
 
 
 class Running:
     """An operator as a process."""
 
-    def __init__(self, name: str, *, python: Path, kubeconfig: Path, folder: Path, postgres_url: str) -> None:
+    def __init__(self, name: str, *, python: Path, kubeconfig: Path, folder: Path, postgres_url: str, nodes: bool) -> None:
         self._ours = name == "ours"
+        self._nobody = name == "bare"
         self._log = folder / f"{name}.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._operator = OperatorProcess(
@@ -166,6 +212,7 @@ class Running:
             OPERATOR_POSTGRES_URL=postgres_url,
             MALLOC_MMAP_THRESHOLD_="65536",  # as in the image
             OPERATOR_RUNNER_RESOURCES='{"requests":{"cpu":"250m","memory":"512Mi"},"limits":{"memory":"2Gi"}}',
+            **({"OPERATOR_RUNNER_NODE_SELECTOR": json.dumps(kwok.SELECTOR)} if nodes else {}),
         )
         # The obvious operator has the generated client, which our image does not carry.
         obvious = Path(__file__).with_name("baseline_operator.py")
@@ -175,9 +222,13 @@ class Running:
         }.get(name, [])
         paths = os.pathsep.join(str(ROOT / part) for part in (".", "crds", "operator"))
         self._environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "PYTHONPATH": paths}
+        if nodes:
+            self._environment["BENCH_NODE_SELECTOR"] = json.dumps(kwok.SELECTOR)
 
     async def start(self) -> None:
         """Start it; ours is waited for until it is ready."""
+        if self._nobody:
+            return
         if self._ours:
             self._operator.start()
             await self._operator.ready(interval=0.02)
@@ -190,9 +241,14 @@ class Running:
 
     @property
     def pid(self) -> int:
+        """0 without an operator."""
+        if self._nobody:
+            return 0
         return self._operator.pid if self._process is None else self._process.pid
 
     def kill(self) -> None:
+        if self._nobody:
+            return
         if self._process is None:
             self._operator.kill()
         else:
@@ -201,13 +257,16 @@ class Running:
 
     def require_alive(self) -> None:
         """Raise DevstackError, with the end of its log, if it has ended by itself."""
+        if self._nobody:
+            return
         ended = self._operator.exit_code() if self._process is None else self._process.poll()
         if ended is not None:
             raise DevstackError(f"cannot measure an operator that has ended with {ended}:\n{self.said()}")
 
     def said(self) -> str:
         """Return the end of its log."""
-        return (self._operator.log if self._ours else self._log).read_text()[-3000:]
+        log = self._operator.log if self._ours else self._log
+        return log.read_text()[-3000:] if log.exists() else ""
 
 
 @dataclass
@@ -237,6 +296,30 @@ class Lab:
         requests = await self.admin.requests() - requests
         result = summary(list(self.load.records.values()), used, requests, real_jobs=self.scenario.real_jobs)
         return replace(result, memory=peak_memory(self.operator.pid))
+
+    async def soak(self) -> Round:
+        """Have tasks come and go for a long time, and look at the operator's memory all the while."""
+        self.operator.kill()
+        await seed(self.admin, self.scenario.seeds, goes_every=1 / SOAK_RATE)
+        await self.operator.start()
+        await _quiet(self.operator.pid, seconds=60)
+        self.load.spec = {"ttlSecondsAfterFinished": SOAK_LIVE // SOAK_RATE}
+        samples: list[tuple[float, float, int]] = []
+        looking = asyncio.create_task(self._look(samples))
+        try:
+            result = await self.measure()
+        finally:
+            looking.cancel()
+            await asyncio.wait([looking])
+        return replace(result, samples=samples)
+
+    async def _look(self, samples: list[tuple[float, float, int]]) -> None:
+        began, path = time.monotonic(), f"{TASKS}/namespaces/{NAMESPACE}/processingtasks?limit=1"
+        while True:
+            page = orjson.loads(await self.admin.send("GET", path))["metadata"]
+            live = 1 + int(page.get("remainingItemCount", 0))
+            samples.append((time.monotonic() - began, memory(self.operator.pid, "VmRSS"), live))
+            await asyncio.sleep(SOAK_SAMPLE)
 
     async def restart(self) -> Round:
         """Have many tasks behind it and some running, kill it, and see what it takes to be ready again."""
@@ -304,8 +387,11 @@ class LiveHand:
             await self._server.send("PATCH", path, {"status": status}, content_type=MERGE)
 
 
-async def seed(server: Server, count: int) -> None:
-    """Make tasks that have completed, with their Jobs, as our operator leaves them."""
+async def seed(server: Server, count: int, *, goes_every: float | None = None) -> None:
+    """Make tasks that have completed, with their Jobs, as our operator leaves them.
+
+    ``goes_every``: their TTLs end one by one, so many seconds apart, and they have no Jobs any more.
+    """
     template = RunnerTemplate(image="localhost/processing-tasks/runner:test", node_selector=NOWHERE)
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     slots = asyncio.Semaphore(24)
@@ -313,7 +399,10 @@ async def seed(server: Server, count: int) -> None:
 
     async def one(number: int) -> None:
         async with slots:
-            made = orjson.loads(await server.send("POST", tasks, task(f"seed-{number:05d}")))
+            wanted = task(f"seed-{number:05d}")
+            if goes_every is not None:
+                wanted["spec"]["ttlSecondsAfterFinished"] = 60 + round(number * goes_every)
+            made = orjson.loads(await server.send("POST", tasks, wanted))
             job = build_job(ProcessingTask.model_validate(made), attempt=1, template=template)
             name = job["metadata"]["name"]
             status = {
@@ -334,6 +423,8 @@ async def seed(server: Server, count: int) -> None:
             }
             path = f"{tasks}/{made['metadata']['name']}/status"
             await server.send("PATCH", path, {"status": status}, content_type=MERGE)
+            if goes_every is not None:
+                return
             await server.send("POST", jobs, job)
             await server.send("PATCH", f"{jobs}/{name}/status", complete(), content_type=MERGE)
 
@@ -393,9 +484,9 @@ def summary(
 
 
 def cpu_of_all(operator: int) -> dict[str, float]:
-    """Return the CPU seconds that each process has used so far: the operator, the servers, and the load (this one)."""
-    used = {"operator": cpu_seconds(operator), "load": own_cpu()}
-    for name in ("apiserver", "etcd", "controller-manager", "postgres"):
+    """Return the CPU seconds that each process has used so far: the operator (0: none), the servers, the load (this one)."""
+    used = {"operator": cpu_seconds(operator) if operator else 0.0, "load": own_cpu()}
+    for name in ("apiserver", "etcd", "controller-manager", "scheduler", "postgres"):
         if (found := process.find(name)) is not None:
             used[name] = cpu_seconds(found.pid)
     if (server := process.find("postgres")) is not None:
@@ -419,9 +510,14 @@ def cpu_seconds(pid: int) -> float:
 
 
 def peak_memory(pid: int) -> float:
-    """Return the most memory a process has ever had resident, in MB (10^6 bytes)."""
+    """Return the most memory a process has ever had resident, in MB (10^6 bytes); of none 0."""
+    return memory(pid, "VmHWM") if pid else 0.0
+
+
+def memory(pid: int, name: str) -> float:
+    """Return a figure of ``/proc/PID/status`` in MB (10^6 bytes)."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024 / 1e6
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) * 1024 / 1e6
 
 
 def percentile(values: Sequence[float], part: float) -> float:
@@ -439,16 +535,17 @@ def percentile(values: Sequence[float], part: float) -> float:
 async def run(scenario: Scenario, operator: str, *, python: Path, folder: Path) -> Round:
     """Start what is needed, run the scenario, and return what the operator did."""
     async with _lab(scenario, operator, python=python, folder=folder) as lab:
-        if scenario.seeds:
+        if scenario.rate is None and scenario.seeds:
             return await lab.restart()
         await lab.warm_up()
-        return await lab.measure()
+        return await (lab.soak() if scenario.seeds else lab.measure())
 
 
 @asynccontextmanager
 async def _lab(scenario: Scenario, name: str, *, python: Path, folder: Path) -> AsyncIterator[Lab]:
     endpoints = devstack.up(["cluster"])
-    process.stop("scheduler", kill=True)  # pods are played: nobody else may have them
+    if not scenario.nodes:
+        process.stop("scheduler", kill=True)  # pods are played: nobody else may have them
     if not scenario.real_jobs:
         process.stop("controller-manager", kill=True)
     postgres.up()
@@ -463,14 +560,22 @@ async def _lab(scenario: Scenario, name: str, *, python: Path, folder: Path) -> 
     await admin.send("POST", f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts", runner)
     results = Results(database)
     hand: Hand = StatusHand(admin, NAMESPACE, results)
-    if scenario.real_jobs:
+    if scenario.nodes:
+        hand = kwok.Outcomes(admin, NAMESPACE, results)
+    elif scenario.real_jobs:
         hand = PodHand(admin, NAMESPACE, results)
     elif scenario.seeds:
         hand = LiveHand(admin)
-    load = Load(admin, NAMESPACE, hand, type=scenario.type)
-    running_operator = Running(name, python=python, kubeconfig=kubeconfig, folder=folder, postgres_url=url)
+    load = (kwok.BareJobs if name == "bare" else Load)(admin, NAMESPACE, hand, type=scenario.type)
+    running_operator = Running(
+        name, python=python, kubeconfig=kubeconfig, folder=folder, postgres_url=url, nodes=scenario.nodes
+    )
     await running_operator.start()
     following = asyncio.create_task(load.follow())
+    nodes = None
+    if scenario.nodes:
+        await kwok.make_nodes(admin, NAMESPACE)
+        nodes = kwok.start(endpoints.kubeconfig, folder)
     try:
         await asyncio.sleep(2)  # the watches are open
         yield Lab(scenario, admin, running_operator, load, database)
@@ -480,6 +585,8 @@ async def _lab(scenario: Scenario, name: str, *, python: Path, folder: Path) -> 
         following.cancel()
         await asyncio.wait([following])
         running_operator.kill()
+        if nodes is not None:
+            nodes.kill()
         await admin.aclose()
         await database.close()
 

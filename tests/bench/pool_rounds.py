@@ -264,12 +264,15 @@ async def compared(tasks: list[dict[str, Any]], database: "asyncpg.Pool[asyncpg.
 
 
 def times(load: Load) -> dict[str, float]:
-    """Return how long tasks took from their creation on, and how many ended a second."""
+    """Return how long tasks took from their creation on, and how many ended a second: from the first one's creation on, and
+    from the first one's end on (``throughput``), where they come at a rate."""
     records = load.records.values()
     ends = [(one.completed, (one.completed - one.posted) * 1000) for one in records if one.completed is not None]
     begun, whole = min((one.posted for one in records), default=0.0), [took for _, took in ends]
-    rate = len(ends) / (max(end for end, _ in ends) - begun) if ends else 0.0
-    return {"rate": rate, "p50": percentile(whole, 0.5), "p99": percentile(whole, 0.99)}
+    last, first = max((end for end, _ in ends), default=0.0), min((end for end, _ in ends), default=0.0)
+    rate = len(ends) / (last - begun) if ends else 0.0
+    throughput = (len(ends) - 1) / (last - first) if last > first else 0.0
+    return {"rate": rate, "throughput": throughput, "p50": percentile(whole, 0.5), "p99": percentile(whole, 0.99)}
 
 
 # ------------------------------------------------------------------------------------------------------------ scenarios

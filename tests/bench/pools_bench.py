@@ -107,7 +107,7 @@ def _steady(part: str, rounds: Rounds) -> list[Measurement]:
     base = None if least is None else least["cpu"]["apiserver"] + least["cpu"]["etcd"]
     return [
         _lost(part, found),
-        _row(f"{part}: rate", found["rate"], "/s", 100 if part == "steady" else 200, better="higher", how=how),
+        _row(f"{part}: rate", round(found["throughput"]), "/s", 100 if part == "steady" else 200, better="higher", how=how),
         _row(f"{part}: created to Completed, p99", found["p99"], "ms", 2000 if part == "steady" else None, how=how),
         _row(f"{part}: created to Completed, p50", found["p50"], "ms", how=how),
         _row(f"{part}: CPU of the control plane", _control(found), "ms/task", baseline=base, how=f"{how}; {_split(found)}"),
@@ -132,7 +132,7 @@ def _gateway(part: str, rounds: Rounds) -> list[Measurement]:
         how = f"100 health checks a second for 30 s, {way}; {WORKERS} workers"
         rows += [
             _lost(f"gateway, {name}", one),
-            _row(f"gateway, {name}: rate", one["rate"], "/s", 100, better="higher", how=how),
+            _row(f"gateway, {name}: rate", round(one["throughput"]), "/s", 100, better="higher", how=how),
             _row(f"gateway, {name}: asked for to Completed, p99", one["p99"], "ms", 2000, how=how),
             _row(f"gateway, {name}: CPU of the gateway", one["cpu"]["gateway"], "ms/task", how=f"{how}; {_split(one)}"),
         ]
@@ -144,7 +144,7 @@ def _pods(part: str, rounds: Rounds) -> list[Measurement]:
     how = f"100 health checks a second for 30 s; {pool_pods.WORKERS} worker pods on the whole installation; {_split(found)}"
     return [
         _lost(part, found),
-        _row("pods: rate", found["rate"], "/s", 100, better="higher", how=how),
+        _row("pods: rate", round(found["throughput"]), "/s", 100, better="higher", how=how),
         _row("pods: created to Completed, p99", found["p99"], "ms", 2000, how=how),
         _row("pods: created to Completed, p50", found["p50"], "ms", how=how),
     ]
@@ -236,6 +236,7 @@ def _celery(part: str, rounds: Rounds) -> list[Measurement]:
                 "/s",
                 how=f"{how}; one text of {TEXT} characters a task",
             ),
+            _row(f"celery, {name}: CPU of a text", one["embed_cpu"], "ms/task", how=f"{how}; worker, producer and Redis"),
             _row(
                 f"celery, {name}: tasks not done 60 s after a killed worker",
                 one["lost"],

@@ -70,7 +70,7 @@ def _fill(bench: Bench, kb_id: str, chunks: int) -> None:
     """Publish documents of Chinese text, of so many chunks in all."""
     for number in range(max(1, chunks // _DOCUMENT)):
         name = f"{number}.txt"
-        text = "\n\n".join(corpus.chinese(min(chunks, _DOCUMENT) * (_SIZE - 60), seed=number + 1))
+        text = "\n\n".join(corpus.chinese(min(chunks, _DOCUMENT) * (_SIZE - 15), seed=number + 1))
         (bench.documents / name).write_text(text)
         result = asyncio.run(run_pipeline(bench.task(name, kb_id, chunkSize=_SIZE), bench.settings(), bench.embedder)).result
         print(f"      {name}: {result.chunks} chunks", flush=True)

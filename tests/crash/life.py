@@ -228,7 +228,7 @@ class Track:
         restarting = asyncio.create_task(self._restart(operator, life))
         try:
             await self._ready(operator)
-            spec = {
+            spec: dict[str, Any] = {
                 "kbId": life.kb_id,
                 "payload": (
                     {"action": "delete", "documentId": life.document_id}

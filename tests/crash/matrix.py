@@ -186,6 +186,16 @@ def chosen(points: Sequence[str], count: int) -> list[str]:
     return [point for point in points if point in kept]
 
 
+def evenly(points: Sequence[str], count: int) -> list[str]:
+    """Return COUNT points, or all if there are fewer, each from the middle of its share.
+
+    >>> evenly(["a", "b", "c", "d"], 2)
+    ['b', 'd']
+    """
+    count = min(count, len(points))
+    return [points[(2 * number + 1) * len(points) // (2 * count)] for number in range(count)]
+
+
 def kinds(points: Sequence[str]) -> Counter[str]:
     """Return how many points there are of each kind."""
     return Counter(" ".join(point.split()[:2]) for point in points)

@@ -36,9 +36,9 @@ def _quick_model(counter: Path) -> None:
     from job_runner import embed
 
     def make(name: str, *, threads: int = 1) -> embed.Embedder:
-        from tests.support.runner_lab import HashEmbedder
+        from tests.support.runner_lab import HashEmbedder, OtherEmbedder
 
-        return HashEmbedder(counter)
+        return OtherEmbedder(counter) if name == OtherEmbedder.name else HashEmbedder(counter)
 
     embed.make_embedder = make
 

@@ -6,10 +6,6 @@ nobody but the sweep itself dies here.
 
 import asyncio
 import json
-import os
-import signal
-import sys
-import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,17 +17,13 @@ from job_runner.index import Generation
 from job_runner.stores import Stores, opener
 from task_contract.lifecycle import ExitCode
 from task_contract.models import ProcessingTask
-from tests.crash.faults import PLAN, RECORD, Action, Record
 from tests.crash.life import NEW, OLD, World
-from tests.crash.matrix import TRIES, Outcome
+from tests.crash.matrix import Outcome
 from tests.crash.oracle import paths, without
-from tests.crash.process import COUNTER
-from tests.support.operator_lab import ROOT
+from tests.crash.repeated import Repeated, lead
 from tests.support.runner_lab import NOON, HashEmbedder, Reached, drop, rows_of, run_pipeline, run_watched
 
 ROLE = "sweep"
-SECONDS = 90
-"""Longest time of one process."""
 KB, GONE = "kb", "kb-gone"
 DOCUMENTS = {
     "half": "a version is published, a task that has ended has left the next one half way",
@@ -46,11 +38,12 @@ class Stopped(Exception):
 
 
 @dataclass
-class SweepLife:
+class SweepLife(Repeated):
     """A namespace of its own, with what is to be swept in it and what is not."""
 
     world: World
     kills: frozenset[str] = frozenset()
+    role: str = ROLE
     key: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     uids: dict[str, str] = field(default_factory=dict)
     """Uid of a task → what is said of it in a comparison."""
@@ -61,22 +54,6 @@ class SweepLife:
     @property
     def namespace(self) -> str:
         return f"swept-{self.key}"
-
-    @property
-    def record(self) -> Record:
-        return Record(self.world.folder / f"{self.key}.{ROLE}")
-
-    @property
-    def points(self) -> list[str]:
-        return [f"{ROLE} {point}" for point in self.record.points]
-
-    @property
-    def plan(self) -> dict[str, Action]:
-        return {point.removeprefix(f"{ROLE} "): Action.KILL for point in self.kills}
-
-    @property
-    def reached(self) -> bool:
-        return self.plan.keys() <= self.record.done.keys()
 
     def stores(self, kb_id: str) -> Stores:
         return opener(self.world.settings(), dimension=HashEmbedder.dimension)(Generation(self.namespace, kb_id, 1))
@@ -140,32 +117,7 @@ class SweepLife:
 
     async def sweep(self) -> int:
         """Run one process; return how it ended."""
-        self.processes += 1
-        environment = {
-            "PATH": os.environ["PATH"],
-            "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "crds")),
-            **self.world.urls,
-            "TASKS_LOG_LEVEL": "warning",
-            RECORD: str(self.record.path),
-            PLAN: json.dumps(self.plan),
-            COUNTER: os.devnull,
-        }
-        log = self.world.folder / f"{self.key}.log"
-        with log.open("ab") as output:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "tests.crash.process", ROLE, "--namespace", self.namespace),
-                env=environment,
-                cwd=self.world.folder,
-                stdout=output,
-                stderr=output,
-            )
-            try:
-                code = await asyncio.wait_for(process.wait(), SECONDS)
-            except TimeoutError:
-                process.kill()
-                raise AssertionError(f"a sweep does not end: {log.read_text()[-2000:]}") from None
-        assert code in {ExitCode.SUCCEEDED, -signal.SIGKILL}, log.read_text()[-2000:]
-        return code
+        return await self.execute("--namespace", self.namespace)
 
     # -------------------------------------------------------------------------------------------------------- after
 
@@ -236,32 +188,16 @@ async def without_faults(world: World) -> Swept:
     return Swept(state=state, summary=summary, points=tuple(first.points))
 
 
-async def lead(world: World, kills: frozenset[str], undisturbed: Swept) -> Outcome:
+async def kill(world: World, point: str, undisturbed: Swept) -> Outcome:
     """Kill a sweep, look at what it has left so far, sweep again, and compare the end."""
-    started = time.monotonic()
-    for _ in range(TRIES):
-        life = SweepLife(world, kills)
-        try:
-            await life.prepare()
-            code = await life.sweep()
-            while code != ExitCode.SUCCEEDED:
-                await _look_between(life, undisturbed)
-                code = await life.sweep()
-            found = [*life.broken, *differences(undisturbed, await life.look(), await life.summary())]
-        except Exception as error:  # noqa: BLE001 - the sweep has no end: that is what came of it, and the others go on
-            found = [f"{type(error).__name__}: {error}"]
-        finally:
-            await life.aclose()
-        if life.reached or found:
-            break
-    return Outcome(
-        scenario=ROLE,
-        points=tuple(sorted(kills)),
-        reached=life.reached,
-        differences=tuple(found),
-        attempts=life.processes,
-        seconds=time.monotonic() - started,
-    )
+
+    async def live(life: SweepLife) -> list[str]:
+        await life.prepare()
+        while await life.sweep() != ExitCode.SUCCEEDED:
+            await _look_between(life, undisturbed)
+        return [*life.broken, *differences(undisturbed, await life.look(), await life.summary())]
+
+    return await lead(ROLE, lambda: SweepLife(world, frozenset({point})), live)
 
 
 async def _look_between(life: SweepLife, undisturbed: Swept) -> None:

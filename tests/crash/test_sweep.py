@@ -7,7 +7,7 @@ import pytest
 from tests.crash.faults import Kind
 from tests.crash.life import World
 from tests.crash.matrix import Outcome, chosen, kinds
-from tests.crash.sweeping import ROLE, SweepLife, Swept, differences, lead, without_faults
+from tests.crash.sweeping import ROLE, SweepLife, Swept, differences, kill, without_faults
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(3600)]
 
@@ -36,7 +36,7 @@ async def test_a_sweep_that_is_killed_at_any_point_changes_nothing_in_the_end(
 
     async def one(point: str) -> Outcome:
         async with room:
-            return await lead(world, frozenset({point}), undisturbed)
+            return await kill(world, point, undisturbed)
 
     ended = await asyncio.gather(*(one(point) for point in points))
     outcomes += ended

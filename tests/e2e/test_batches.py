@@ -48,6 +48,35 @@ def rows(installed: Installed, task: ProcessingTask) -> list[dict[str, Any]]:
     return asyncio.run(fetch())
 
 
+def _killed_one(installed: Installed, selector: str) -> bool:
+    """Kill a pod that runs; return whether it had not ended by then: its shard has failed."""
+    pods = installed.kubectl.get("pod", "-l", selector)["items"]
+    running = [
+        pod["metadata"] for pod in pods if pod["status"]["phase"] == "Running" and "deletionTimestamp" not in pod["metadata"]
+    ]
+    if not running:
+        return False
+    victim = running[-1]  # the one that has most left to do
+    installed.kubectl("delete", "pod", victim["name"], "--grace-period=0", "--force")
+    index = victim["labels"]["batch.kubernetes.io/job-completion-index"]
+
+    def ended() -> bool:
+        [job] = installed.kubectl.get("job", "-l", f"{selector},tasks.zzdsj.io/attempt=1")["items"]
+        ways = {way: job["status"].get(way, "") for way in ("failedIndexes", "completedIndexes")}
+        found.update({way: index in _indexes(text) for way, text in ways.items()})
+        return any(found.values())
+
+    found: dict[str, bool] = {}
+    poll("its shard has ended", ended, seconds=60)
+    return found["failedIndexes"]
+
+
+def _indexes(text: str) -> set[str]:
+    """Read the indexes of a Job's status, such as "0,2-3"."""
+    parts = [part.split("-") for part in text.split(",") if part]
+    return {str(index) for part in parts for index in range(int(part[0]), int(part[-1]) + 1)}
+
+
 def test_a_broken_document_and_a_killed_pod_cost_one_document(installed: Installed, folder: Path) -> None:
     name = unique("batch")
     spec = {
@@ -61,9 +90,7 @@ def test_a_broken_document_and_a_killed_pod_cost_one_document(installed: Install
     selector = f"tasks.zzdsj.io/task-uid={task.metadata.uid}"
     [job] = installed.kubectl.get("job", "-l", selector)["items"]
     assert (job["spec"]["completionMode"], job["spec"]["completions"], job["spec"]["parallelism"]) == ("Indexed", 4, 2)
-    pods = installed.kubectl.get("pod", "-l", selector)["items"]
-    victim = next(pod["metadata"]["name"] for pod in pods if pod["status"]["phase"] == "Running")
-    installed.kubectl("delete", "pod", victim, "--grace-period=0", "--force")
+    poll("a pod of it is killed", lambda: _killed_one(installed, selector), seconds=60)
 
     jobs: dict[str, dict[str, Any]] = {}
 

@@ -235,3 +235,34 @@ def _is_there(pid: int) -> bool:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+# ----------------------------------------------------------------------------------------------------------- operators
+
+
+def test_of_two_operators_the_other_one_goes_on_when_the_leader_is_killed(installed: Installed) -> None:
+    system = ["-n", installation.SYSTEM_NAMESPACE]
+    deployment = f"deploy/{installation.RELEASE}-operator"
+
+    def scale(replicas: int) -> None:
+        installed.kubectl("scale", deployment, f"--replicas={replicas}", *system)
+        installed.kubectl("rollout", "status", deployment, "--timeout=90s", *system)
+
+    def leader() -> str:
+        """Return the name of the pod that the Lease names, which may be gone."""
+        answer = installed.kubectl("get", "lease", f"{installation.RELEASE}-operator", "-o", "json", *system)
+        return str(json.loads(answer)["spec"]["holderIdentity"]).partition("_")[0]
+
+    name = unique("two")
+    scale(2)
+    try:
+        first = leader()
+        installed.kubectl("delete", "pod", first, "--grace-period=0", "--force", *system)
+        began = time.monotonic()
+        installed.client.submit({"type": "health_check"}, name=name)
+        task = installed.client.wait(name, timeout=MINUTES)
+        assert task.status.phase is Phase.COMPLETED, task.status.error
+        assert leader() != first
+        assert time.monotonic() - began < 60
+    finally:
+        scale(1)

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,11 @@ from task_operator.projection import DefaultCallback
 from task_operator.settings import Settings
 from task_platform.settings import load_settings
 from tests.support.chart import CHART, KUBE_VERSION, ROOT, Document, documents_in, key, render, run_helm
-from tests.support.devstack import Kubectl
+from tests.support.devstack import Kubectl, fresh_namespace
 from tests.support.operator_values import task
 
 DATA = ROOT / "tests/data/chart"
-SETS = ("minimal", "full", "existing", "hardened", "cluster-wide", "one-namespace")
+SETS = ("minimal", "full", "existing", "hardened", "cluster-wide", "one-namespace", "bundled")
 POSTGRES = "stores.postgres.url=postgresql://tasks:secret@postgres:5432/tasks"
 
 Helm = Callable[..., subprocess.CompletedProcess[str]]
@@ -37,8 +38,9 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="session")
-def helm() -> Helm:
-    return run_helm
+def helm(request: pytest.FixtureRequest) -> Helm:
+    """Helm 3, or the major version that a test asks for."""
+    return partial(run_helm, major=getattr(request, "param", 3))
 
 
 @pytest.fixture(scope="session", params=SETS)
@@ -110,6 +112,17 @@ def test_renders_as_before(rendered: tuple[str, dict[str, Document]]) -> None:
 RECOMMENDED_LABELS = {"name", "instance", "component", "part-of", "managed-by", "version"}
 
 
+def test_helm_4_renders_the_same(rendered: tuple[str, dict[str, Document]]) -> None:
+    name, documents = rendered
+    assert {key(one): one for one in render("--values", DATA / f"{name}.values.yaml", major=4)} == documents
+
+
+@pytest.mark.parametrize("helm", [4], indirect=True)
+def test_helm_4_finds_no_fault(helm: Helm) -> None:
+    answer = helm("lint", "--strict", CHART, "--values", DATA / "full.values.yaml", *KUBE_VERSION)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
 def test_every_object_and_pod_has_the_recommended_labels(rendered: tuple[str, dict[str, Document]]) -> None:
     for identity, document in rendered[1].items():
         described = [document["metadata"]]
@@ -176,6 +189,37 @@ BAD_VALUES: list[tuple[list[str], list[str]]] = [
     (
         ["gateway.upload.enabled=true", "gateway.upload.claims[0].namespace=a", "gateway.upload.claims[0].claimName=b"],
         ["gateway.upload.claims: a is not one of taskNamespaces"],
+    ),
+    (
+        [
+            "gateway.upload.enabled=true",
+            "gateway.upload.s3.location=s3://bucket",
+            "gateway.upload.claims[0].namespace=a",
+            "gateway.upload.claims[0].claimName=b",
+        ],
+        ["gateway.upload.claims: leave them empty"],
+    ),
+    (["gateway.upload.s3.location=uploads"], ["/gateway/upload/s3/location"]),
+    ([POSTGRES, "stores.bundled=true"], ["stores.bundled: leave stores.existingSecret"]),
+    (["documents.subPath=../elsewhere"], ["/documents/subPath"]),
+    (["bundledStores.password=short"], ["/bundledStores/password"]),
+    (["bundledStores.size=much"], ["/bundledStores/size"]),
+    (["gateway.upload.s3.endpoint=minio:9000"], ["/gateway/upload/s3/endpoint"]),
+    (["gateway.upload.enabled=true", "gateway.upload.s3.location=s3://bucket"], ["gateway.upload.s3.accessKeyId"]),
+    (
+        [
+            "gateway.upload.enabled=true",
+            "gateway.upload.s3.location=s3://bucket",
+            "gateway.upload.s3.accessKeyId=hidden",
+            "gateway.upload.s3.existingSecret=account",
+        ],
+        ["gateway.upload.s3.existingSecret: leave accessKeyId"],
+    ),
+    (["taskLabels.team=a b"], ["/taskLabels/team"]),
+    (["taskNamespaces[0].name=a", "taskNamespaces[0].shared=true"], ["taskNamespaces[0].shared: needs taskLabels"]),
+    (
+        ["taskLabels.team=a", "taskNamespaces[0].name=a", "taskNamespaces[0].shared=true", "taskNamespaces[0].create=true"],
+        ["taskNamespaces[0].create: has no effect with shared"],
     ),
     (["runner.embeddingModel=7"], ["/runner/embeddingModel"]),
     (["runner.embeddingModels[0]=a b"], ["/runner/embeddingModels/0"]),
@@ -329,6 +373,7 @@ def test_only_crd_and_wanted_documents_stay_on_uninstall(rendered: tuple[str, di
         "hardened": crds,
         "cluster-wide": set(),
         "one-namespace": crds | {"PersistentVolumeClaim processing-tasks-system/processing-task-documents"},
+        "bundled": crds,
     }
     assert kept == expected[name]
 
@@ -351,6 +396,34 @@ def test_a_pool_outside_of_the_task_namespaces_is_refused(helm: Helm) -> None:
     given = ("--set", POSTGRES, "--set-json", f"workerPools={elsewhere}", "--api-versions", "tasks.zzdsj.io/v1/WorkerPool")
     answer = helm("template", "processing-tasks", CHART, *KUBE_VERSION, *given)
     assert "workerPools: texts is in namespace elsewhere, which is not one of taskNamespaces" in answer.stderr
+
+
+def test_releases_that_share_a_namespace_make_nothing_twice_and_know_their_own_by_a_label(helm: Helm) -> None:
+    def of(release: str, *given: str) -> dict[str, Document]:
+        pools = ("--set-json", f"workerPools={POOLS}", "--api-versions", "tasks.zzdsj.io/v1/WorkerPool")
+        answer = helm("template", release, CHART, *KUBE_VERSION, "--set", POSTGRES, *pools, *given)
+        assert answer.returncode == 0, answer.stderr
+        return {key(one): one for one in documents_in(answer.stdout) if one["kind"] != "CustomResourceDefinition"}
+
+    shared = json.dumps([{"name": "knowledge", "shared": True}])
+    first = of("processing-tasks", "--set", "taskLabels.team=a", "--set", "taskLabels.tier=x")
+    second = of("team-b", "--set", "taskLabels.team=b", "--set-json", f"taskNamespaces={shared}")
+    assert {name for name in first.keys() & second.keys() if not name.startswith("WorkerPool ")} == set()
+    for documents, selector, labels in (
+        (first, "team=a,tier=x", {"team": "a", "tier": "x"}),
+        (second, "team=b", {"team": "b"}),
+    ):
+        said = {
+            one["name"]: one.get("value")
+            for component in ("operator", "gateway")
+            for container in containers(pod_of(list(documents.values()), component))
+            for one in container.get("env", [])
+        }
+        assert (said["OPERATOR_SELECTOR"], json.loads(said["GATEWAY_TASK_LABELS"])) == (selector, labels)
+        [pool] = [one for one in documents.values() if one["kind"] == "WorkerPool"]
+        assert labels.items() <= pool["metadata"]["labels"].items()
+        [trial] = [one for name, one in documents.items() if one["kind"] == "Pod" and "test" in name]
+        assert f"--label=team={labels['team']}" in trial["spec"]["containers"][0]["args"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- security
@@ -572,6 +645,123 @@ def test_a_gateway_in_the_namespace_of_the_tasks_uploads_into_their_claim() -> N
         assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsUser"]
 
 
+def test_a_gateway_that_uploads_into_a_bucket_has_its_account_and_tasks_read_their_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = {
+        "gateway.upload.enabled": "true",
+        "gateway.upload.s3.location": "s3://documents/uploads/",
+        "gateway.upload.s3.accessKeyId": "writer",
+        "gateway.upload.s3.secretAccessKey": "hidden",
+        "sources.s3.endpoint": "https://minio.example.com:9000",
+        "sources.s3.accessKeyId": "reader",
+        "sources.s3.secretAccessKey": "other",
+        "taskNamespaces[0].name": "knowledge",
+        "taskNamespaces[1].name": "research",
+        "taskNamespaces[1].sources.s3.buckets": "{papers}",
+    }
+    given = [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
+    documents = render("--set", POSTGRES, *given)
+    pod = pod_of(documents, "gateway")
+    assert not [one for one in pod["volumes"] if "persistentVolumeClaim" in one]
+    [container] = pod["containers"]
+    account = {one["name"]: one["valueFrom"] for one in container["env"] if "_ACCESS_KEY" in one["name"]}
+    assert account == {
+        f"GATEWAY_S3_{name}": {"secretKeyRef": {"name": "processing-tasks-uploads", "key": key}}
+        for name, key in (("ACCESS_KEY_ID", "accessKeyId"), ("SECRET_ACCESS_KEY", "secretAccessKey"))
+    }
+    for name, value in environment(container).items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings(GatewaySettings, program="gateway")
+    assert (settings.documents, settings.s3_endpoint) == ("s3://documents/uploads/", "https://minio.example.com:9000")
+    secrets = {
+        document["metadata"]["namespace"]: {
+            name: base64.b64decode(value).decode() for name, value in document["data"].items()
+        }
+        for document in documents
+        if document["kind"] == "Secret"
+        and document["metadata"]["name"] in {"processing-tasks-uploads", "processing-task-stores"}
+    }
+    assert secrets["processing-tasks-system"] == {"accessKeyId": "writer", "secretAccessKey": "hidden"}
+    assert secrets["knowledge"]["TASKS_S3_BUCKETS"] == "documents/uploads/knowledge"
+    assert secrets["research"]["TASKS_S3_BUCKETS"] == "papers,documents/uploads/research"
+    assert secrets["knowledge"]["TASKS_S3_ACCESS_KEY_ID"] == "reader"
+    elsewhere = render("--set", POSTGRES, *given[:4], "--set", "gateway.upload.s3.existingSecret=account")
+    assert {"name": "account", "key": "accessKeyId"} in [
+        one["valueFrom"]["secretKeyRef"]
+        for one in pod_of(elsewhere, "gateway")["containers"][0]["env"]
+        if "valueFrom" in one
+    ]
+    assert not [document for document in elsewhere if document["metadata"]["name"] == "processing-tasks-uploads"]
+
+
+def test_stores_of_a_trial_stand_where_tasks_and_operator_look_for_them() -> None:
+    documents = {key(one): one for one in render("--values", DATA / "bundled.values.yaml")}
+    place, password = "processing-tasks-system.svc.cluster.local", "canaryStorePassword"
+    expected = {
+        "POSTGRES": f"postgresql://tasks:{password}@processing-tasks-postgres.{place}:5432/tasks",
+        "REDIS": f"redis://:{password}@processing-tasks-redis.{place}:6379/0",
+        "MILVUS": f"http://processing-tasks-milvus.{place}:19530",
+        "ELASTICSEARCH": f"http://elastic:{password}@processing-tasks-elasticsearch.{place}:9200",
+    }
+    for secret, prefix, stores in (
+        ("knowledge/processing-task-stores", "TASKS", [*expected]),
+        ("research/processing-task-stores", "TASKS", [*expected]),
+        ("processing-tasks-system/processing-tasks-operator", "OPERATOR", ["POSTGRES", "REDIS"]),
+    ):
+        data = {name: base64.b64decode(value).decode() for name, value in documents[f"Secret {secret}"]["data"].items()}
+        assert data == {f"{prefix}_{store}_URL": expected[store] for store in stores}
+    [policy] = of_component(documents, "stores", "NetworkPolicy")
+    for store in ("postgres", "redis", "milvus", "elasticsearch"):
+        service = documents[f"Service processing-tasks-system/processing-tasks-{store}"]
+        template = documents[f"StatefulSet processing-tasks-system/processing-tasks-{store}"]["spec"]["template"]
+        assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
+        assert policy["spec"]["podSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+        [container] = template["spec"]["containers"]
+        [port] = service["spec"]["ports"]
+        assert {"name": port["targetPort"], "containerPort": port["port"]} in container["ports"]
+        assert f":{port['port']}" in expected[store.upper()]
+
+
+def test_stores_of_a_trial_get_a_password_of_their_own_and_its_storage_may_be_left_out() -> None:
+    made = [{key(one): one for one in render("--set", "stores.bundled=true", "--set", "bundledStores.size=")} for _ in "12"]
+    passwords = [
+        base64.b64decode(one["Secret processing-tasks-system/processing-tasks-stores"]["data"]["password"]) for one in made
+    ]
+    assert len({*passwords}) == 2
+    for one, password in zip(made, passwords, strict=True):
+        assert len(password) == 24
+        used = base64.b64decode(one["Secret knowledge/processing-task-stores"]["data"]["TASKS_REDIS_URL"])
+        assert used.startswith(b"redis://:" + password + b"@")
+        for stores in of_component(one, "stores", "StatefulSet"):
+            assert "volumeClaimTemplates" not in stores["spec"]
+            assert {"name": "data", "emptyDir": {}} in stores["spec"]["template"]["spec"]["volumes"]
+
+
+def test_an_upgrade_keeps_the_password_of_a_trials_stores_and_pods_are_admitted_where_security_is_restricted(
+    cluster: Endpoints,
+) -> None:
+    with fresh_namespace(cluster) as namespace:  # under Pod Security "restricted"
+        kubectl = Kubectl(cluster, namespace)
+        known = {"metadata": {"name": "processing-tasks-stores"}, "stringData": {"password": "keptFromBefore"}}
+        kubectl.apply({"apiVersion": "v1", "kind": "Secret", **known})
+        documents = render(
+            *("--namespace", namespace, "--set", "stores.bundled=true", "--dry-run=server"),
+            *("--kubeconfig", cluster.kubeconfig, "--set", "taskNamespaces[0].name=knowledge"),
+        )
+        [secret] = [
+            one for one in documents if one["metadata"]["name"] == "processing-tasks-stores" and one["kind"] == "Secret"
+        ]
+        assert base64.b64decode(secret["data"]["password"]) == b"keptFromBefore"
+        for document in documents:
+            if document["kind"] == "StatefulSet":
+                template = document["spec"]["template"]
+                volumes = [*template["spec"]["volumes"], {"name": "data", "emptyDir": {}}]
+                pod = {"metadata": {"name": document["metadata"]["name"]}, "spec": {**template["spec"], "volumes": volumes}}
+                manifest = json.dumps({"apiVersion": "v1", "kind": "Pod", **pod})
+                kubectl("create", "--dry-run=server", "--filename=-", stdin=manifest)
+
+
 def test_gateway_is_reached_by_the_names_that_callers_know(expected_of: tuple[str, dict[str, Document]]) -> None:
     name, documents = expected_of
     services = of_component(documents, "gateway", "Service")
@@ -744,7 +934,12 @@ def test_users_roles_never_include_the_status() -> None:
 
 def environment(container: Document) -> dict[str, str]:
     """The container's variables; those from Secrets are given a value that fits."""
-    secret = {"OPERATOR_TRACES_HEADERS": "authorization=from-secret"}
+    redis = "redis://from-secret"
+    secret = {
+        "OPERATOR_TRACES_HEADERS": "authorization=from-secret",
+        "OPERATOR_REDIS_URL": redis,
+        "GATEWAY_REDIS_URL": redis,
+    }
     return {
         variable["name"]: variable.get("value", secret.get(variable["name"], "postgresql://from-secret/x"))
         for variable in container["env"]
@@ -897,6 +1092,7 @@ def rules(kubectl: Kubectl, account: str, namespace: str) -> dict[tuple[str, str
     return {identity: verbs for identity, verbs in found.items() if not identity[1].startswith("self")}
 
 
+@pytest.mark.parametrize("helm", [3, 4], ids=["helm 3", "helm 4"], indirect=True)
 def test_release_comes_up_under_pod_security_and_leaves_nothing(
     helm: Helm, cluster: Endpoints, namespace: str, tmp_path: Path
 ) -> None:

@@ -394,6 +394,35 @@ async def test_an_api_server_that_has_trouble_loses_nothing(place: Place, proces
     assert sum(left.values()) == 0
 
 
+async def test_an_api_server_too_busy_for_lists_and_watches_loses_nothing(
+    place: Place, process: Start, proxy: Proxy
+) -> None:
+    """As API Priority and Fairness answers where the queues of a flow are full."""
+    left: dict[str, int] = {}
+
+    def busy(method: str, path: str) -> web.Response | None:
+        kind = path.rpartition("/")[2]
+        if method != "GET" or not left.get(kind):
+            return None
+        left[kind] -= 1
+        body = {"kind": "Status", "reason": "TooManyRequests", "code": 429, "message": "too many requests"}
+        return web.json_response(body, status=429, headers={"Retry-After": "1"})
+
+    proxy.refuse = busy
+    left |= {"processingtasks": 4, "jobs": 4, "processingschedules": 2, "workerpools": 2}
+    operator = process(kubeconfig=proxy.kubeconfig)
+    async with operator.at_work(), Kubelet(place).at_work():
+        await place.create("one")
+        await place.wait_for("Completed", name="one")
+        assert left["processingtasks"] == left["jobs"] == 0
+        left |= {"processingtasks": 4, "jobs": 4, "pods": 2}
+        proxy.cut_watches()
+        await place.create("two")
+        await place.wait_for("Completed", name="two", seconds=90)
+        assert left["processingtasks"] == left["jobs"] == 0
+        assert operator.exit_code() is None
+
+
 async def test_a_second_writer_costs_no_transition(place: Place, process: Start) -> None:
     async with process().at_work(), Kubelet(place).at_work():
         await place.create()

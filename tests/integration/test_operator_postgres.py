@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 
 from devstack import Endpoints
 from devstack.stores import postgres
+from job_runner.ledger import Ledger
 from task_contract.messages import AttemptOutcome, Outcome, progress_event
 from task_contract.models import Failure, Result, Stage
 from task_contract.names import PROGRESS_CHANNEL
@@ -133,6 +134,20 @@ async def test_rows_wait_for_a_database_that_is_away(url: str, sql: "asyncpg.Con
     work.cancel()
     await asyncio.wait([work])
     await database.aclose()
+
+
+async def test_of_several_hosts_the_one_that_can_be_written_to_is_used(url: str) -> None:
+    user, at_sign, rest = url.partition("@")
+    several = f"{user}{at_sign}127.0.0.1:{free_port()},{rest}?target_session_attrs=read-write"
+    await migrate(several)
+    database, ledger = Database(several, metrics=Metrics()), Ledger(several)
+    try:
+        await database.warm_up()
+        assert await database.held(namespaces=()) == {}
+        assert (await ledger.check()).startswith("PostgreSQL")
+    finally:
+        await ledger.aclose()
+        await database.aclose()
 
 
 async def test_an_operator_starts_without_its_database() -> None:

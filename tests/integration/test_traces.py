@@ -6,6 +6,7 @@ import json
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -14,6 +15,7 @@ from aiohttp import web
 from google.protobuf import json_format
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from devstack import tools
 from task_contract.names import API_VERSION, KIND, TRACEPARENT_ANNOTATION
 from task_operator.metrics import Metrics
 from task_operator.projection import Database
@@ -22,7 +24,7 @@ from task_operator.traces import TraceSink
 from tests.support.operator_lab import Kubelet, OperatorProcess, Place, until
 from tests.support.operator_values import finished, manifest, processing
 from tests.support.publishing import begun, caught_up, publishing
-from tests.support.servers import free_port
+from tests.support.servers import free_port, serving
 
 pytestmark = pytest.mark.integration
 
@@ -82,6 +84,24 @@ def _read(body: dict[str, Any]) -> ExportTraceServiceRequest:
     return json_format.ParseDict(hexadecimal(body), ExportTraceServiceRequest())
 
 
+@contextlib.contextmanager
+def collector_before(receiver: Collector, folder: Path) -> Iterator[str]:
+    """Run a real OpenTelemetry Collector that passes on what it takes; yield its endpoint."""
+    port = free_port()
+    configuration = {
+        "receivers": {"otlp": {"protocols": {"http": {"endpoint": f"127.0.0.1:{port}"}}}},
+        "exporters": {"otlphttp": {"endpoint": receiver.endpoint, "encoding": "json", "compression": "none"}},
+        "service": {
+            "pipelines": {"traces": {"receivers": ["otlp"], "exporters": ["otlphttp"]}},
+            "telemetry": {"metrics": {"level": "none"}},
+        },
+    }
+    (folder / "otelcol.json").write_text(json.dumps(configuration))  # JSON is YAML
+    command = [str(tools.otelcol()), f"--config=file:{folder / 'otelcol.json'}"]
+    with serving(command, port=port, log=folder / "otelcol.log"):
+        yield f"http://127.0.0.1:{port}"
+
+
 @pytest.fixture
 async def database(url: str) -> AsyncIterator[Database]:
     database = Database(url, metrics=Metrics())
@@ -90,10 +110,10 @@ async def database(url: str) -> AsyncIterator[Database]:
     await database.aclose()
 
 
-def _sink(database: Database, collector: Collector, *, ratio: float = 1.0) -> TraceSink:
+def _sink(database: Database, endpoint: str, *, ratio: float = 1.0) -> TraceSink:
     return TraceSink(
         database,
-        endpoint=collector.endpoint,
+        endpoint=endpoint,
         headers={"authorization": "Bearer secret"},
         sampler=Sampler(ratio),
         instance="test",
@@ -118,7 +138,7 @@ async def test_a_collector_gets_the_spans_of_tasks_and_attempts(
     database: Database, url: str, sql: "asyncpg.Connection[Any]"
 ) -> None:
     collector = Collector()
-    async with collector.at_work(), publishing(url, _sink(database, collector)):
+    async with collector.at_work(), publishing(url, _sink(database, collector.endpoint)):
         await begun(sql, "traces")
         traced, other = await _live(database, given=GIVEN), await _live(database)
         await _live(database, given=GIVEN[:-2] + "00")  # not sampled by its caller
@@ -139,11 +159,34 @@ async def test_a_collector_gets_the_spans_of_tasks_and_attempts(
     assert resource.scope_spans[0].spans[0].end_time_unix_nano > resource.scope_spans[0].spans[0].start_time_unix_nano
 
 
+@pytest.mark.timeout(600)  # the first one builds it
+async def test_a_real_collector_takes_the_spans_as_they_are(
+    database: Database, url: str, sql: "asyncpg.Connection[Any]", tmp_path: Path
+) -> None:
+    behind = Collector()
+    async with behind.at_work():
+        with collector_before(behind, tmp_path) as endpoint:
+            async with publishing(url, _sink(database, endpoint)):
+                await begun(sql, "traces")
+                uid = await _live(database, given=GIVEN)
+
+                async def told() -> bool:
+                    return len(behind.spans) >= 2
+
+                await until("it has passed on the spans", told, seconds=60)
+    spans = {span["name"]: span for span in behind.spans}
+    task, attempt = spans["task document_processing"], spans["attempt 1"]
+    assert (task["traceId"], task["parentSpanId"], task["spanId"]) == (TRACE, "00f067aa0ba902b7", span_id(uid))
+    assert (attempt["traceId"], attempt["parentSpanId"]) == (TRACE, task["spanId"])
+    assert int(task["endTimeUnixNano"]) > int(task["startTimeUnixNano"])
+    assert {"key": "task.uid", "value": {"stringValue": uid}} in task["attributes"]
+
+
 async def test_a_collector_that_was_away_gets_all_spans_and_one_that_refuses_holds_nothing_up(
     database: Database, url: str, sql: "asyncpg.Connection[Any]"
 ) -> None:
     collector = Collector(answers=iter((503, 429, 200, 400)))
-    async with publishing(url, _sink(database, collector)):
+    async with publishing(url, _sink(database, collector.endpoint)):
         await begun(sql, "traces")
         first = await _live(database)
         async with collector.at_work():

@@ -18,14 +18,20 @@ KUBE_VERSION = ("--kube-version", "1.34.0")
 Document = dict[str, Any]
 
 
-def run_helm(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def run_helm(*arguments: str | Path, major: int = 3) -> subprocess.CompletedProcess[str]:
     """Run helm, which is built where it is not there yet, and return how it ended."""
-    return subprocess.run([tools.helm(), *arguments], capture_output=True, text=True, timeout=150, check=False)
+    return subprocess.run(
+        [tools.helm() if major == 3 else tools.helm_4(), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
 
 
-def render(*arguments: str | Path, chart: Path = CHART) -> list[Document]:
+def render(*arguments: str | Path, chart: Path = CHART, major: int = 3) -> list[Document]:
     """Return the objects that `helm template` with ARGUMENTS makes of the release ``processing-tasks``."""
-    answer = run_helm("template", RELEASE, chart, "-n", NAMESPACE, *KUBE_VERSION, *arguments)
+    answer = run_helm("template", RELEASE, chart, "-n", NAMESPACE, *KUBE_VERSION, *arguments, major=major)
     assert answer.returncode == 0, answer.stderr
     return list(documents_in(answer.stdout))
 

@@ -86,8 +86,11 @@ def _lines(lines: Drawn, unit: str, *, x: float, y: float, w: float, h: float) -
             for at, value in points
         )
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-    legend = "".join(
-        f'<tspan fill="{_COLOURS[n % len(_COLOURS)]}">● </tspan><tspan>{escape(name)}  </tspan>'
-        for n, (name, _) in enumerate(lines[:6])
-    )
+    legend, room = "", w / 6.5  # characters of this size
+    for number, (name, _) in enumerate(lines):
+        room -= len(name) + 4
+        if room < 0:
+            legend += "<tspan>…</tspan>"
+            break
+        legend += f'<tspan fill="{_COLOURS[number % len(_COLOURS)]}">● </tspan><tspan>{escape(name)}  </tspan>'
     return [*parts, f'<text x="{x}" y="{y + h - 10}" font-size="10">{legend}</text>']

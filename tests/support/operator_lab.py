@@ -116,12 +116,14 @@ class Place:
         )
         return f"{group}/namespaces/{self.namespace}/{plural}" + (f"/{name}" if name else "")
 
-    async def create(self, name: str = "handbook", **spec: Any) -> dict[str, Any]:
+    async def create(
+        self, name: str = "handbook", *, labels: Mapping[str, str] | None = None, **spec: Any
+    ) -> dict[str, Any]:
         retry = {"limit": 2, "initialDelay": "1s", "maxDelay": "2s", "jitter": 0}
         body = {
             "apiVersion": "tasks.zzdsj.io/v1",
             "kind": "ProcessingTask",
-            "metadata": {"name": name},
+            "metadata": {"name": name, "labels": dict(labels or {})},
             "spec": {
                 "type": "document_processing",
                 "kbId": "kb-42",

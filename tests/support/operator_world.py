@@ -607,6 +607,7 @@ class Operator:
                 policy=Policy(pool_fallback=self.fallback),
                 clock=lambda: self.world.now,
                 random=random.Random(1).random,
+                pods_apart=0,
             )
             self._seen = len(self.world.events)
             await self._controller._resync()
@@ -620,10 +621,13 @@ class Operator:
             return
         known = self._controller._pools
         known.follow()
-        for pool in self.pools.pools():
-            if self.pools.up:
-                known.on_reports((pool.namespace, pool.name), self.pools.unread(pool.name))
-                known.on_reports((pool.namespace, pool.name), [])
+        pools = self.pools.pools()
+        there = [(pool.namespace, pool.name) for pool in pools]
+        gone = [of for of, place in known._places.items() if place.held and of not in there]
+        for of in (*there, *gone) if self.pools.up else ():
+            known.on_reports(of, self.pools.unread(of[1]))
+            known.on_reports(of, [])
+        for pool in pools:
             self._controller.on_look(pool, self.pools.look(pool.name) if self.pools.up else None)
 
     def deliver(self, *, lose: bool = False) -> None:
@@ -641,7 +645,7 @@ class Operator:
             if resync:
                 await controller._resync()
                 self.look_at_pools()
-            await controller._look(KEY)
+            await look_through(controller)
             if controller._pools is not None:
                 await controller._pools.settle()
         except (Conflict, Unavailable):
@@ -687,6 +691,14 @@ class Operator:
             self.world.run_pod() or self.world.end_pod(success())
             self.world.now += step
         raise AssertionError(f"the task does not end: {self.world.status}")
+
+
+async def look_through(controller: Controller) -> None:
+    """Look at the task, and again when its pods are known, if it was left until then."""
+    await controller._look(KEY)
+    while (asking := controller._glances._working) is not None and not asking.done():
+        await asking
+        await controller._look(KEY)
 
 
 def _container(state: dict[str, Any]) -> dict[str, Any]:

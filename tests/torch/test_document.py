@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from job_runner import export_onnx
 from job_runner.embed import make_embedder
 from job_runner.model_folder import folder_of
@@ -17,7 +19,17 @@ from tests.support.runner_lab import NAMESPACE, ROOT, Lab
 from tests.torch.conftest import NAME
 
 
-async def test_a_document_is_found_by_meaning_and_other_models_are_kept_apart(lab: Lab, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of the carried model, as ONNX."""
+    folder = str(tmp_path_factory.mktemp("models") / "minilm-onnx")
+    assert export_onnx.main([NAME, folder]) == 0
+    return folder
+
+
+async def test_a_document_is_found_by_meaning_and_other_models_are_kept_apart(
+    lab: Lab, tmp_path: Path, exported: str
+) -> None:
     embedder = lab.embedder = make_embedder(NAME)
     lab.take_own_knowledge_base()
     shutil.copy(ROOT / "examples/documents/handbook.pdf", lab.documents)
@@ -55,8 +67,6 @@ async def test_a_document_is_found_by_meaning_and_other_models_are_kept_apart(la
     shutil.copytree(folder_of(NAME) or Path(), tmp_path / "minilm")
     code, output, errors = await call("run", task(), model=str(tmp_path / "minilm"))
     assert (code, json.loads(output)["reason"]) == (0, "Unchanged"), errors
-    exported = str(tmp_path / "minilm-onnx")
-    assert await asyncio.to_thread(export_onnx.main, [NAME, exported]) == 0
     for model, payload, reason in (
         ("universal-sentence-encoder-multilingual-v3", {}, "ModelMismatch"),
         (exported, {}, "ModelMismatch"),
@@ -80,3 +90,45 @@ async def test_a_document_is_found_by_meaning_and_other_models_are_kept_apart(la
     for model in (NAME, "universal-sentence-encoder-multilingual-v3"):
         code, output, _ = await call("run", task(), model=model)
         assert (code, json.loads(output)["reason"]) == (65, "ModelMismatch"), output
+
+
+async def test_a_knowledge_base_moves_from_one_model_to_another_and_back(lab: Lab, exported: str) -> None:
+    """From the packaged model's vectors to those of ONNX Runtime, of another dimension, by one runner that has both."""
+    first, second = "universal-sentence-encoder-multilingual-v3", exported
+    lab.take_own_knowledge_base()
+    shutil.copy(ROOT / "examples/documents/handbook.pdf", lab.documents)
+    both = {"TASKS_EMBEDDING_MODEL": first, "TASKS_EMBEDDING_MODELS": second}
+
+    async def call(*arguments: str, environment: dict[str, str] = both) -> tuple[int, str, str]:
+        process = lab.command("job_runner", *arguments, environment=environment)
+        output, errors = await asyncio.to_thread(process.communicate, timeout=120)
+        return process.returncode, output, errors
+
+    async def asked(environment: dict[str, str] = both) -> tuple[int, str, str]:
+        query = ("--namespace", NAMESPACE, "--kb-id", lab.kb_id, "--query", case["question"])
+        return await call("search", "--json", "--mode", "dense", *query, environment=environment)
+
+    [case, *_] = [
+        it for it in json.loads((ROOT / "examples/documents/questions.json").read_text()) if it["question"].isascii()
+    ]
+    task = lab.task("handbook.pdf", chunkSize=600, chunkOverlap=100)
+    assert (await call("run", lab.task_file(task)))[0] == 0
+    for model, action, generation, dimension in (
+        (second, {"rebuildIndex": True, "embeddingModel": second, "maxRecallDrop": 100}, 2, 384),
+        (first, {"action": "rollback"}, 1, 512),
+    ):
+        code, output, errors = await call("run", lab.task_file(lab.indexing(**action)))
+        assert code == 0, errors
+        result = json.loads(output)["result"]
+        assert result["generation"] == generation
+        assert result["chunks"] == result["milvusCount"] == result["elasticsearchCount"] > 10
+        serving = "SELECT g.dimension FROM generations g JOIN knowledge_bases USING (namespace, kb_id, generation)"
+        assert await lab.fetch(f"{serving} WHERE kb_id = $1", lab.kb_id) == dimension
+        code, output, errors = await asked()
+        assert code == 0, errors
+        hits = [json.loads(line) for line in output.splitlines()]
+        assert any(case["answer"] in hit["text"] for hit in hits), hits
+        # A runner that has the other model alone is told so.
+        other = {first: second, second: first}[model]
+        code, _, errors = await asked({"TASKS_EMBEDDING_MODEL": other})
+        assert (code, "TASKS_EMBEDDING_MODEL" in errors) == (65, True), errors

@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,17 @@ from hypothesis import strategies as st
 
 from task_contract.models import Payload
 from task_gateway.documents import (
-    DocumentVolumes,
+    Arriving,
+    PlaceFull,
+    PlaceUnavailable,
     Received,
     Stored,
     TooLarge,
-    VolumeFull,
-    VolumeUnavailable,
-    _write,
     safe_name,
     wrong_content,
 )
+from task_gateway.volumes import DocumentVolumes, _write
+from tests.support.uploading import files, parts
 
 PDF = b"%PDF-1.7\n..."
 
@@ -31,17 +31,6 @@ def volumes(tmp_path: Path) -> DocumentVolumes:
     (tmp_path / "knowledge").mkdir()
     (tmp_path / "other").mkdir()
     return DocumentVolumes(tmp_path)
-
-
-async def parts(*data: bytes, then: Exception | None = None) -> AsyncIterator[bytes]:
-    for one in data:
-        yield one
-    if then is not None:
-        raise then
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 async def put(
@@ -104,8 +93,8 @@ async def test_what_is_refused_after_it_arrived_leaves_nothing(volumes: Document
 async def test_a_document_whose_task_was_refused_is_removed_alone(volumes: DocumentVolumes, tmp_path: Path) -> None:
     await put(volumes, PDF)
     _, refused = await put(volumes, PDF, token="t2")
-    volumes.remove(refused)
-    volumes.remove(refused)
+    await volumes.remove(refused)
+    await volumes.remove(refused)
     assert files(tmp_path) == ["knowledge/uploads/kb-42/t1/handbook.pdf"]
     assert not (tmp_path / "knowledge/uploads/kb-42/t2").exists()
 
@@ -114,8 +103,8 @@ async def test_what_killed_processes_left_is_removed_an_hour_later(volumes: Docu
     await put(volumes, PDF)
     left = tmp_path / "knowledge/uploads/.partial-0123"
     left.write_bytes(b"half")
-    assert volumes.tidy() == 0
-    assert volumes.tidy(now=left.stat().st_mtime + 3601) == 1
+    assert await volumes.tidy() == 0
+    assert await volumes.tidy(now=left.stat().st_mtime + 3601) == 1
     assert files(tmp_path) == ["knowledge/uploads/kb-42/t1/handbook.pdf"]
 
 
@@ -123,7 +112,7 @@ async def test_what_killed_processes_left_is_removed_an_hour_later(volumes: Docu
 async def test_no_link_leads_into_another_volume(volumes: DocumentVolumes, tmp_path: Path, link: str) -> None:
     (tmp_path / link).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / link).symlink_to(tmp_path / "other")
-    with pytest.raises(VolumeUnavailable):
+    with pytest.raises(PlaceUnavailable):
         await put(volumes, PDF)
     assert files(tmp_path / "other") == []
 
@@ -142,7 +131,7 @@ async def test_a_file_that_is_a_link_is_replaced_and_not_followed(volumes: Docum
 async def test_a_volume_that_is_not_mounted_is_said_to_be_so(volumes: DocumentVolumes) -> None:
     assert volumes.serves("knowledge")
     assert not volumes.serves("missing")
-    with pytest.raises(VolumeUnavailable, match="is it mounted in the gateway"):
+    with pytest.raises(PlaceUnavailable, match="is it mounted in the gateway"):
         async with volumes.receive(parts(PDF), namespace="missing", limit=10):
             pytest.fail("there is no volume")
 
@@ -151,8 +140,8 @@ async def test_a_volume_that_is_not_mounted_is_said_to_be_so(volumes: DocumentVo
 async def test_a_full_volume_is_said_to_be_full() -> None:
     full = os.open("/dev/full", os.O_WRONLY)
     try:
-        with pytest.raises(VolumeFull, match="volume of namespace knowledge is full"):
-            await _write(full, parts(PDF), namespace="knowledge", limit=100)
+        with pytest.raises(PlaceFull, match="volume of namespace knowledge is full"):
+            await _write(full, Arriving(parts(PDF), limit=100), namespace="knowledge")
     finally:
         os.close(full)
 

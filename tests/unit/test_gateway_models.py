@@ -103,12 +103,18 @@ def test_a_request_becomes_the_spec_that_it_names() -> None:
         "ttlSecondsAfterFinished": 60,
     }
     assert (wanted.namespace, wanted.idempotency_key) == ("knowledge", "upload-7")
-    made = manifest_of(wanted, name="n", namespace="knowledge", caller="ada")
+    made = manifest_of(wanted, name="n", namespace="knowledge", caller="ada", labels={})
     assert made["metadata"]["labels"] == {"team": "manuals", "example.com/kind": "a.b_c"}
     assert made["metadata"]["annotations"] == {
         "tasks.zzdsj.io/request-hash": wanted.hash,
         "tasks.zzdsj.io/created-by": "ada",
     }
+
+
+def test_labels_of_the_installation_are_given_where_the_request_has_no_others() -> None:
+    wanted = parse_task(document(labels={"team": "b", "kind": "x"}))
+    made = manifest_of(wanted, name="n", namespace="knowledge", caller="", labels={"team": "a", "tier": "y"})
+    assert made["metadata"]["labels"] == {"team": "b", "kind": "x", "tier": "y"}
 
 
 def test_every_field_of_the_spec_can_be_asked_for_but_cancel() -> None:
@@ -383,6 +389,10 @@ def test_the_page_names_every_operation() -> None:
         ("GATEWAY_AUTH_CACHE_SECONDS", "60"),
         ("GATEWAY_RATE", "0"),
         ("GATEWAY_POSTGRES_URL", ""),
+        ("GATEWAY_DOCUMENTS", "uploads"),
+        ("GATEWAY_DOCUMENTS", "s3://UPLOADS/"),
+        ("GATEWAY_S3_ENDPOINT", "minio:9000"),
+        ("GATEWAY_S3_CA", "no certificate"),
     ],
 )
 def test_a_bad_setting_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,3 +401,23 @@ def test_a_bad_setting_is_named(name: str, value: str, monkeypatch: pytest.Monke
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=name):
         load_settings(Settings, program="gateway")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "GATEWAY_S3_ACCESS_KEY_ID and GATEWAY_S3_SECRET_ACCESS_KEY are required"),
+        (
+            {"S3_ACCESS_KEY_ID": "a", "S3_SECRET_ACCESS_KEY": "hidden", "UPLOAD_BYTES": str(5 * 2**30 + 1)},
+            "GATEWAY_UPLOAD_BYTES: a bucket takes uploads of at most 5368709120 bytes",
+        ),
+    ],
+)
+def test_a_bucket_for_uploads_wants_an_account_and_a_limit_that_it_can_hold(
+    given: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"POSTGRES_URL": "postgresql://x", "DOCUMENTS": "s3://uploads/team-a", **given}.items():
+        monkeypatch.setenv(f"GATEWAY_{name}", value)
+    with pytest.raises(SettingsError, match=message) as raised:
+        load_settings(Settings, program="gateway")
+    assert "hidden" not in str(raised.value)

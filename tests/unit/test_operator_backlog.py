@@ -14,6 +14,7 @@ from task_contract.models import Phase
 from task_operator.backlog import LIMIT, Backlog, Row
 from task_operator.cache import Cache
 from task_operator.controller import VersionsWentBack
+from task_operator.jobs import parse_time
 from task_operator.projection import _values
 from task_platform.kubernetes import Page
 from tests.support.operator_values import at, manifest, processing, success
@@ -116,6 +117,7 @@ def test_the_estimate_of_a_rows_size_is_near_the_truth() -> None:
     backlog = Backlog()
     tracemalloc.start()
     for number in range(500):
+        parse_time.cache_clear()  # tasks of different times share none
         backlog.put(real_row(number), now=0)
     used = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()

@@ -15,7 +15,7 @@ from task_platform.kubernetes import Conflict, Forbidden, Manifest, Unavailable
 from tests.support.operator_lab import until
 from tests.support.operator_values import UID, at, finished, given_back, name_of, processing, retrying, stamp, success
 from tests.support.operator_values import failure as failure_outcome
-from tests.support.operator_world import KEY, World
+from tests.support.operator_world import World, look_through
 
 METADATA = Metadata(name="handbook", namespace="knowledge", uid=UID)
 
@@ -195,12 +195,13 @@ def controller(world: World, told: list[Manifest]) -> Controller:
         announce=told.append,
         clock=lambda: world.now,
         random=lambda: 0.5,
+        pods_apart=0,
     )
 
 
 async def look(operator: Controller) -> None:
     await operator._resync()
-    await operator._look(KEY)
+    await look_through(operator)
 
 
 async def test_a_long_wait_is_told_once_by_a_process_and_by_the_next_under_the_same_name() -> None:

@@ -534,3 +534,15 @@ def test_what_the_settings_add_to_every_pod_of_the_runner() -> None:
         assert {"name": "TZ", "value": "UTC"} in made["spec"]["containers"][0]["env"]
     [*_, last] = [one for one in of_task["spec"]["containers"][0]["env"] if one["name"] == "TASKS_ATTEMPT"]
     assert last["value"] == "2", "the operator's own goes before it: of two the last counts"
+
+
+def test_pods_see_the_folder_of_their_namespace_and_write_to_its_outputs_alone() -> None:
+    template = RunnerTemplate(image="runner:1", documents_subpath="teams/{namespace}")
+    given = task(spec={"type": "embedding_generation", "payload": {"texts": ["a"], "outputPath": "outputs/a.npy"}})
+    pod = build_job(given, attempt=1, template=template)["spec"]["template"]["spec"]
+    mounts = [one for one in pod["containers"][0]["volumeMounts"] if one["name"] == "documents"]
+    namespace = given.metadata.namespace
+    assert mounts == [
+        {"name": "documents", "mountPath": "/data", "readOnly": True, "subPath": f"teams/{namespace}"},
+        {"name": "documents", "mountPath": "/data/outputs", "subPath": f"teams/{namespace}/outputs"},
+    ]

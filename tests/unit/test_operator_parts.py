@@ -26,10 +26,10 @@ from task_operator.health import Health
 from task_operator.metrics import Bounded, Metrics, Waiting
 from task_operator.settings import Settings
 from task_operator.statuses import tells_a_wait
-from task_operator.workqueue import Turn, WorkQueue
+from task_operator.workqueue import Glances, Turn, WorkQueue
 from task_platform.kubernetes import verb_of
 from task_platform.settings import SettingsError, load_settings
-from tests.support.operator_values import at, complete, finished, job, manifest, name_of, processing, stamp
+from tests.support.operator_values import UID, at, complete, finished, job, manifest, name_of, processing, stamp
 from tests.support.servers import free_port
 
 KEY = ("knowledge", "handbook")
@@ -99,6 +99,78 @@ def test_who_is_called_and_has_nothing_to_do_passes_the_turn_on() -> None:
         assert of_another
         turn.over("c")
     assert called == ["b", "c", "d"]
+
+
+class Asking:
+    """Answers questions about keys, and calls them."""
+
+    def __init__(self, *, at_once: int = 10, apart: float = 0.0) -> None:
+        self.asked: list[str] = []
+        self.called: list[str] = []
+        self.refuses = False
+        self.glances = Glances[str, str](self._answer, self.called.append, at_once=at_once, apart=apart)
+
+    async def _answer(self, key: str) -> str:
+        self.asked.append(key)
+        await asyncio.sleep(0)
+        if self.refuses:
+            raise OSError(key)
+        return f"{key} {len(self.asked)}"
+
+    async def answered(self) -> None:
+        assert self.glances._working is not None
+        await self.glances._working
+
+
+async def test_who_glances_is_not_kept_waiting_and_is_called_for_the_answer() -> None:
+    asking = Asking()
+    assert [asking.glances.take(key) for key in ("a", "b", "a")] == [None, None, None]
+    await asking.answered()
+    assert (asking.asked, asking.called) == (["a", "b"], ["a", "b"])
+    assert [asking.glances.take(key) for key in ("a", "b")] == ["a 2", "b 2"]
+    assert asking.glances.take("a") is None, "it was taken"
+    await asking.answered()
+    assert asking.glances.take("a") == "a 3"
+
+
+async def test_what_is_glanced_at_meanwhile_is_asked_for_together_in_its_order_and_not_before_its_time() -> None:
+    asking = Asking(at_once=2, apart=0.1)
+    began = asyncio.get_running_loop().time()
+    asking.glances.take("a")
+    await asyncio.sleep(0.02)
+    for key in ("b", "c", "b", "d"):
+        asking.glances.take(key)
+    assert asking.called == ["a"]
+    assert asking.glances.take("a") == "a 1", "an answer stays until it is taken"
+    await asking.answered()
+    assert asking.called == ["a", "b", "c", "d"]
+    assert asyncio.get_running_loop().time() - began >= 0.3
+    assert [asking.glances.take(key) for key in ("b", "c", "d")] == ["b 3", "c 3", "d 4"]
+
+
+async def test_an_answer_that_nobody_came_for_in_time_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    asking = Asking()
+    asking.glances.take("a")
+    await asking.answered()
+    monkeypatch.setattr("task_operator.workqueue._FRESH", -1.0)
+    assert asking.glances.take("a") is None
+    monkeypatch.undo()
+    await asking.answered()
+    assert asking.glances.take("a") == "a 2"
+
+
+async def test_who_cannot_be_answered_is_told_why() -> None:
+    asking = Asking()
+    asking.refuses = True
+    asking.glances.take("a")
+    await asking.answered()
+    assert asking.called == ["a"]
+    with pytest.raises(OSError, match="a"):
+        asking.glances.take("a")
+    asking.refuses = False
+    assert asking.glances.take("a") is None
+    await asking.answered()
+    assert asking.glances.take("a") == "a 2"
 
 
 async def test_of_two_times_the_earlier_one_wins() -> None:
@@ -271,6 +343,23 @@ def test_jobs_are_found_by_their_task_and_leave_only_as_themselves() -> None:
     assert cache.drop_job(KEY, name_of(1), uid="two", now=at(5))
     assert cache.jobs(KEY) == ()
     assert not cache.put_job(complete(owner_name=None), now=at(6))
+
+
+def test_what_a_task_and_its_job_both_say_is_kept_once() -> None:
+    def news(text: str) -> str:
+        return "".join(list(text))  # each event brings strings of its own
+
+    cache = Cache()
+    for version, status in enumerate([None, processing(job=news(name_of(1))), finished(job=news(name_of(1)))], 10):
+        cache.put_task(_task(version, uid=news(UID), status=status))
+        one = job(name=news(name_of(1)), owner_uid=news(UID), owner_name=news(KEY[1]), resource_version=version)
+        cache.put_job(one, now=at(version))
+    task, kept = cache.task(KEY), cache.jobs(KEY)[0]
+    assert task is not None
+    assert kept.owner_uid is task.uid
+    assert kept.name is task.job
+    assert kept.owner_name is task.key[1]
+    assert next(iter(cache.job_keys())) is task.key
 
 
 # ------------------------------------------------------------------------------------------------------------- patches

@@ -14,7 +14,7 @@ from task_operator.metrics import Metrics
 from task_operator.pool_controller import PoolController
 from task_operator.pool_metrics import PoolMetrics
 from task_operator.pool_queue import Look, QueueUnavailable, Worker
-from task_operator.pools import Backlog, Pool
+from task_operator.pools import Backlog
 from task_platform.kubernetes import Conflict, Forbidden, Manifest, NotFound, Page
 from tests.support.operator_lab import until
 from tests.support.operator_values import stamp
@@ -237,7 +237,7 @@ async def test_looks_are_handed_on_once_a_second_however_much_happens() -> None:
         lab.add()
         began = asyncio.get_running_loop().time()
         while len(lab.looks) < 3:
-            lab.pools.poke(Pool.from_manifest(pool_manifest()))
+            lab.pools._lookout.soon(("knowledge", "texts"))
             await asyncio.sleep(0.02)
         assert asyncio.get_running_loop().time() - began >= 1.7
 

@@ -415,6 +415,25 @@ async def test_who_asks_for_a_pool_that_there_is_not_waits_and_is_told_which() -
     assert world.status["executor"] == "pool"
 
 
+async def test_of_a_pool_that_is_deleted_while_redis_is_away_tasks_get_jobs_when_it_is_back() -> None:
+    world = World()
+    world.add_task()
+    pools = MemoryPools(world)
+    operator = Operator(world, pools=pools)
+    await operator.settle()  # offered, and no worker takes it
+    pools.up = False
+    operator.look_at_pools()
+    pools.names = []
+    operator.look_at_pools()
+    pools.up = True
+    for _ in range(20):
+        await operator.settle()
+        world.run_pod() or world.end_pod(success())
+        world.now += timedelta(seconds=15)
+    assert world.status["phase"] == "Completed"
+    assert world.status["executor"] == "job"
+
+
 async def test_a_task_stays_where_it_was_offered_when_a_pool_comes_that_is_first_by_name() -> None:
     world = World()
     world.add_task()

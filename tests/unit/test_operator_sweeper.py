@@ -95,11 +95,17 @@ class Cluster:
         return job
 
 
-def sweeper(ledger: Ledger, cluster: Cluster, *, alive: Collection[str] | None = ()) -> Sweeper:
+def sweeper(
+    ledger: Ledger, cluster: Cluster, *, alive: Collection[str] | None = (), elsewhere: Collection[str] = ()
+) -> Sweeper:
+    async def others() -> Collection[str]:
+        return elsewhere
+
     return Sweeper(
         create_job=cluster.create_job,
         database=ledger,
         alive=lambda: alive,
+        elsewhere=others,
         template=RunnerTemplate(image="runner:1"),
         metrics=Metrics(),
         interval=HOUR,
@@ -117,6 +123,12 @@ async def test_the_dead_are_fenced_once_and_the_namespace_is_swept_by_one_job() 
         await sweeper(ledger, cluster, alive={"alive"}).look()
     assert ledger.fenced == ["dead"]
     assert len(cluster.jobs) == 1
+
+
+async def test_tasks_of_another_installation_are_not_fenced() -> None:
+    ledger, cluster = Ledger([intent("dead"), intent("theirs")], [dirty()]), Cluster()
+    await sweeper(ledger, cluster, elsewhere={"theirs"}).look()
+    assert ledger.fenced == ["dead"]
 
 
 async def test_after_a_sweep_the_next_one_has_another_job() -> None:

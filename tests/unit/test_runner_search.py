@@ -1,5 +1,6 @@
 """One ranking of two, and how well a ranking answers."""
 
+import asyncio
 import json
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from job_runner.index import Hit, Row
 from job_runner.quality import Question, evaluate, questions_from_headings, read_questions
 from job_runner.search import Answers, Place, fuse
-from task_contract.errors import InvalidTask
+from task_contract.errors import InvalidTask, StoreUnavailable
 
 
 def hit(key: str, *, score: float = 1, document_id: str = "a", text: str = "") -> Hit:
@@ -211,3 +212,23 @@ async def test_quality_is_a_mean_over_questions_and_needs_some() -> None:
     assert quality.recall == {"dense": 0.5, "keyword": 0, "fusion": 0.5}
     with pytest.raises(InvalidTask, match="no questions"):
         await evaluate([], ask)
+
+
+async def test_questions_are_asked_several_at_once_and_the_first_error_is_told_as_it_is() -> None:
+    under_way, most = 0, 0
+
+    async def ask(query: str) -> Answers:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0)
+        under_way -= 1
+        if query == "question 11":
+            raise StoreUnavailable("cannot search: gone")
+        return answers([], [])
+
+    questions = [Question(f"question {number}", "guide") for number in range(11)]
+    assert (await evaluate(questions, ask)).missed == tuple(questions)
+    assert most == 8
+    with pytest.raises(StoreUnavailable, match="gone"):
+        await evaluate([*questions, Question("question 11", "guide")], ask)

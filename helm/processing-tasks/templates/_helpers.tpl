@@ -64,6 +64,7 @@ app.kubernetes.io/component: operator
 
 {{/* YAML of where the operator's credentials stand: secret, and the key of each store. */}}
 {{- define "processing-tasks.operatorStores" -}}
+{{- include "processing-tasks.bundle" . }}
 {{- $own := .Values.operator.stores }}
 {{- if $own.existingSecret }}
 secret: {{ $own.existingSecret }}
@@ -117,6 +118,10 @@ redis: TASKS_REDIS_URL
   value: {{ default "processing-task-stores" $root.Values.stores.existingSecret }}
 - name: OPERATOR_DOCUMENTS_CLAIM
   value: {{ ternary (default "processing-task-documents" $root.Values.documents.existingClaim) "" $root.Values.documents.enabled | quote }}
+{{- with $root.Values.documents.subPath }}
+- name: OPERATOR_DOCUMENTS_SUBPATH
+  value: {{ quote . }}
+{{- end }}
 - name: OPERATOR_PRIORITY_CLASSES
   value: {{ include "processing-tasks.priorityClasses" $root | quote }}
 - name: OPERATOR_RUNNER_RESOURCES
@@ -153,6 +158,14 @@ redis: TASKS_REDIS_URL
   value: {{ toJson $secrets | quote }}
 - name: OPERATOR_INSTANCE
   value: {{ $root.Release.Name }}
+{{- with $root.Values.taskLabels }}
+{{- $selector := list }}
+{{- range $key, $value := . }}
+{{- $selector = append $selector (printf "%s=%s" $key $value) }}
+{{- end }}
+- name: OPERATOR_SELECTOR
+  value: {{ join "," $selector | quote }}
+{{- end }}
 {{- with $root.Values.operator.leaderElection }}
 {{- if .enabled }}
 - name: OPERATOR_LEASE_NAME
@@ -330,14 +343,35 @@ alone that sign callbacks. */}}
 {{- end }}
 {{- end }}
 
+{{/* With stores.bundled: gives `stores` the addresses of the stores that come along, once, before anybody reads them. */}}
+{{- define "processing-tasks.bundle" -}}
+{{- if and .Values.stores.bundled (not .Values.bundledStores.made) }}
+{{- with .Values.stores }}
+{{- if or .existingSecret .postgres.url .redis.url .milvus.url .milvus.token .elasticsearch.url .elasticsearch.apiKey }}
+{{- fail "stores.bundled: leave stores.existingSecret and the stores' settings empty when it is set" }}
+{{- end }}
+{{- end }}
+{{- $_ := set .Values.bundledStores "made" true }}
+{{- $name := include "processing-tasks.fullname" . }}
+{{- $known := lookup "v1" "Secret" .Release.Namespace (printf "%s-stores" $name) }}
+{{- $password := .Values.bundledStores.password | default (dig "data" "password" "" ($known | default dict) | b64dec) | default (randAlphaNum 24) }}
+{{- $_ := set .Values.bundledStores "password" $password }}
+{{- $domain := printf "%s.svc.%s" .Release.Namespace .Values.clusterDomain }}
+{{- $_ := set .Values.stores.postgres "url" (printf "postgresql://tasks:%s@%s-postgres.%s:5432/tasks" $password $name $domain) }}
+{{- $_ := set .Values.stores.redis "url" (printf "redis://:%s@%s-redis.%s:6379/0" $password $name $domain) }}
+{{- $_ := set .Values.stores.milvus "url" (printf "http://%s-milvus.%s:19530" $name $domain) }}
+{{- $_ := set .Values.stores.elasticsearch "url" (printf "http://elastic:%s@%s-elasticsearch.%s:9200" $password $name $domain) }}
+{{- end }}
+{{- end }}
+
 {{/* Checks the URLs of a dict "stores" that stands at "path". Here and not in the schema, whose errors print the value: it holds a password. */}}
 {{- define "processing-tasks.validateStores" -}}
 {{- $path := .path }}
 {{- $stores := .stores }}
-{{- range $store, $schemes := dict "postgres" "postgres(ql)?" "redis" "rediss?" "milvus" "https?" "elasticsearch" "https?" }}
+{{- range $store, $schemes := dict "postgres" "postgres(ql)?" "redis" "rediss?(\\+(sentinel|cluster))?" "milvus" "https?" "elasticsearch" "https?" }}
 {{- $url := dig $store "url" "" $stores }}
 {{- if and $url (not (regexMatch (printf "^%s://[^/]" $schemes) $url)) }}
-{{- fail (printf "%s.%s.url: must begin with %s and name a host" $path $store (index (dict "postgres" "postgresql://" "redis" "redis:// or rediss://" "milvus" "http:// or https://" "elasticsearch" "http:// or https://") $store)) }}
+{{- fail (printf "%s.%s.url: must begin with %s and name a host" $path $store (index (dict "postgres" "postgresql://" "redis" "redis://, rediss://, redis+sentinel:// or redis+cluster://" "milvus" "http:// or https://" "elasticsearch" "http:// or https://") $store)) }}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -366,6 +400,14 @@ alone that sign callbacks. */}}
 {{- fail "events.rabbitmq.url: must begin with amqp:// or amqps:// and name a host" }}
 {{- end }}
 {{- end }}
+{{- with .Values.gateway.upload }}
+{{- if and .s3.location .claims }}
+{{- fail "gateway.upload.claims: leave them empty when gateway.upload.s3.location is set" }}
+{{- end }}
+{{- if and .s3.location .s3.existingSecret (or .s3.accessKeyId .s3.secretAccessKey) }}
+{{- fail "gateway.upload.s3.existingSecret: leave accessKeyId and secretAccessKey empty when it is set" }}
+{{- end }}
+{{- end }}
 {{- if and $stores.existingSecret .Values.runner.embeddingModel }}
 {{- fail (printf "runner.embeddingModel: has no effect with stores.existingSecret; put TASKS_EMBEDDING_MODEL into its Secret %s" $stores.existingSecret) }}
 {{- end }}
@@ -389,6 +431,16 @@ alone that sign callbacks. */}}
 {{- range $index, $namespace := .Values.taskNamespaces }}
 {{- if hasKey $names $namespace.name }}
 {{- fail (printf "taskNamespaces[%d].name: %s is named twice" $index $namespace.name) }}
+{{- end }}
+{{- if $namespace.shared }}
+{{- if not $.Values.taskLabels }}
+{{- fail (printf "taskNamespaces[%d].shared: needs taskLabels, or two releases look after the same tasks" $index) }}
+{{- end }}
+{{- range $name := list "create" "quota" "limits" "stores" "sources" "documents" }}
+{{- if get $namespace $name }}
+{{- fail (printf "taskNamespaces[%d].%s: has no effect with shared; set it in the release that makes what is in %s" $index $name $namespace.name) }}
+{{- end }}
+{{- end }}
 {{- end }}
 {{- $_ := set $names $namespace.name true }}
 {{- include "processing-tasks.validateStores" (dict "path" (printf "taskNamespaces[%d].stores" $index) "stores" ($namespace.stores | default dict)) }}
@@ -458,6 +510,10 @@ app.kubernetes.io/component: gateway
   value: {{ ternary "" (join "," $namespaces) $root.Values.operator.clusterWide | quote }}
 - name: GATEWAY_DEFAULT_NAMESPACE
   value: {{ $default }}
+{{- with $root.Values.taskLabels }}
+- name: GATEWAY_TASK_LABELS
+  value: {{ toJson . | quote }}
+{{- end }}
 - name: GATEWAY_AUTH
   value: {{ $gateway.auth }}
 - name: GATEWAY_AUDIENCES
@@ -474,7 +530,25 @@ app.kubernetes.io/component: gateway
   value: {{ join "," $gateway.corsOrigins | quote }}
 {{- if $gateway.upload.enabled }}
 - name: GATEWAY_DOCUMENTS
-  value: /documents
+  value: {{ default "/documents" $gateway.upload.s3.location }}
+{{- with $gateway.upload.s3 }}
+{{- if .location }}
+{{- $read := $root.Values.sources }}
+{{- range $name, $value := dict "ENDPOINT" (default $read.s3.endpoint .endpoint) "REGION" (default $read.s3.region .region) "ADDRESSING" (default $read.s3.addressing .addressing) "CA" (default $read.ca .ca) }}
+{{- with $value }}
+- name: GATEWAY_S3_{{ $name }}
+  value: {{ quote . }}
+{{- end }}
+{{- end }}
+{{- range $name, $key := dict "ACCESS_KEY_ID" "accessKeyId" "SECRET_ACCESS_KEY" "secretAccessKey" }}
+- name: GATEWAY_S3_{{ $name }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ include "processing-tasks.uploadSecret" $root }}
+      key: {{ $key }}
+{{- end }}
+{{- end }}
+{{- end }}
 - name: GATEWAY_UPLOAD_BYTES
   value: {{ int64 $gateway.upload.maxBytes | quote }}
 {{- end }}
@@ -518,10 +592,15 @@ app.kubernetes.io/component: gateway
   verbs: [get]
 {{- end }}
 
+{{/* Name of the Secret with the account that uploads into a bucket. */}}
+{{- define "processing-tasks.uploadSecret" -}}
+{{- default (printf "%s-uploads" (include "processing-tasks.fullname" .)) .Values.gateway.upload.s3.existingSecret }}
+{{- end }}
+
 {{/* Claims of the gateway's namespace with the document volumes of task namespaces, as a list under "claims". */}}
 {{- define "processing-tasks.gatewayClaims" -}}
 {{- $claims := list }}
-{{- if .Values.gateway.upload.enabled }}
+{{- if and .Values.gateway.upload.enabled (not .Values.gateway.upload.s3.location) }}
 {{- $served := list }}
 {{- range .Values.taskNamespaces }}
 {{- $served = append $served .name }}
@@ -533,10 +612,10 @@ app.kubernetes.io/component: gateway
 {{- $claims = append $claims . }}
 {{- end }}
 {{- if and (not $claims) .Values.documents.enabled (has .Release.Namespace $served) }}
-{{- $claims = append $claims (dict "namespace" .Release.Namespace "claimName" (default "processing-task-documents" .Values.documents.existingClaim)) }}
+{{- $claims = append $claims (dict "namespace" .Release.Namespace "claimName" (default "processing-task-documents" .Values.documents.existingClaim) "subPath" (replace "{namespace}" .Release.Namespace .Values.documents.subPath)) }}
 {{- end }}
 {{- if not $claims }}
-{{- fail "gateway.upload.enabled: give gateway.upload.claims, claims in the release's namespace that lead to the document volumes" }}
+{{- fail "gateway.upload.enabled: give gateway.upload.claims, claims in the release's namespace that lead to the document volumes, or gateway.upload.s3.location" }}
 {{- end }}
 {{- end }}
 {{- dict "claims" $claims | toYaml }}

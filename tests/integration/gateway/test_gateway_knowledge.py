@@ -6,10 +6,10 @@ import io
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import asyncpg
@@ -24,12 +24,20 @@ from tests.support.event_sources import event
 from tests.support.event_tables import tell
 from tests.support.gateway_lab import GatewayProcess, account
 from tests.support.operator_lab import Kube, Place, Proxy, until
+from tests.support.s3 import ObjectStore, object_store
+from tests.support.uploading import files
 
 pytestmark = pytest.mark.integration
 
 Make = Callable[..., GatewayProcess]
 PDF = b"%PDF-1.7\n" + b"x" * 1000
 MB = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    with object_store(tmp_path_factory.mktemp("s3")) as store:
+        yield store
 
 
 @pytest.fixture
@@ -51,8 +59,45 @@ def with_volume(gateway: Make, volume: Path) -> Make:
 
 
 @pytest.fixture
-async def uploads(with_volume: Make) -> AsyncIterator[GatewayProcess]:
-    async with with_volume(GATEWAY_UPLOAD_BYTES="5000000").at_work() as process:
+def bucket(server: ObjectStore, place: Place) -> Path:
+    """What there is of the namespace in a bucket, whose server keeps objects as files."""
+    folder = server.folder / "uploads" / "team-a" / place.namespace
+    (server.folder / "uploads").mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def with_bucket(gateway: Make, server: ObjectStore) -> Make:
+    """Make a trusting gateway that puts documents there."""
+
+    def make(**given: Any) -> GatewayProcess:
+        settings = {
+            "GATEWAY_DOCUMENTS": "s3://uploads/team-a",
+            "GATEWAY_S3_ENDPOINT": f"https://127.0.0.1:{server.port}",
+            "GATEWAY_S3_ACCESS_KEY_ID": server.account[0],
+            "GATEWAY_S3_SECRET_ACCESS_KEY": server.account[1],
+            "GATEWAY_S3_CA": server.certificate_authority,
+        }
+        return gateway(**{"trusting": True, **settings, **given})
+
+    return make
+
+
+@pytest.fixture(params=["volume", "bucket"])
+def stored(request: pytest.FixtureRequest) -> Path:
+    """Where documents of the namespace are put: both ways."""
+    return cast("Path", request.getfixturevalue(request.param))
+
+
+@pytest.fixture
+def with_documents(request: pytest.FixtureRequest, stored: Path) -> Make:
+    """Make a trusting gateway that puts them there."""
+    return cast("Make", request.getfixturevalue(f"with_{request.node.callspec.params['stored']}"))
+
+
+@pytest.fixture
+async def uploads(with_documents: Make) -> AsyncIterator[GatewayProcess]:
+    async with with_documents(GATEWAY_UPLOAD_BYTES="5000000").at_work() as process:
         yield process
 
 
@@ -80,23 +125,27 @@ async def upload(process: GatewayProcess, data: Any, **headers: str) -> tuple[in
         return response.status, orjson.loads(await response.read()), dict(response.headers)
 
 
-def files(volume: Path) -> list[str]:
-    return sorted(str(path.relative_to(volume)) for path in volume.rglob("*") if path.is_file())
+def name_of(file_path: str, stored: Path) -> str:
+    """Return what a task names, as a file of the folder that stands for its namespace."""
+    for root in ("/data/", f"s3://uploads/team-a/{stored.name}/"):
+        if file_path.startswith(root):
+            return file_path.removeprefix(root)
+    raise AssertionError(file_path)
 
 
 KB = ("kb_id", "kb-42")
 
 
 async def test_an_upload_is_a_file_where_pods_see_it_and_a_task_for_it(
-    uploads: GatewayProcess, volume: Path, place: Place
+    uploads: GatewayProcess, stored: Path, place: Place
 ) -> None:
     data = form(
         KB, ("chunk_size", "500"), ("metadata", '{"team": "search"}'), ("priority", "high"), ("labels", '{"a": "b"}')
     )
     status, told, _ = await upload(uploads, data)
     assert status == 202, told
-    path = told["file_path"].removeprefix("/data/")
-    assert (volume / path).read_bytes() == PDF
+    path = name_of(told["file_path"], stored)
+    assert (stored / path).read_bytes() == PDF
     assert (told["sha256"], told["size_bytes"]) == (hashlib.sha256(PDF).hexdigest(), len(PDF))
     assert (told["status"], told["document_id"]) == ("queued", "handbook.pdf")
     task = await place.task(told["id"])
@@ -138,14 +187,14 @@ REFUSED: list[tuple[Callable[[], Any], int, str | None]] = [
 
 
 async def test_what_is_refused_says_which_field_and_leaves_nothing(
-    uploads: GatewayProcess, volume: Path, place: Place
+    uploads: GatewayProcess, stored: Path, place: Place
 ) -> None:
     for number, (data, status, field) in enumerate(REFUSED):
         found, problem, headers = await upload(uploads, data())
         assert found == status, (number, problem)
         assert headers["Content-Type"].startswith("application/problem+json")
         assert [one["field"] for one in problem.get("errors", [])] == ([] if field is None else [field]), number
-        assert files(volume) == [], number
+        assert files(stored) == [], number
     assert await place.objects("processingtasks") == []
 
 
@@ -155,7 +204,7 @@ def _without_file() -> aiohttp.MultipartWriter:
     return writer
 
 
-async def test_bodies_that_are_no_form_are_refused_and_leave_nothing(uploads: GatewayProcess, volume: Path) -> None:
+async def test_bodies_that_are_no_form_are_refused_and_leave_nothing(uploads: GatewayProcess, stored: Path) -> None:
     boundary = "multipart/form-data; boundary=b"
     part = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.txt"\r\n\r\n'
     for content_type, body in (
@@ -172,13 +221,13 @@ async def test_bodies_that_are_no_form_are_refused_and_leave_nothing(uploads: Ga
     ):
         status, problem, _ = await upload(uploads, body, **{"Content-Type": content_type})
         assert status in {400, 422}, (body, problem)
-        assert files(volume) == [], body
+        assert files(stored) == [], body
     assert uploads.exit_code() is None
     assert not [line for line in uploads.lines() if line["level"] == "error"]
 
 
 async def test_a_repeated_upload_is_one_task_and_another_file_under_its_key_is_refused(
-    uploads: GatewayProcess, volume: Path, place: Place
+    uploads: GatewayProcess, stored: Path, place: Place
 ) -> None:
     key = ("idempotency_key", "order-7")
     _, first, _ = await upload(uploads, form(KB, key))
@@ -186,7 +235,7 @@ async def test_a_repeated_upload_is_one_task_and_another_file_under_its_key_is_r
     assert (status, again["uid"], headers["Idempotent-Replayed"]) == (202, first["uid"], "true")
     status, problem, _ = await upload(uploads, form(KB, key, file=PDF + b"y"))
     assert (status, problem["type"].rpartition("/")[2]) == (409, "already-exists")
-    assert files(volume) == [first["file_path"].removeprefix("/data/")]
+    assert files(stored) == [name_of(first["file_path"], stored)]
     assert len(await place.objects("processingtasks")) == 1
 
 
@@ -232,6 +281,49 @@ async def test_an_upload_that_is_cut_off_leaves_nothing(with_volume: Make, volum
     assert await place.objects("processingtasks") == []
 
 
+@pytest.mark.parametrize("how", ["the client goes", "the client stops in the middle"])
+async def test_an_upload_into_a_bucket_that_is_cut_off_leaves_nothing(
+    with_bucket: Make, server: ObjectStore, place: Place, how: str
+) -> None:
+    before = files(server.folder)
+    async with with_bucket().at_work() as process:
+        reader, writer = await asyncio.open_connection("127.0.0.1", process.port)
+        writer.write(
+            b"POST /api/v1/knowledge/upload HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+            b'Content-Length: 90000000\r\n\r\n--b\r\nContent-Disposition: form-data; name="kb_id"\r\n\r\nkb-42\r\n'
+            b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.txt"\r\n\r\n' + b"x" * 20 * MB
+        )
+        await writer.drain()
+
+        async def arrives() -> bool:
+            return files(server.folder) != before  # the first part of it
+
+        await until("the file arrives", arrives, seconds=20, interval=0.02)
+        if how == "the client goes":
+            writer.transport.abort()
+        else:
+            writer.write_eof()
+
+        async def gone() -> bool:
+            return files(server.folder) == before
+
+        await until("nothing of it is left", gone, seconds=20)
+        writer.transport.abort()
+        del reader
+    assert await place.objects("processingtasks") == []
+
+
+async def test_an_object_store_that_is_away_costs_the_upload_alone(with_bucket: Make, bucket: Path, place: Place) -> None:
+    async with with_bucket(GATEWAY_S3_SECRET_ACCESS_KEY="another").at_work() as process:
+        status, problem, headers = await upload(process, form(KB))
+        assert (status, headers["Retry-After"]) == (503, "10"), problem
+        assert "answered 403 SignatureDoesNotMatch" in problem["detail"]
+        assert "another" not in process.log.read_text()
+        await process.do("GET", "/api/v1/tasks")
+    assert files(bucket) == []
+    assert await place.objects("processingtasks") == []
+
+
 async def test_a_file_stays_when_nobody_can_tell_whether_its_task_is_there(
     with_volume: Make, volume: Path, kube: Kube, tmp_path: Path
 ) -> None:
@@ -251,9 +343,9 @@ async def test_a_file_stays_when_nobody_can_tell_whether_its_task_is_there(
         await proxy.aclose()
 
 
-async def test_200_megabytes_pass_through_bounded_memory(with_volume: Make, volume: Path) -> None:
+async def test_200_megabytes_pass_through_bounded_memory(with_documents: Make) -> None:
     size = 200 * MB
-    process = with_volume()
+    process = with_documents()
     async with process.at_work():
         await upload(process, form(KB))
         resident = psutil.Process(process.pid)

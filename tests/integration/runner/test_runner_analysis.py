@@ -3,8 +3,10 @@
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -288,14 +290,27 @@ class Streamed:
         return Row(**columns, id=f"{document_id}-{ordinal}")  # type: ignore[arg-type]  # what is not looked at is empty
 
 
-async def test_memory_grows_by_the_signatures_alone() -> None:
-    """1.2 KB for each of 18,000 rows that repeat no other are 22 MB; their texts and Python's objects would be 40 more."""
-    process = psutil.Process()
-    stores: Any = Stores(vectors=Streamed(500), texts=MemoryTextIndex())  # type: ignore[arg-type]  # it is read alone
-    duplicates = Duplicates()
-    resident = 0
-    for number in range(40):
-        await _compared(str(number), 1, stores, duplicates)
-        if number == 3:
-            resident = process.memory_info().rss
-    assert (process.memory_info().rss - resident) / 2**20 < 40
+def growth_mib() -> float:
+    """MiB that 18,000 rows which repeat no other add to the process."""
+
+    async def compare() -> float:
+        process = psutil.Process()
+        stores: Any = Stores(vectors=Streamed(500), texts=MemoryTextIndex())  # type: ignore[arg-type]  # it is read alone
+        duplicates = Duplicates()
+        resident = 0
+        for number in range(40):
+            await _compared(str(number), 1, stores, duplicates)
+            if number == 3:
+                resident = process.memory_info().rss
+        return (process.memory_info().rss - resident) / 2**20
+
+    return asyncio.run(compare())
+
+
+def test_memory_grows_by_the_signatures_alone() -> None:
+    """2 KB for each of 18,000 rows are 38 MB (measured 35 to 38); rows that were kept as well would make it 61.
+
+    In a process of its own: what other tests left in this one would be counted.
+    """
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as alone:
+        assert alone.submit(growth_mib).result() < 55

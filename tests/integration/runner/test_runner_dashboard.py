@@ -32,7 +32,8 @@ def _filled_in(query: str) -> str:
 async def test_every_panel_shows_something_of_a_run(
     lab: Lab, database: str, place: Place, process: Callable[..., OperatorProcess], tmp_path: Path
 ) -> None:
-    """``UPDATE_PICTURES=1`` draws the picture of the page anew."""
+    """``UPDATE_PICTURES=1`` draws the picture of the page anew, of a longer run."""
+    drawing = bool(os.environ.get("UPDATE_PICTURES"))
     operator = process(OPERATOR_POSTGRES_URL=database)
     queries = {
         (panel["title"], target["refId"]): (panel["id"], _filled_in(target["expr"]))
@@ -47,7 +48,8 @@ async def test_every_panel_shows_something_of_a_run(
     kubelet = Kubelet(place, ends=ends)
     async with prometheus(tmp_path, {"operator-0": operator.port}) as server, operator.at_work(), kubelet.at_work():
         await place.create("held", suspend=True)  # something waits
-        for wave in range(3):
+        for wave in range(16 if drawing else 3):
+            await asyncio.sleep(wave % 5 * 2 if drawing else 0)
             for number in range(4):
                 await place.create(f"{'broken' if number == 0 else 'fine'}-{wave}-{number}", retry={"limit": 0})
             (lab.documents / f"{wave}.md").write_text(f"# Part {wave}\n\n" + "A paragraph of a handbook.\n\n" * 40)
@@ -76,6 +78,6 @@ async def test_every_panel_shows_something_of_a_run(
             DASHBOARD, {(panel, ref): one for ((_, ref), (panel, _)), one in zip(queries.items(), ranges, strict=True)}
         )
     assert drawn.count("<polyline") > 15, "the data are looked at above; a rate of few points may draw no line"
-    if os.environ.get("UPDATE_PICTURES"):
+    if drawing:
         PICTURE.parent.mkdir(exist_ok=True)
         PICTURE.write_text(drawn)

@@ -1,16 +1,20 @@
 """Documents from a real S3 server and a real HTTPS server, alone and through the whole pipeline into both stores."""
 
 import asyncio
+import gc
 import hashlib
+import http.server
 import json
 import os
 import ssl
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import pytest
 import trustme
 from aiohttp import web
+from pydantic import SecretStr
 
 from job_runner.embed import PackagedEmbedder
 from job_runner.remote import download, list_objects
@@ -242,6 +246,8 @@ async def test_a_process_of_its_own_says_nothing_of_signatures_and_secrets(lab: 
 async def test_how_an_attempt_ends_when_the_document_cannot_be_had(
     lab: Lab, store: ObjectStore, location: str, changes: dict[str, Any], expected: tuple[object, ...]
 ) -> None:
+    await lab.stores.vectors.ensure()  # by name alone, this is the first test of the knowledge base
+    await lab.stores.texts.ensure()
     outcome, code = await lab.run(lab.task(location), **store.settings(**changes))
     assert outcome.error is not None
     assert (code, outcome.outcome, outcome.reason, outcome.error.stage) == expected
@@ -277,3 +283,44 @@ async def test_a_document_behind_https_is_published(lab: Lab, server: tuple[str,
     assert in_vectors == in_texts
     assert len(in_vectors) == 10
     assert json.dumps(in_vectors).count("https://") == len(in_vectors), "only as the identity of the document"
+
+
+class _Refusing(http.server.BaseHTTPRequestHandler):
+    """Refuses, says that this ends the connection, and does not end it."""
+
+    protocol_version = "HTTP/1.1"
+    enough = threading.Event()
+
+    def do_GET(self) -> None:
+        self.send_response(403)
+        self.send_header("Content-Length", "2")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(b"no")
+        self.enough.wait(20)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # as the library has it
+        pass
+
+
+def test_no_connection_outlives_an_answer_that_was_to_end_it() -> None:
+    authority = trustme.CA()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refusing) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        serving.start()
+        port = server.server_address[1]
+        settings = Settings(
+            postgres_url=SecretStr("postgresql://unused"),
+            source_allow="127.0.0.1",
+            source_ports=str(port),
+            source_ca=authority.cert_pem.bytes().decode(),
+        )
+        with pytest.raises(DocumentRefused, match="403"):
+            asyncio.run(download(f"https://127.0.0.1:{port}/a", settings=settings))
+        gc.collect()  # what was left open warns, and warnings are errors
+        _Refusing.enough.set()
+        server.shutdown()
+        serving.join()

@@ -17,6 +17,7 @@ from job_runner.milvus import MilvusIndex
 from task_contract import names
 from task_contract.errors import StoreRefused, StoreUnavailable
 from tests.support.memory_stores import MemoryTextIndex, MemoryVectorIndex
+from tests.support.operator_lab import until
 
 pytestmark = pytest.mark.integration
 
@@ -75,7 +76,15 @@ async def vector_index(request: pytest.FixtureRequest) -> AsyncIterator[VectorIn
     else:
         url = request.getfixturevalue("milvus_lite")
     index = MilvusIndex(generation(), url=url, token=token, dimension=DIMENSION)
-    await index.ensure()
+
+    async def ensured() -> bool:
+        try:
+            await index.ensure()
+        except StoreUnavailable:  # milvus-lite on a busy machine: "too many pings"
+            return False
+        return True
+
+    await until("the collection is there", ensured, seconds=90)
     yield index
     await index.drop()
     await index.aclose()
