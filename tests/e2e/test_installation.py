@@ -305,6 +305,6 @@ async def test_postgresql_shows_what_the_resource_says(installed: Installed) -> 
             if row is not None and row["phase"] == "Completed":
                 break
             assert time.monotonic() < deadline, row
-        assert (row["name"], row["attempt"]) == (name, 1)
+        assert (row["name"], row["attempt"]) == (name, task.status.attempt), task.status
     finally:
         await connection.close()

@@ -73,15 +73,22 @@ class Kube:
         accept: str = "application/json",
         **params: str,
     ) -> tuple[int, dict[str, Any]]:
-        """Return status code and answer."""
-        async with self._session.request(
-            method,
-            self.access.server + path,
-            data=None if body is None else orjson.dumps(body),
-            headers={"Content-Type": content_type, "Accept": accept},
-            params=params,
-        ) as response:
-            return response.status, orjson.loads(await response.read())
+        """Return status code and answer. What the API server has not taken is asked again, as it says itself.
+
+        For some seconds after a CRD was changed it answers 429 "storage is (re)initializing".
+        """
+        deadline = time.monotonic() + 20
+        while True:
+            async with self._session.request(
+                method,
+                self.access.server + path,
+                data=None if body is None else orjson.dumps(body),
+                headers={"Content-Type": content_type, "Accept": accept},
+                params=params,
+            ) as response:
+                if response.status != 429 or time.monotonic() > deadline:
+                    return response.status, orjson.loads(await response.read())
+            await asyncio.sleep(0.2)
 
     async def do(self, method: str, path: str, body: Any = None, **options: str) -> dict[str, Any]:
         """Return the answer to a request that must succeed."""
