@@ -200,7 +200,9 @@ class PackagedEmbedder:
         self._pieces: _Pieces | None = None
         self._loading = threading.Lock()
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="embed")
+        self._map: Callable[..., Iterator[Any]] = (
+            map if threads == 1 else ThreadPoolExecutor(threads, thread_name_prefix="embed").map
+        )
 
     @property
     def batch_tokens(self) -> int:
@@ -256,8 +258,7 @@ class PackagedEmbedder:
         self.warm_up()
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
         parts = [slice(start, None, self._threads) for start in range(min(self._threads, len(texts)))]
-        work = self._pool.map(lambda part: self._model.encode(list(texts[part])), parts)
-        for part, found in zip(parts, work, strict=True):
+        for part, found in zip(parts, self._map(lambda part: self._model.encode(list(texts[part])), parts), strict=True):
             vectors[part] = found
         return normalized(vectors, dimension=self.dimension)
 

@@ -29,20 +29,26 @@ switch of generations), row of the lease, row of the document, row of the versio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final
 from uuid import UUID
 
+import asyncpg
+
 from job_runner.generations import DELETED_SINCE, KNOWLEDGE_BASE_LOCK, NEXT_GENERATION, TASK_LOCK_SHARED, Generations
 from job_runner.index import Generation, Label, Stale
-from job_runner.usage import Usage, Used
-from task_contract.errors import Fenced, InvalidTask, ModelMismatch
+from job_runner.together import Together
+from job_runner.usage import Usage, Used, asked
+from job_runner.watchdog import asking
+from task_contract.errors import Fenced, InvalidTask, ModelMismatch, StoreUnavailable
 from task_contract.messages import AttemptOutcome
 from task_contract.models import Phase
 from task_contract.vectors import PARTS
 
+_TOGETHER_BYTES: Final = 1 << 20
+"""Vectors of one transaction, where several tasks have theirs in it: 32 tasks of 16 texts each, at 512 dimensions."""
 DELETED: Final = "deleted"
 """The content hash of a document that is not there: no SHA-256 in hex digits."""
 _USED: Final = tuple(one.name for one in fields(Usage))
@@ -246,6 +252,9 @@ class KeptVectors:
     """Of that file."""
 
 
+_KEPT: Final = tuple(one.name for one in fields(KeptVectors))
+
+
 @dataclass(frozen=True, slots=True)
 class VectorPart:
     """Some of the vectors that are kept in PostgreSQL."""
@@ -255,6 +264,20 @@ class VectorPart:
     ids: Sequence[str | None]
     vectors: bytes
     """float32, little-endian."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Keeping:
+    """Vectors that an attempt wants to enter."""
+
+    kept: KeptVectors
+    parts: tuple[VectorPart, ...]
+    attempt: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(len(part.vectors) for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +291,11 @@ class KnownTask:
 
 class Ledger(Generations):
     """The ledger over a small pool of connections. Construct it cheaply; :meth:`warm_up` connects."""
+
+    def __init__(self, url: str, *, connections: int = 2) -> None:
+        """As of :class:`job_runner.postgres.Connected`."""
+        super().__init__(url, connections=connections)
+        self._keep = Together(self._keep_together, weight=lambda one: one.size, most=_TOGETHER_BYTES)
 
     async def check(self) -> str:
         """Return what a health check says of the server."""
@@ -787,38 +815,36 @@ class Ledger(Generations):
     ) -> None:
         """Enter the vectors of a task, whole or not at all, in place of what an earlier attempt has entered.
 
-        ``before_commit`` gives a file its name: if the commit fails after it, the next attempt replaces the file. Raises
+        Those of several tasks that come about the same time are entered in one transaction; with ``before_commit``, which
+        gives a file its name, in one of their own: if the commit fails after it, the next attempt replaces the file. Raises
         Fenced when the task was canceled: fence and commit exclude each other, as those of a version; and when a later
-        attempt has ended well: this one was given up for dead, and woke up.
+        attempt has entered its own: this one was given up for dead, and woke up.
         """
+        keeping = _Keeping(kept, tuple(parts), attempt)
+        if before_commit is None:
+            with asking(), asked("postgresql"):
+                await self._keep(keeping)
+            return
         async with self.connection("keep the vectors") as connection, connection.transaction():
-            await connection.execute(
-                "SELECT pg_advisory_xact_lock_shared(hashtextextended($1::uuid::text, 0))", kept.task_uid
-            )
-            if await connection.fetchval("SELECT 1 FROM task_fences WHERE task_uid = $1", kept.task_uid):
-                raise Fenced("cannot keep the vectors: the task was canceled; this one stops")
-            if await connection.fetchval(
-                "SELECT 1 FROM task_results WHERE task_uid = $1 AND attempt > $2 AND outcome->>'outcome' = 'Succeeded'",
-                kept.task_uid,
-                attempt,
-            ):
-                raise Fenced("cannot keep the vectors: a later attempt has ended well; this one stops")
-            await connection.execute("DELETE FROM task_vectors WHERE task_uid = $1", kept.task_uid)
-            await connection.execute(
-                "INSERT INTO task_vectors (task_uid, vectors, dimension, model, model_fingerprint, source_sha256, output, "
-                "output_sha256) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
-                *astuple(kept),
-            )
-            for part in parts:
-                await connection.execute(
-                    "INSERT INTO task_vector_parts (task_uid, first, ids, vectors) VALUES ($1, $2, $3::jsonb, $4)",
-                    kept.task_uid,
-                    part.first,
-                    json.dumps(part.ids),
-                    part.vectors,
-                )
-            if before_commit is not None:
-                await before_commit()
+            [refused] = await _enter_vectors(connection, [keeping])
+            if refused is not None:
+                raise refused
+            await before_commit()
+
+    async def _keep_together(self, wanted: Sequence[_Keeping]) -> list[Exception | None]:
+        try:
+            async with self.connection("keep the vectors") as connection, connection.transaction():
+                return await _enter_vectors(connection, wanted)
+        except StoreUnavailable as error:
+            if len(wanted) == 1 or not isinstance(error.__cause__, asyncpg.DataError):
+                raise
+        failures: list[Exception | None] = []
+        for one in wanted:  # the others are not to go with one that PostgreSQL does not take
+            try:
+                failures += await self._keep_together([one])
+            except StoreUnavailable as error:
+                failures.append(error)
+        return failures
 
     async def kept_vectors(self, task_uid: UUID) -> "KeptVectors | None":
         """Return what the vectors of a task are and where; None where there are none."""
@@ -870,6 +896,55 @@ def _fenced(claim: Claim) -> Fenced:
     return Fenced(
         f"cannot publish {claim.document_id}: the task was canceled, or another pod has taken over; this one stops"
     )
+
+
+async def _enter_vectors(connection: Any, wanted: Sequence[_Keeping]) -> list[Exception | None]:
+    """Enter vectors of tasks within a transaction; return what was refused."""
+    tasks, attempts = [one.kept.task_uid for one in wanted], [one.attempt for one in wanted]
+    # Whoever raises a fence has one of these locks at a time: so nobody waits in a circle.
+    await connection.execute(
+        "SELECT pg_advisory_xact_lock_shared(hashtextextended(uid::text, 0)) FROM unnest($1::uuid[]) AS wanted (uid)", tasks
+    )
+    rows = await connection.fetch(
+        "SELECT EXISTS (SELECT FROM task_fences f WHERE f.task_uid = uid) AS canceled, "
+        "EXISTS (SELECT FROM task_vectors v WHERE v.task_uid = uid AND v.attempt > wanted.attempt) "
+        "OR EXISTS (SELECT FROM task_results r WHERE r.task_uid = uid AND r.attempt > wanted.attempt "
+        "AND r.outcome->>'outcome' = 'Succeeded') AS late "
+        "FROM unnest($1::uuid[], $2::smallint[]) WITH ORDINALITY AS wanted (uid, attempt, number) ORDER BY number",
+        tasks,
+        attempts,
+    )
+    refused: list[Exception | None] = []
+    last = {one.kept.task_uid: one for one in sorted(wanted, key=lambda one: one.attempt)}
+    for one, row in zip(wanted, rows, strict=True):
+        if row["canceled"]:
+            refused.append(Fenced("cannot keep the vectors: the task was canceled; this one stops"))
+        elif row["late"] or last[one.kept.task_uid] is not one:
+            refused.append(Fenced("cannot keep the vectors: a later attempt has kept its own; this one stops"))
+        else:
+            refused.append(None)
+    entered = [one for one, why in zip(wanted, refused, strict=True) if why is None]
+    if not entered:
+        return refused
+    await connection.execute("DELETE FROM task_vectors WHERE task_uid = ANY($1)", [one.kept.task_uid for one in entered])
+    await connection.execute(
+        "INSERT INTO task_vectors (task_uid, vectors, dimension, model, model_fingerprint, source_sha256, output, "
+        "output_sha256, attempt) SELECT * FROM unnest($1::uuid[], $2::integer[], $3::integer[], $4::text[], $5::text[], "
+        "$6::text[], $7::text[], $8::text[], $9::smallint[])",
+        *([getattr(one.kept, column) for one in entered] for column in _KEPT),
+        [one.attempt for one in entered],
+    )
+    parts = [(one.kept.task_uid, part) for one in entered for part in one.parts]
+    if parts:
+        await connection.execute(
+            "INSERT INTO task_vector_parts (task_uid, first, ids, vectors) "
+            "SELECT * FROM unnest($1::uuid[], $2::integer[], $3::jsonb[], $4::bytea[])",
+            [uid for uid, _ in parts],
+            [part.first for _, part in parts],
+            [json.dumps(part.ids) for _, part in parts],
+            [part.vectors for _, part in parts],
+        )
+    return refused
 
 
 async def _check_fence(connection: Any, claim: Claim) -> None:

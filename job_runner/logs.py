@@ -73,6 +73,7 @@ def configure(level: str) -> None:
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _kept)),
+        cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(_kept)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=shared))

@@ -34,7 +34,7 @@ class Connected:
                 return
             with _guarded("connect"):
                 self._pool = await asyncpg.create_pool(
-                    self._url, min_size=1, max_size=self._most, command_timeout=TIMEOUT, timeout=TIMEOUT
+                    self._url, min_size=1, max_size=self._most, command_timeout=TIMEOUT, timeout=TIMEOUT, reset=_keep
                 )
 
     async def aclose(self) -> None:
@@ -56,6 +56,10 @@ class Connected:
             with _guarded(action):
                 async with self._pool.acquire(timeout=TIMEOUT) as connection:
                     yield connection
+
+
+async def _keep(_: object) -> None:
+    """Take a connection as it is: nothing here leaves anything in its session, and asyncpg's reset is a request more."""
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ are filled in turns: a text of each knowledge base, and within one a text of eac
 a short one waiting. A call that fails is repeated for each request alone, so that it fails for the one that is to blame.
 """
 
+import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
@@ -34,8 +36,16 @@ def embed_for(party: str) -> None:
 class Request:
     """Texts of one attempt that wait for their vectors. Of a length of 1 and more."""
 
-    def __init__(self, texts: Sequence[str], sizes: Sequence[int], *, party: str = "", pulse: Pulse | None = None) -> None:
-        """``sizes``: tokens of each text, or more."""
+    def __init__(
+        self,
+        texts: Sequence[str],
+        sizes: Sequence[int],
+        *,
+        party: str = "",
+        pulse: Pulse | None = None,
+        on_end: Callable[[], object] = lambda: None,
+    ) -> None:
+        """``sizes``: tokens of each text, or more. ``on_end`` is called by the thread that makes the calls."""
         self.texts = texts
         self.sizes = sizes
         self.party = party
@@ -46,7 +56,15 @@ class Request:
         """Texts that have no vector yet."""
         self.vectors: npt.NDArray[np.float32] | None = None
         self.error: Exception | None = None
-        self.ended = threading.Event()
+        self.on_end = on_end
+
+    @property
+    def answer(self) -> "npt.NDArray[np.float32]":
+        """The vectors, after its end. Raises what it has failed with."""
+        if self.error is not None:
+            raise self.error
+        assert self.vectors is not None  # noqa: S101 - for the type checker: it has ended well
+        return self.vectors
 
 
 class Line:
@@ -175,6 +193,11 @@ class SharedModel:
         """Return how many tokens the model makes of a text."""
         return self._inner.count_tokens(text)
 
+    @property
+    def at_hand(self) -> bool:
+        """Whether it is loaded, and its fingerprint known: then nothing of it blocks but what it computes."""
+        return self._warm and "fingerprint" in self.__dict__
+
     def warm_up(self) -> None:
         """Load the model."""
         if not self._warm:
@@ -187,7 +210,34 @@ class SharedModel:
             return self._inner.embed(texts)
         small = self._inner.batch_tokens // self._most
         sizes = [size if (size := len(text.encode())) <= small else self._inner.count_tokens(text) for text in texts]
-        request = Request(texts, sizes, party=_party.get(), pulse=current_pulse())
+        ended = threading.Event()
+        request = self._ask(texts, sizes, ended.set)
+        ended.wait()
+        return request.answer
+
+    async def embed_counted(self, texts: Sequence[str], tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
+        """Do the same without a thread that waits; ``tokens``: of each text, of which there is at least one.
+
+        Who is canceled leaves the line.
+        """
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+        def end() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(ended.set)
+
+        request = self._ask(texts, tokens, end)
+        try:
+            await ended.wait()
+        except asyncio.CancelledError:
+            with self._changed:
+                self._line.drop(request)
+                self._waiting.discard(request)
+            raise
+        return request.answer
+
+    def _ask(self, texts: Sequence[str], sizes: Sequence[int], on_end: Callable[[], object]) -> Request:
+        request = Request(texts, sizes, party=_party.get(), pulse=current_pulse(), on_end=on_end)
         with self._changed:
             if not self._started:
                 self._started = True
@@ -195,11 +245,7 @@ class SharedModel:
             self._line.add(request)
             self._waiting.add(request)
             self._changed.notify()
-        request.ended.wait()
-        if request.error is not None:
-            raise request.error
-        assert request.vectors is not None  # noqa: S101 - for the type checker: it has ended well
-        return request.vectors
+        return request
 
     def embed_query(self, text: str) -> "npt.NDArray[np.float32]":
         """Return the vector of a question."""
@@ -266,7 +312,14 @@ class SharedModel:
     def _end(self, request: Request) -> None:
         with self._changed:
             self._waiting.discard(request)
-        request.ended.set()
+        request.on_end()
+
+
+async def vectors_of(embedder: Embedder, texts: Sequence[str], tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
+    """Return one vector a text, in order; ``tokens``: of each text. A shared model needs no thread for each that waits."""
+    if isinstance(embedder, SharedModel):
+        return await embedder.embed_counted(texts, tokens)
+    return await asyncio.to_thread(embedder.embed, texts)
 
 
 class SharedModels:

@@ -43,7 +43,7 @@ POOL: Final = "warm"
 WORKERS: Final = 2
 LEASE: Final = 5.0
 QUEUED: Final = 10_000
-TEXTS: Final = 600
+TEXTS: Final = 1_200
 TEXT: Final = 120
 """Characters of the one text of an embedding task: a question, or a line of a form."""
 BATCH: Final = 100
@@ -402,18 +402,19 @@ async def killed(lab: Lab, *, rate: float, seconds: float, every: float, operato
 
 
 async def embedding(lab: Lab, *, count: int) -> dict[str, Any]:
-    """Embed one short text a task: many at once in a worker, then one at a time, beside a bare loop over the model."""
+    """Embed one short text a task: many at once in each worker, then one at a time, beside a bare loop over the model."""
     texts = _texts(count)
     lab.load.type = "embedding_generation"
     answers = {}
     for name, changes in (("joined", {}), ("single", {"TASKS_POOL_CONCURRENCY": "1", "TASKS_POOL_BATCH_SIZE": "1"})):
         lab.load.payloads = texts
-        await lab.scale(1, **changes)
+        await lab.scale(WORKERS, **changes)
         lab.load.forget()
         await lab.load.run(name=f"first-{name}", count=8, rate=8, patience=60)
         lab.load.forget()
         answers[name] = await lab.measured(name, count, lambda name=name: _burst(lab, name, count))  # type: ignore[misc]
-    lab.workers[0].end()
+    for worker in lab.workers:
+        worker.end()
     answers["bare"] = await asyncio.to_thread(bare_loop, texts)
     return answers
 

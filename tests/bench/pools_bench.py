@@ -193,8 +193,8 @@ def _embedding(part: str, rounds: Rounds) -> list[Measurement]:
     cpus = os.cpu_count() or 1
     others = sum(ms for name, ms in joined["cpu"].items() if name != "workers") * TEXTS / 1000
     span = TEXTS / joined["rate"]
-    possible = min(max(cpus * span - others, 0.0) / (bare["cpu"] / 1000), span * bare["rate"])
-    how = f"{TEXTS} tasks of one text of {TEXT} Chinese characters, created at once, one worker, 16 at once in it"
+    possible = min(max(cpus * span - others, 0.0) / (bare["cpu"] / 1000), WORKERS * span * bare["rate"])
+    how = f"{TEXTS} tasks of one text of {TEXT} Chinese characters, created at once, {WORKERS} workers, 16 at once in each"
     return [
         _lost("embedding", joined),
         _row(
