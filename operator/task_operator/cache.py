@@ -1,8 +1,8 @@
 """What the operator has seen of tasks and Jobs, newest first: fed by watch events, lists and answers to its own writes.
 
 Events come late, twice and out of order; a resourceVersion that is not higher than the known one changes nothing, nor does
-anything of a task that is gone. Tasks are
-kept as compact JSON, finished ones as the few fields that are still needed, so that ten thousand take a few megabytes.
+anything of a task that is gone. Tasks are kept as compact JSON, finished ones as the few fields that are still needed, so
+that ten thousand take a few megabytes.
 """
 
 import sys
@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from heapq import nsmallest
+from types import MappingProxyType
 from typing import Any, Final
 
 import orjson
 
-from task_contract.models import Phase
+from task_contract.models import Phase, Spec, TaskType
 from task_contract.names import TRACEPARENT_ANNOTATION
 from task_operator.jobs import JobState, parse_time
 
@@ -26,6 +27,10 @@ _REMEMBERED: Final = 10_000  # tasks that are gone: those of minutes, at 0.15 KB
 _KNOWN: Final = ("namespace", "name", "uid", "resourceVersion")
 """Fields of the metadata that are kept beside the JSON alone: in that of 10,000 tasks they would be 1.3 MB."""
 _LEFT_OUT: Final = frozenset({*_KNOWN, "managedFields", "annotations"})
+_DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
+    Spec(type=TaskType.HEALTH_CHECK).model_dump(mode="json", by_alias=True, exclude={"type", "payload"}, exclude_none=True)
+)
+"""What the API server writes into each spec that does not say it: 200 bytes, which most tasks have in common."""
 FINISHED: Final = frozenset(str(phase) for phase in Phase if phase.finished)
 """Phases that are never left, as a manifest names them."""
 
@@ -75,7 +80,7 @@ class CachedTask:
         """Return the task; of a finished one only what a decision about it needs."""
         loaded: dict[str, Any] = orjson.loads(self.body)
         known = zip(_KNOWN, (*self.key, self.uid, str(self.resource_version)), strict=True)
-        return loaded | {"metadata": dict(known) | loaded["metadata"]}
+        return loaded | {"metadata": dict(known) | loaded["metadata"], "spec": _DEFAULTS | loaded["spec"]}
 
 
 class Cache:
@@ -96,6 +101,11 @@ class Cache:
     def task(self, key: Key) -> CachedTask | None:
         """Return the task of this name."""
         return self._tasks.get(key)
+
+    def key(self, key: Key) -> Key:
+        """Return the key of a task as it is kept here, or else as it came: who keeps one for each task keeps the same."""
+        known = self._tasks.get(key)
+        return key if known is None else known.key
 
     def tasks(self) -> Iterator[tuple[Key, CachedTask]]:
         """Go over all tasks."""
@@ -280,7 +290,7 @@ def _cached(manifest: Mapping[str, Any], version: int, *, key: Key, same: Mappin
     body = {
         "metadata": {key: value for key, value in metadata.items() if key not in _LEFT_OUT}
         | ({} if traceparent is None else {"annotations": {TRACEPARENT_ANNOTATION: traceparent}}),
-        "spec": spec,
+        "spec": {key: value for key, value in spec.items() if key not in _DEFAULTS or _DEFAULTS[key] != value},
         "status": status,
     }
     expires = ended = None

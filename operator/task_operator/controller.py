@@ -49,12 +49,12 @@ import asyncio
 import contextlib
 import random as random_module
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from itertools import islice
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar, cast
 
 import orjson
 import structlog
@@ -92,6 +92,8 @@ from task_operator.verdict import WORKER_LOST
 from task_operator.waits import refused_for
 from task_operator.workqueue import Glances, Turn, WorkQueue
 from task_platform.kubernetes import ClusterError, Conflict, Forbidden, Gone, Invalid, Manifest, NotFound, Page, Unavailable
+
+T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
@@ -394,7 +396,7 @@ class Controller:
 
     async def _work(self) -> None:
         while True:
-            key = await self._queue.get()
+            key = self._cache.key(await self._queue.get())
             started = time.perf_counter()
             news = self._news.pop(key, None)
             structlog.contextvars.clear_contextvars()
@@ -479,6 +481,7 @@ class Controller:
         self._seen(key, kind, metadata)
         new = self._cache.task(key) is None
         if self._cache.put_task(manifest):
+            key = self._cache.key(key)
             self._project(manifest)
             self._news.setdefault(key, time.perf_counter())
             self._queue.add(key)
@@ -494,6 +497,7 @@ class Controller:
         key = job_key(job)
         if key is None or self._is_anothers(key, manifest):
             return
+        key = self._cache.key(key)
         if kind == "DELETED":
             if self._cache.drop_job(key, job.name, uid=job.uid, now=self._clock()):
                 self._queue.add(key)
@@ -995,7 +999,7 @@ class Controller:
                 continue
             if not decision.needs:
                 if decision.awaits_pool and pools is not None and usable is not None:
-                    since = task.status.queued_at or task.metadata.creation_timestamp
+                    since = _once(task.status.queued_at or task.metadata.creation_timestamp)
                     pools.waits(task.key, task.key[0], usable.serving, since)
                 return decision
             for need in decision.needs:
@@ -1026,8 +1030,9 @@ class Controller:
                 except NotFound:
                     return
             case Need.PLACE:
-                key = (namespace, task.metadata.name)
-                if self._dispatch is not None and self._cache.task(key) is not None:
+                cached = self._cache.task((namespace, task.metadata.name))
+                if self._dispatch is not None and cached is not None:
+                    key = cached.key
                     facts.claim = _claim(task, pool=decision.offer)
                     facts.place = self._dispatch.ask(key, facts.claim)
             case Need.DEPENDENCIES:
@@ -1235,13 +1240,13 @@ def _claim(task: ProcessingTask, *, pool: str | None) -> Claim:
     """Return what a task's place counts against; ``pool``: the one that is to have it."""
     metadata, spec = task.metadata, task.spec
     return Claim(
-        namespace=metadata.namespace,
-        kb_id=spec.kb_id,
-        type=str(spec.type),
-        priority=str(spec.priority),
-        created_at=metadata.creation_timestamp or _EPOCH,
+        namespace=_once(metadata.namespace),
+        kb_id=_once(spec.kb_id),
+        type=_once(str(spec.type)),
+        priority=_once(str(spec.priority)),
+        created_at=_once(metadata.creation_timestamp) or _EPOCH,
         stores=spec.type is not TaskType.HEALTH_CHECK,
-        pool=None if pool is None else (metadata.namespace, pool),
+        pool=None if pool is None else _once((metadata.namespace, pool)),
     )
 
 
@@ -1250,14 +1255,24 @@ def _claim_of(key: Key, cached: CachedTask, *, pool: str | None) -> Claim:
     spec = cached.manifest()["spec"]
     kb_id = spec.get("kbId")
     return Claim(
-        namespace=key[0],
-        kb_id=None if kb_id is None else str(kb_id),
-        type=str(spec.get("type")),
-        priority=cached.priority,
+        namespace=_once(key[0]),
+        kb_id=None if kb_id is None else _once(str(kb_id)),
+        type=_once(str(spec.get("type"))),
+        priority=_once(cached.priority),
         created_at=parse_time(cached.created) or _EPOCH,
         stores=spec.get("type") != TaskType.HEALTH_CHECK,
-        pool=None if pool is None else (key[0], pool),
+        pool=None if pool is None else _once((key[0], pool)),
     )
+
+
+def _once(value: T) -> T:
+    """Return an equal value that is kept already, where there is one: thousands of tasks have it in common."""
+    return cast("T", _kept(value))
+
+
+@lru_cache(maxsize=4096)
+def _kept(value: Hashable) -> Hashable:
+    return value
 
 
 @lru_cache(maxsize=256)  # what was just read is read again after a write that did not change it; 6 KB each
