@@ -16,6 +16,7 @@ HELM = "v3.22.0"
 HELM_4 = "v4.3.2"
 KUEUE = "v0.17.0"
 KWOK = "v0.7.0"
+KUBECONFORM = "v0.7.0"
 KIND = "v0.30.0"
 """Its node is Kubernetes 1.34, as the embedded cluster."""
 GO_MINIMUM = (1, 24)
@@ -76,6 +77,11 @@ def kueue() -> tuple[Path, Path]:
 def kwok() -> Path:
     """Return KWOK, which plays nodes and their pods; built once. For a benchmark alone."""
     return installed("kwok", f"sigs.k8s.io/kwok/cmd/kwok@{KWOK}")
+
+
+def kubeconform() -> Path:
+    """Return kubeconform, which compares manifests with JSON Schemas; built once. For a test alone."""
+    return installed("kubeconform", f"github.com/yannh/kubeconform/cmd/kubeconform@{KUBECONFORM}", takes="ten seconds")
 
 
 def otelcol() -> Path:

@@ -227,12 +227,13 @@ class Sender:
 
     async def warm_up(self) -> None:
         """Open the session; nothing is connected."""
-        context = ssl.create_default_context()
+        trusted: ssl.SSLContext | bool = True  # aiohttp's own: the system's certificates are a megabyte for each context
         if self._authorities:
-            context.load_verify_locations(cadata=self._authorities)
+            trusted = ssl.create_default_context()
+            trusted.load_verify_locations(cadata=self._authorities)
         self._session = aiohttp.ClientSession(
             # A connection for each delivery: the next one goes to an address that is checked anew.
-            connector=aiohttp.TCPConnector(limit=0, force_close=True, ssl=context),
+            connector=aiohttp.TCPConnector(limit=0, force_close=True, ssl=trusted),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": self._user_agent},
             auto_decompress=False,

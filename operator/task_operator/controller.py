@@ -1275,7 +1275,7 @@ def _kept(value: Hashable) -> Hashable:
     return value
 
 
-@lru_cache(maxsize=256)  # what was just read is read again after a write that did not change it; 6 KB each
+@lru_cache(maxsize=128)  # what was just read is read again after a write that did not change it; 6 KB each
 def _read(key: Key, cached: CachedTask) -> _Task:
     """Parse a cached task. One that cannot be parsed keeps what can be read of it: enough to say so in its status."""
     manifest = cached.manifest()

@@ -1,7 +1,6 @@
 """The operator's settings: environment variables with prefix ``OPERATOR_``, read and checked once at start."""
 
 import re
-import ssl
 from datetime import timedelta
 from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import unquote, urlsplit
@@ -9,6 +8,7 @@ from urllib.parse import unquote, urlsplit
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from task_contract.certificates import check_certificates
 from task_contract.location import check_callback_url
 from task_contract.models import Priority, TaskType
 from task_contract.networks import Address, AllowList
@@ -59,12 +59,7 @@ def _allow_list(entries: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _pem(text: str) -> str:
-    if text:
-        try:
-            ssl.create_default_context(cadata=text)
-        except (ssl.SSLError, ValueError):
-            raise ValueError("must be certificates in PEM form") from None
-    return text
+    return check_certificates(text) if text else text
 
 
 def _http_url(value: str | None) -> str | None:

@@ -77,6 +77,10 @@ ELSEWHERE = {
         "docs/security.md",
         "kubectl -n knowledge create rolebinding prioritize",
     ): "`tests/integration/test_policies.py:test_high_is_for_who_may_prioritize` grants it with the same command",
+    (
+        "docs/tasks.md",
+        "kubeconform -strict",
+    ): "`tests/integration/test_manifests.py:test_the_other_manifests_conform_to_the_schemas` has it compare them",
     ("docs/callbacks.md", "from task_contract.webhooks"): "`tests/unit/test_webhooks.py` runs it",
     ("docs/callbacks.md", "python -m task_operator callbacks"): "`tests/integration/test_callbacks.py` runs the same",
     (

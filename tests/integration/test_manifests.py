@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from devstack import tools
+from devstack.json_schemas import of_openapi, strictly
 from tests.support.chart import CHART, NAMESPACE, ROOT, Document, documents_in, key, render
 from tests.support.devstack import Kubectl
 
@@ -129,20 +130,6 @@ def test_every_folder_for_kustomize_builds() -> None:
     assert [str(folder) for folder in folders if not built(folder)] == []
 
 
-def strictly(schema: Any) -> Any:
-    """Return a schema that takes no field which it does not name, as the API server under strict validation."""
-    if isinstance(schema, list):
-        return [strictly(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    known = {name: strictly(part) for name, part in schema.items()}
-    if schema.get("type") == "object" and "properties" in schema and "additionalProperties" not in schema:
-        known["additionalProperties"] = False
-    if schema.get("x-kubernetes-int-or-string"):
-        known = {"type": ["integer", "string"]}
-    return known
-
-
 def test_kueue_takes_the_queues() -> None:
     """By the schemas of its CRDs; and the operator's Jobs get into them."""
     schemas = {}
@@ -227,6 +214,44 @@ def refused(kubectl: Kubectl, namespace: str, documents: list[Document]) -> str:
     return kubectl.attempt(*strict, stdin=json.dumps(others)).stderr
 
 
+@pytest.fixture(scope="session")
+def schemas(kubectl: Kubectl, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with JSON Schemas of all kinds of the cluster, without ours."""
+    folder = tmp_path_factory.mktemp("schemas")
+    for path, text in of_openapi(json.loads(kubectl("get", "--raw=/openapi/v2"))).items():
+        if not path.startswith("tasks.zzdsj.io/"):
+            (folder / path).parent.mkdir(exist_ok=True)
+            (folder / path).write_text(text, encoding="utf-8")
+    return folder
+
+
+def nonconforming(schemas: Path, documents: list[Document]) -> str:
+    """Return what kubeconform finds wrong with DOCUMENTS by SCHEMAS and ours."""
+    template = "{{.Group}}/{{.ResourceKind}}_{{.ResourceAPIVersion}}.json"
+    locations = [f"-schema-location={folder}/{template}" for folder in (ROOT / "crds/schemas", schemas)]
+    asked = [one for one in documents if one["apiVersion"] not in UNKNOWN]
+    assert asked
+    stdin = json.dumps({"apiVersion": "v1", "kind": "List", "items": asked}, default=datetime.isoformat)
+    command = [str(tools.kubeconform()), "-strict", "-summary", *locations]
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60, check=False)
+    assert f"Valid: {len(asked)}" in done.stdout or done.returncode, done.stdout
+    return done.stdout if done.returncode else ""
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_what_the_chart_makes_conforms_to_the_schemas(schemas: Path, name: str) -> None:
+    assert nonconforming(schemas, of_set(name)) == ""
+
+
+@pytest.mark.parametrize("folder", OVERLAYS)
+def test_what_kustomize_builds_conforms_to_the_schemas(schemas: Path, folder: str) -> None:
+    assert nonconforming(schemas, list(built(MANIFESTS / folder).values())) == ""
+
+
+def test_the_other_manifests_conform_to_the_schemas(schemas: Path) -> None:
+    assert nonconforming(schemas, of_files()) == ""
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_the_api_server_takes_all_that_the_chart_makes(kubectl: Kubectl, namespace: str, name: str) -> None:
     assert refused(kubectl, namespace, of_set(name)) == ""
@@ -248,6 +273,13 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
     ("Pod", lambda one: one["spec"].pop("securityContext"), 'violates PodSecurity "restricted'),
     ("Deployment", lambda one: one["spec"]["template"]["metadata"].pop("labels"), "spec.template.metadata.labels"),
 ]
+
+
+@pytest.mark.parametrize(("kind", "spoil"), [case[:2] for case in WRONG[:3]], ids=[case[0] for case in WRONG[:3]])
+def test_what_does_not_conform_is_found(schemas: Path, kind: str, spoil: Callable[[Document], object]) -> None:
+    documents = of_set("minimal")
+    spoil(next(one for one in documents if one["kind"] == kind))
+    assert f"{kind} " in nonconforming(schemas, documents)
 
 
 @pytest.mark.parametrize(("kind", "spoil", "said"), WRONG, ids=[case[0] for case in WRONG])

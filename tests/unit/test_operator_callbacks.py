@@ -404,7 +404,7 @@ def test_without_a_default_there_is_none(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"CALLBACKS_DEFAULT_URL": "http://hook/{task}"}, "CALLBACKS_DEFAULT_URL: must be http"),
         ({"CALLBACKS_DEFAULT_SECRET": "hooks"}, "CALLBACKS_DEFAULT_SECRET"),
         ({"CALLBACKS_ALLOW": "http://hook"}, "CALLBACKS_ALLOW: 'http://hook' is no host name"),
-        ({"CALLBACKS_CA": "x"}, "CALLBACKS_CA: must be certificates in PEM form"),
+        ({"CALLBACKS_CA": "x"}, "CALLBACKS_CA: must be one or more certificates in PEM form"),
         ({"CALLBACKS_TIMEOUT_SECONDS": "0"}, "CALLBACKS_TIMEOUT_SECONDS"),
         ({"CALLBACKS_DEFAULT_URL": "http://hook", "POSTGRES_URL": ""}, "CALLBACKS_DEFAULT_URL needs OPERATOR_POSTGRES_URL"),
         ({"RABBITMQ_URL": "amqp://r", "POSTGRES_URL": ""}, "RABBITMQ_URL needs OPERATOR_POSTGRES_URL"),
