@@ -143,7 +143,9 @@ class Backlog:
 
         ``newest`` is the highest version in the table, those included that are not to be taken for stored.
         """
-        self._stored = dict(stored)
+        for uid in self._stored.keys() - stored.keys():
+            del self._stored[uid]
+        self._stored.update(stored)
         self._newest = newest
         self.incomplete = False
 

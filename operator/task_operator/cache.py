@@ -152,7 +152,7 @@ class Cache:
         else:
             self._unlist(key, known)
             key = known.key
-        same = {text: text for text in (*(job.name for job in self.jobs(key)), *(() if known is None else (known.uid,)))}
+        same = {job.name: job.name for job in self.jobs(key)}
         task = _cached(manifest, version, key=key, same=same)
         self._tasks[key] = task
         if task.idempotency_key is not None:
@@ -281,7 +281,7 @@ def job_key(job: JobState) -> Key | None:
 
 
 def _cached(manifest: Mapping[str, Any], version: int, *, key: Key, same: Mapping[str, str]) -> CachedTask:
-    """``key`` and ``same``, its uid and names of its Jobs, are kept already."""
+    """``key`` and ``same``, names of its Jobs, are kept already."""
     metadata: Mapping[str, Any] = manifest["metadata"]
     spec: Mapping[str, Any] = _mapping(manifest.get("spec"))
     status: Mapping[str, Any] = _mapping(manifest.get("status"))
@@ -305,7 +305,7 @@ def _cached(manifest: Mapping[str, Any], version: int, *, key: Key, same: Mappin
     job: str | None = status.get("job")
     return CachedTask(
         key=key,
-        uid=same.get(metadata["uid"], metadata["uid"]),
+        uid=sys.intern(metadata["uid"]),  # the projection has it too
         resource_version=version,
         phase=sys.intern(phase),  # words that thousands share are kept once
         priority=sys.intern(str(spec.get("priority") or "normal")),

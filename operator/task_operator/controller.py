@@ -48,6 +48,7 @@ old is refused (409), and looked at again.
 import asyncio
 import contextlib
 import random as random_module
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -827,7 +828,7 @@ class Controller:
             listed_at = page.resource_version
             for manifest in page.items:
                 metadata = manifest["metadata"]
-                key, uid = (metadata["namespace"], metadata["name"]), metadata["uid"]
+                key, uid = (metadata["namespace"], metadata["name"]), sys.intern(metadata["uid"])
                 seen.add(uid)
                 self._seen(key, None, metadata)
                 known = self._cache.task(key)

@@ -40,6 +40,9 @@ Observe = Callable[[str, str, str, float], None]
 _SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _TOKEN_AGE: Final = 60.0  # seconds; the kubelet renews a projected token long before it ends
 _CONNECTIONS: Final = 32
+_LIST_CONNECTIONS: Final = 4
+"""For pages of lists: a connection keeps room for the most that it has read at once (uvloop: up to 256 KiB), and 32 of them
+that each read a page now and then keep 8 MB."""
 _REQUEST_TIMEOUT: Final = 30.0  # seconds
 _PAGE: Final = 50
 
@@ -210,7 +213,11 @@ def _tls(cluster: Manifest, user: Manifest, *, folder: Path) -> ssl.SSLContext:
 
 
 def open_session(
-    access: Access, *, user_agent: str, response_class: type[aiohttp.ClientResponse] = aiohttp.ClientResponse
+    access: Access,
+    *,
+    user_agent: str,
+    response_class: type[aiohttp.ClientResponse] = aiohttp.ClientResponse,
+    connections: int = _CONNECTIONS,
 ) -> aiohttp.ClientSession:
     """Return a session that is authenticated on every request, with a token that is read anew each minute."""
     token: str | None = access.token
@@ -227,7 +234,7 @@ def open_session(
 
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(
-            limit=_CONNECTIONS, ssl=access.ssl if access.ssl is not None else True, keepalive_timeout=60
+            limit=connections, ssl=access.ssl if access.ssl is not None else True, keepalive_timeout=60
         ),
         middlewares=(authorize,),
         response_class=response_class,
@@ -254,16 +261,19 @@ class Kubernetes:
         self._user_agent = user_agent
         self._observe = observe
         self._session: aiohttp.ClientSession | None = None
+        self._lists: aiohttp.ClientSession | None = None
 
     async def warm_up(self) -> None:
-        """Open the session; no request is made."""
+        """Open the sessions; no request is made."""
         self._session = open_session(self._access, user_agent=self._user_agent)
+        self._lists = open_session(self._access, user_agent=self._user_agent, connections=_LIST_CONNECTIONS)
 
     async def aclose(self) -> None:
         """Close all connections."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        for session in (self._session, self._lists):
+            if session is not None:
+                await session.close()
+        self._session = self._lists = None
 
     async def delete(self, path: str, *, uid: str, resource_version: int | None = None, **options: str) -> None:
         """Delete this very object (unless it has changed since that version). One that is gone already is fine.
@@ -288,7 +298,8 @@ class Kubernetes:
         path = path_of(group, namespace, plural)
         position = ""
         while True:
-            page = await self.ask("GET", path, params=params | {"limit": str(_PAGE), "continue": position}, accept=accept)
+            wanted = params | {"limit": str(_PAGE), "continue": position}
+            page = _object("GET", path, await self._send(self._lists, "GET", path, params=wanted, accept=accept))
             metadata = page["metadata"]
             items = page.pop("items", None) or []
             yield Page(items=items, resource_version=int(metadata["resourceVersion"]))
@@ -299,12 +310,7 @@ class Kubernetes:
 
     async def ask(self, method: str, path: str, **options: Any) -> Manifest:
         """Make a request and return the object that is the answer; options are those of :meth:`request`."""
-        data = await self.request(method, path, **options)
-        try:
-            loaded: Manifest = orjson.loads(data)
-        except orjson.JSONDecodeError as error:
-            raise Unavailable(f"cannot {method} {path}: the answer is no JSON; is this an API server?") from error
-        return loaded
+        return _object(method, path, await self.request(method, path, **options))
 
     @contextlib.asynccontextmanager
     async def stream(self, path: str, *, params: Mapping[str, str] | None = None) -> AsyncIterator[AsyncIterator[bytes]]:
@@ -335,11 +341,26 @@ class Kubernetes:
         accept: str = _JSON,
     ) -> bytes:
         """Make a request and return the body of the answer. Raises a :class:`ClusterError`."""
-        if self._session is None:
+        return await self._send(
+            self._session, method, path, body=body, params=params, content_type=content_type, accept=accept
+        )
+
+    async def _send(
+        self,
+        session: aiohttp.ClientSession | None,
+        method: str,
+        path: str,
+        *,
+        body: Any = None,
+        params: Mapping[str, str] | None = None,
+        content_type: str = _JSON,
+        accept: str = _JSON,
+    ) -> bytes:
+        if session is None:
             raise RuntimeError("the client is used before warm_up()")
         began, code = time.perf_counter(), "none"
         try:
-            async with self._session.request(
+            async with session.request(
                 method,
                 self._access.server + path,
                 params={key: value for key, value in (params or {}).items() if value},
@@ -355,6 +376,14 @@ class Kubernetes:
         if response.status < 300:
             return data
         raise _error(method, path, response.status, data, response.headers.get("Retry-After"))
+
+
+def _object(method: str, path: str, data: bytes) -> Manifest:
+    try:
+        loaded: Manifest = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise Unavailable(f"cannot {method} {path}: the answer is no JSON; is this an API server?") from error
+    return loaded
 
 
 async def _chunks(response: aiohttp.ClientResponse, path: str) -> AsyncIterator[bytes]:
