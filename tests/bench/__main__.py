@@ -37,6 +37,11 @@ NAMED_ONLY = ("soak", "store_limits")
 """Take half an hour and an hour, and are left out where all are run."""
 PARTED = ("gateway", "gateway_live", "operator", "pipeline", "pools", "quality", "rebuild", "store_limits", "vectors")
 """Have parts."""
+IN_ALL = {
+    "operator": ("steady", "burst", "jobs", "idle"),
+    "pools": ("floor", "steady", "queued", "killed", "embedding"),
+}
+"""Parts of these where all are run; the others, on simulated nodes, with pods, beside Celery, take as long as all the rest."""
 RESULTS = Path(__file__).resolve().parents[2] / "build/bench"
 
 
@@ -57,7 +62,11 @@ def main(arguments: list[str]) -> int:
         else None,
     )
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHMARKS)}; none: all but soak and store_limits"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"one of {', '.join(BENCHMARKS)}; none: all but soak and store_limits, "
+        f"of {' and '.join(IN_ALL)} the shorter parts",
     )
     parser.add_argument("--only", metavar="PART", help=f"parts of the benchmark {' or '.join(PARTED)}, comma separated")
     parser.add_argument("--most", type=int, metavar="COUNT", help="knowledge bases of store_limits, rows of the others")
@@ -77,10 +86,11 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: databases and servers go with it
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in names:
-        print(f"{name}: running", flush=True)
+        chosen = parts or ([] if given.names else list(IN_ALL.get(name, ())))
+        print(f"{name}: running{' ' if chosen else ''}{', '.join(chosen)}", flush=True)
         began = time.monotonic()
         try:
-            measurements = importlib.import_module(f"tests.bench.{name}_bench").run(*([parts] if parts else []), **options)
+            measurements = importlib.import_module(f"tests.bench.{name}_bench").run(*([chosen] if chosen else []), **options)
         except DevstackError as error:
             print(f"cannot measure {name}: {error}", file=sys.stderr)
             return 1
