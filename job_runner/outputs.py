@@ -19,10 +19,10 @@ from uuid import UUID
 
 from job_runner.watchdog import beat
 from task_contract.errors import DocumentRefused, Fenced, InvalidTask, StoreUnavailable, TaskError
+from task_contract.folders import NEW_FILE, open_folder
 from task_contract.location import check_output_path
 from task_contract.names import DOCUMENT_ROOT, OUTPUTS, digest
 
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PARTIAL: Final = ".partial-"
 _ABANDONED: Final = 86_400.0
 """Seconds since a file that is not in its place was last written to: longer than an attempt is without progress."""
@@ -86,32 +86,17 @@ def replacing(path: str, *, root: Path, uid: UUID, holder: str) -> Iterator[Outp
     mine = f"{_PARTIAL}{digest(path, str(uid), length=16)}-"
     partial = f"{mine}{digest(holder, length=16)}"
     with _explained(path):
-        folder = _folder(parts[:-1], root=root)
+        folder = open_folder(root, parts[:-1], mode=0o775)  # what is missing of it below ``outputs``
     try:
         with _explained(path):
             _tidy(folder, mine)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(partial, flags, 0o644, dir_fd=folder)
+            descriptor = os.open(partial, NEW_FILE, 0o644, dir_fd=folder)
         with os.fdopen(descriptor, "wb") as file:
             yield Output(path, file, folder=folder, partial=partial, name=parts[-1])
     finally:
         with contextlib.suppress(OSError):
             os.unlink(partial, dir_fd=folder)  # gone already when it was published
         os.close(folder)
-
-
-def _folder(parts: tuple[str, ...], *, root: Path) -> int:
-    """Open the folder of a file, and make what is missing of it below ``outputs``."""
-    current = os.open(os.path.realpath(root), _DIRECTORY)
-    for part in parts:
-        try:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(part, 0o775, dir_fd=current)
-            following = os.open(part, _DIRECTORY, dir_fd=current)
-        finally:
-            os.close(current)
-        current = following
-    return current
 
 
 def _tidy(folder: int, mine: str) -> None:

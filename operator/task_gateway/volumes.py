@@ -17,12 +17,12 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Final
 
+from task_contract.folders import DIRECTORY, NEW_FILE, open_folder
 from task_contract.names import DOCUMENT_ROOT
 from task_gateway.documents import ABANDONED, FOLDER, PARTIAL, Arriving, PlaceFull, PlaceUnavailable, Received, Stored
 
 _BLOCK: Final = 1 << 20
 """Bytes that are written at once."""
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -72,7 +72,7 @@ class DocumentVolumes:
         with contextlib.suppress(OSError):
             above = self._open(stored.namespace, *folder.split("/"))
             try:
-                below = os.open(token, _DIRECTORY, dir_fd=above)
+                below = os.open(token, DIRECTORY, dir_fd=above)
                 try:
                     os.unlink(name, dir_fd=below)
                 finally:
@@ -92,7 +92,7 @@ class DocumentVolumes:
         removed = 0
         for namespace in sorted(self._folder.iterdir()) if self._folder.is_dir() else []:
             with contextlib.suppress(OSError):
-                folder = os.open(namespace / FOLDER, _DIRECTORY)
+                folder = os.open(namespace / FOLDER, DIRECTORY)
                 try:
                     for name in os.listdir(folder):  # noqa: PTH208 - of an open folder
                         if (
@@ -106,17 +106,7 @@ class DocumentVolumes:
         return removed
 
     def _open(self, namespace: str, *parts: str) -> int:
-        """Open a folder below the volume of a namespace, making the parts that are not there."""
-        current = os.open(self._folder / namespace, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # a mount, not a user's
-        for part in parts:
-            try:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(part, 0o755, dir_fd=current)
-                following = os.open(part, _DIRECTORY, dir_fd=current)
-            finally:
-                os.close(current)
-            current = following
-        return current
+        return open_folder(self._folder / namespace, parts, mode=0o755)
 
     def _place(self, received: Received, kb_id: str, token: str, name: str) -> bool:
         above = self._open(received.namespace, FOLDER)
@@ -134,7 +124,7 @@ class DocumentVolumes:
 
 
 def _create(name: str, folder: int) -> int:
-    return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=folder)
+    return os.open(name, NEW_FILE, 0o644, dir_fd=folder)
 
 
 async def _write(file: int, arriving: Arriving, *, namespace: str) -> None:
