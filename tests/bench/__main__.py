@@ -41,7 +41,7 @@ IN_ALL = {
     "operator": ("steady", "burst", "jobs", "idle"),
     "pools": ("floor", "steady", "queued", "killed", "embedding"),
 }
-"""Parts of these where all are run; the others, on simulated nodes, with pods, beside Celery, take as long as all the rest."""
+"""Parts of these where all are run; the others, such as simulated nodes, pods and Celery, take as long as all the rest."""
 RESULTS = Path(__file__).resolve().parents[2] / "build/bench"
 
 
