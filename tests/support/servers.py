@@ -1,6 +1,7 @@
 """Servers that tests start as processes."""
 
 import contextlib
+import random
 import socket
 import subprocess
 import time
@@ -11,9 +12,13 @@ _PATIENCE = 30.0  # seconds until it listens
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    """Return a port of loopback that nobody has, below those that the kernel gives to connections: one may take those before
+    the server that it is for listens."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        with contextlib.suppress(OSError), socket.socket() as one:
+            one.bind(("127.0.0.1", port))
+            return port
 
 
 @contextlib.contextmanager
