@@ -1256,10 +1256,10 @@ def _claim_of(key: Key, cached: CachedTask, *, pool: str | None) -> Claim:
     spec = cached.manifest()["spec"]
     kb_id = spec.get("kbId")
     return Claim(
-        namespace=_once(key[0]),
+        namespace=key[0],
         kb_id=None if kb_id is None else _once(str(kb_id)),
         type=_once(str(spec.get("type"))),
-        priority=_once(cached.priority),
+        priority=cached.priority,
         created_at=parse_time(cached.created) or _EPOCH,
         stores=spec.get("type") != TaskType.HEALTH_CHECK,
         pool=None if pool is None else _once((key[0], pool)),

@@ -100,9 +100,6 @@ _COLUMNS: Final[tuple[tuple[str, str], ...]] = (
 _NAMES: Final = ", ".join(name for name, _ in _COLUMNS)
 _PLACE: Final = {name: place for place, (name, _) in enumerate(_COLUMNS)}
 
-# One writer at a time, from before the first number of an event is drawn until the commit: so events become visible in the
-# order of their numbers. The lock has a statement of its own, for the next one is to see what the last holder has committed.
-# A process that stands still in between (its node is lost) loses its connection, and the lock with it.
 _HELD: Final = (
     "SELECT uid::text AS uid, resource_version AS version, finished_at IS NOT NULL AS finished, "
     "told_version IS NOT DISTINCT FROM resource_version AS told "
@@ -110,6 +107,9 @@ _HELD: Final = (
 )
 """Tasks that are there, in these namespaces, or in all without any."""
 _PREFETCH: Final = 500  # rows
+# One writer at a time, from before the first number of an event is drawn until the commit: so events become visible in the
+# order of their numbers. The lock has a statement of its own, for the next one is to see what the last holder has committed.
+# A process that stands still in between (its node is lost) loses its connection, and the lock with it.
 _ALONE: Final = f"SELECT pg_advisory_xact_lock({0x7074_6576_656E_7473})"  # "ptevents" in ASCII
 _LAST_EVENTS: Final = (
     "LEFT JOIN LATERAL (SELECT phase, attempt, reason, queued_at FROM task_events "

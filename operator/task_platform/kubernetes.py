@@ -299,7 +299,7 @@ class Kubernetes:
         position = ""
         while True:
             wanted = params | {"limit": str(_PAGE), "continue": position}
-            page = _object("GET", path, await self._send(self._lists, "GET", path, params=wanted, accept=accept))
+            page = await self.ask("GET", path, params=wanted, accept=accept, listing=True)
             metadata = page["metadata"]
             items = page.pop("items", None) or []
             yield Page(items=items, resource_version=int(metadata["resourceVersion"]))
@@ -310,7 +310,12 @@ class Kubernetes:
 
     async def ask(self, method: str, path: str, **options: Any) -> Manifest:
         """Make a request and return the object that is the answer; options are those of :meth:`request`."""
-        return _object(method, path, await self.request(method, path, **options))
+        data = await self.request(method, path, **options)
+        try:
+            loaded: Manifest = orjson.loads(data)
+        except orjson.JSONDecodeError as error:
+            raise Unavailable(f"cannot {method} {path}: the answer is no JSON; is this an API server?") from error
+        return loaded
 
     @contextlib.asynccontextmanager
     async def stream(self, path: str, *, params: Mapping[str, str] | None = None) -> AsyncIterator[AsyncIterator[bytes]]:
@@ -339,23 +344,13 @@ class Kubernetes:
         params: Mapping[str, str] | None = None,
         content_type: str = _JSON,
         accept: str = _JSON,
+        listing: bool = False,
     ) -> bytes:
-        """Make a request and return the body of the answer. Raises a :class:`ClusterError`."""
-        return await self._send(
-            self._session, method, path, body=body, params=params, content_type=content_type, accept=accept
-        )
+        """Make a request and return the body of the answer. Raises a :class:`ClusterError`.
 
-    async def _send(
-        self,
-        session: aiohttp.ClientSession | None,
-        method: str,
-        path: str,
-        *,
-        body: Any = None,
-        params: Mapping[str, str] | None = None,
-        content_type: str = _JSON,
-        accept: str = _JSON,
-    ) -> bytes:
+        ``listing``: it is large, and goes over one of the few connections for such.
+        """
+        session = self._lists if listing else self._session
         if session is None:
             raise RuntimeError("the client is used before warm_up()")
         began, code = time.perf_counter(), "none"
@@ -376,14 +371,6 @@ class Kubernetes:
         if response.status < 300:
             return data
         raise _error(method, path, response.status, data, response.headers.get("Retry-After"))
-
-
-def _object(method: str, path: str, data: bytes) -> Manifest:
-    try:
-        loaded: Manifest = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        raise Unavailable(f"cannot {method} {path}: the answer is no JSON; is this an API server?") from error
-    return loaded
 
 
 async def _chunks(response: aiohttp.ClientResponse, path: str) -> AsyncIterator[bytes]:

@@ -40,7 +40,7 @@ OptionalAddress = Annotated[Address | None, EmptyIsNone]
 """The same; empty: do not listen."""
 OptionalUrl = Annotated[str | None, EmptyIsNone]
 RedisUrl = Annotated[Annotated[str, AfterValidator(check_redis_url)] | None, EmptyIsNone]
-"""Of one server, or of Sentinels (:mod:`task_contract.redis_address`); empty: none."""
+"""Of one server, of Sentinels or of a cluster (:mod:`task_contract.redis_address`); empty: none."""
 
 
 def product_version() -> str:
